@@ -1,0 +1,103 @@
+"""Settings of a decomposition: every field with its default, its meaning and its unit."""
+
+from __future__ import annotations
+
+import difflib
+
+from ml_collections import config_dict
+
+MASKS = ("batch_topk", "topk", "exact", "none")
+ATTRIBUTIONS_AT = ("target", "components")
+MINIMALITY_LOSSES = ("mse", "kl")
+OPTIMIZERS = ("adam", "adamw", "sgd")
+ATTRIBUTION_MODES = ("auto", "forward", "reverse")
+SPARSE_ROUTES = ("auto", "materialize", "dispatch")
+
+
+def default_config() -> config_dict.ConfigDict:
+    """The settings that `apd_jax.decompose` reads; locked, so that a mistyped field is an error."""
+    c = config_dict.ConfigDict()
+
+    # Components.
+    c.num_components = 10
+    c.rank = config_dict.placeholder(int)  # m of every factored leaf; None is full rank
+    c.init_scale = 1.0  # multiplies the (deliberately small) initial standard deviation
+    c.unit_norm_U = False  # keep the columns of U at unit length
+    c.num_always_on = 0  # the first components are kept on every input and are not counted in topk
+    c.num_instances = 1  # independent decompositions (seeds) trained side by side by vmap
+
+    # Attributions and mask.
+    c.topk = 1.0  # k, mean active components per example
+    c.mask = "batch_topk"  # batch_topk | topk (per example) | exact (as many as truly active features) | none (all kept)
+    c.attributions_at = "target"  # target | components: the weights that the gradient is taken at
+    c.attribution_mode = "auto"  # auto | forward | reverse
+
+    # Losses: coefficient 0 switches a term off.
+    c.faithfulness_coeff = 1.0
+    c.minimality_coeff = 1.0
+    c.minimality_loss = "mse"  # mse | kl (outputs are logits)
+    c.hidden_reconstruction_coeff = 0.0
+    c.simplicity_coeff = 1.0
+    c.schatten_p = 0.9
+    c.attribution_lp_coeff = 0.0  # the paper's alternative without top-k; use with mask = "none"
+    c.attribution_lp_p = 0.9
+
+    # Optimisation.
+    c.seed = 0
+    c.num_steps = 10_000
+    c.learning_rate = 1e-3
+    c.schedule = "cosine"  # constant | linear | cosine (quarter wave) | exponential
+    c.warmup_fraction = 0.05
+    c.optimizer = "adam"  # adam | adamw | sgd
+    c.weight_decay = 0.0  # adamw only
+    c.batch_size = 2048  # examples per step over all devices; what the sampler draws
+
+    # Execution: none of these changes the result beyond float rounding.
+    c.sparse_route = "auto"  # auto | materialize | dispatch
+    c.steps_per_call = 100  # steps in one XLA call
+    c.log_every_steps = 100
+    c.checkpoint_every_steps = 1000
+    c.keep_checkpoints = 2
+    return c.lock()
+
+
+def validate(config: config_dict.ConfigDict) -> None:
+    """Checks values that no type check catches.
+
+    Raises:
+      ValueError: one sentence naming the field, its value and what is allowed.
+    """
+    choices = {
+        "mask": MASKS,
+        "attributions_at": ATTRIBUTIONS_AT,
+        "minimality_loss": MINIMALITY_LOSSES,
+        "optimizer": OPTIMIZERS,
+        "attribution_mode": ATTRIBUTION_MODES,
+        "sparse_route": SPARSE_ROUTES,
+        "schedule": ("constant", "linear", "cosine", "exponential"),
+    }
+    for field, allowed in choices.items():
+        if config[field] not in allowed:
+            near = difflib.get_close_matches(str(config[field]), allowed, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{field} = {config[field]!r} is not one of {', '.join(allowed)}.{hint}")
+    for field in ("num_components", "num_instances", "num_steps", "batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+        if config[field] < 1:
+            raise ValueError(f"{field} must be at least 1; got {config[field]}.")
+    if config.rank is not None and config.rank < 1:
+        raise ValueError(f"rank must be at least 1, or None for full rank; got {config.rank}.")
+    choosable = config.num_components - config.num_always_on
+    if config.num_always_on < 0 or choosable < 1:
+        raise ValueError(f"num_always_on must lie in [0, num_components = {config.num_components}); got {config.num_always_on}.")
+    if config.mask in ("batch_topk", "topk") and not 0 < config.topk <= choosable:
+        raise ValueError(f"topk must be above 0 and at most {choosable}, the number of components to choose from; got {config.topk}.")
+    if config.mask == "topk" and config.topk != int(config.topk):
+        raise ValueError(f"topk must be a whole number when mask = 'topk' (per example); got {config.topk}.")
+    for field in ("faithfulness_coeff", "minimality_coeff", "hidden_reconstruction_coeff", "simplicity_coeff", "attribution_lp_coeff", "weight_decay"):
+        if not 0 <= config[field] < float("inf"):
+            raise ValueError(f"{field} must be a finite number of at least 0; got {config[field]}.")
+    for field in ("learning_rate", "init_scale", "schatten_p", "attribution_lp_p"):
+        if not 0 < config[field] < float("inf"):
+            raise ValueError(f"{field} must be a finite number above 0; got {config[field]}.")
+    if not 0 <= config.warmup_fraction < 1:
+        raise ValueError(f"warmup_fraction must lie in [0, 1); got {config.warmup_fraction}.")

@@ -1,0 +1,41 @@
+"""Learning-rate schedules of the APD experiments, as optax schedules."""
+
+from __future__ import annotations
+
+import math
+
+import jax.numpy as jnp
+import optax
+
+KINDS = ("constant", "linear", "cosine", "exponential")
+_HALF_LIFE_STEPS = 300
+
+
+def learning_rate(kind: str, peak: float, num_steps: int, warmup_fraction: float = 0.0) -> optax.Schedule:
+    r"""Linear warm-up from 0, then a decay over the remaining T steps, t counted from the end of the warm-up.
+
+    constant: 1      linear: 1 - t/T      cosine: cos(½π t/(T-1))      exponential: 2^(-t/300)
+
+    The cosine is a *quarter* wave, as in the released code of APD; `optax.cosine_decay_schedule` is a half wave.
+
+    Raises:
+      ValueError: unknown kind.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"unknown learning-rate schedule {kind!r}; choose one of {', '.join(KINDS)}.")
+    warmup_steps = int(num_steps * warmup_fraction)
+    decay_steps = max(num_steps - warmup_steps, 1)
+
+    def decay(step):
+        t = jnp.asarray(step, jnp.float32)
+        if kind == "linear":
+            return peak * (1 - t / decay_steps)
+        if kind == "cosine":
+            return peak * jnp.cos(0.5 * math.pi * t / max(decay_steps - 1, 1))
+        if kind == "exponential":
+            return peak * jnp.exp2(-t / _HALF_LIFE_STEPS)
+        return jnp.full_like(t, peak)
+
+    if warmup_steps == 0:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])

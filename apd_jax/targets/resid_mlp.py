@@ -1,0 +1,149 @@
+"""ResidMLP: a residual MLP that computes x + ReLU(x) for more features than it has neurons ("compressed computation").
+
+r = x W_E;   r += act(r W_in,i + b_in,i) W_out,i + b_out,i  for every layer i;   out = r W_U          (APD, section 3.2)
+
+Shapes: B examples, F features, D the residual width, M neurons per layer. The embedding is fixed: only the MLP weights are decomposed.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from apd_jax.targets.base import Target, at_least_one, feature_sampler, one_of
+
+ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
+EMBEDDINGS = ("random", "identity")
+
+
+class ResidMLP(nn.Module):
+    """Returns outputs [B, F] and, per layer, ReLU(r W_in) [B, M].
+
+    That is what the released code reconstructs: taken before the bias, and ReLU whatever the activation. Without biases and with
+    ReLU, as in the paper, it is the neurons' activations.
+    """
+
+    num_features: int
+    d_resid: int
+    num_layers: int
+    d_mlp: int
+    activation: str = "relu"
+    embedding: str = "random"
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B F"]) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B M"]]]:
+        act = ACTIVATIONS[self.activation]
+        r = x @ self.param("W_E", identity if self.embedding == "identity" else unit_rows, (self.num_features, self.d_resid))
+        hidden = {}
+        for i in range(self.num_layers):
+            pre = r @ self.param(f"mlp_in_{i}", nn.initializers.he_normal(), (self.d_resid, self.d_mlp))
+            hidden[f"mlp_in_{i}"] = nn.relu(pre)
+            if self.use_bias:
+                pre += self.param(f"bias_in_{i}", nn.initializers.zeros, (self.d_mlp,))[None, :]
+            r += act(pre) @ self.param(f"mlp_out_{i}", nn.initializers.lecun_normal(), (self.d_mlp, self.d_resid))
+            if self.use_bias:
+                r += self.param(f"bias_out_{i}", nn.initializers.zeros, (self.d_resid,))[None, :]
+        return r @ self.param("W_U", nn.initializers.zeros, (self.d_resid, self.num_features)), hidden  # `init` sets W_U = W_Eᵀ
+
+
+def unit_rows(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "F D"]:
+    """Random directions of unit length, one per row."""
+    rows = jax.random.normal(key, shape)
+    return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def identity(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "F D"]:
+    """The identity, as an initialiser."""
+    return jnp.eye(*shape)
+
+
+def init(model: ResidMLP, key: PRNGKeyArray) -> dict[str, Array]:
+    """Fresh params with W_U = W_Eᵀ."""
+    params = model.init(key, jnp.zeros((1, model.num_features)))["params"]
+    return {**params, "W_U": params["W_E"].T}
+
+
+def contracted(model: ResidMLP, params: dict[str, Array], x: Float[Array, "B F"]) -> Float[Array, "B F"]:
+    """The outputs, with every product of two weights taken first: nothing of size [B, D] is formed.
+
+    Each layer reads x (W_E W_in,i) + Σ_{j<i} act_j (W_out,j W_in,i), the output likewise with W_U. With D = 1000 and F = 100 the
+    forward pass and its tangents are about ten times cheaper than through the residual stream.
+    """
+    act = ACTIVATIONS[model.activation]
+    written = [(x, params["W_E"])]  # what each writer adds to the stream: coefficients [B, n] and directions [n, D]
+
+    def read(W):
+        return sum(coefficients @ (directions @ W) for coefficients, directions in written)
+
+    for i in range(model.num_layers):
+        pre = read(params[f"mlp_in_{i}"])
+        if model.use_bias:
+            pre += params[f"bias_in_{i}"][None, :]
+            written.append((jnp.ones((x.shape[0], 1), x.dtype), params[f"bias_out_{i}"][None, :]))
+        written.append((act(pre), params[f"mlp_out_{i}"]))
+    return read(params["W_U"])
+
+
+def neuron_contributions(params: dict[str, Array], weights: dict[str, Array], num_layers: int) -> Float[Array, "F n"]:
+    r"""How much each of the n = num_layers·M neurons carries from feature f to output f.
+
+    entry (f, n) = (W_E W_in)_{f,n} · (W_out W_U)_{n,f}          (APD, "neuron contributions")
+
+    Args:
+      params: the target's; W_E and W_U are taken from here.
+      weights: a dict with mlp_in_i [D, M] and mlp_out_i [M, D]: the target's own, or one component's.
+    """
+    layers = [(params["W_E"] @ weights[f"mlp_in_{i}"]) * (weights[f"mlp_out_{i}"] @ params["W_U"]).T for i in range(num_layers)]
+    return jnp.concatenate(layers, axis=1)
+
+
+def labels(x: Float[Array, "B F"]) -> Float[Array, "B F"]:
+    """x + ReLU(x)."""
+    return x + nn.relu(x)
+
+
+def build(config: ConfigDict, batch_size: int) -> Target:
+    """The ResidMLP target of `config` (fields: configs/resid_mlp.py).
+
+    Raises:
+      ValueError: a size below 1, an unknown activation or embedding, an identity embedding that is not square, or a probability
+        outside (0, 1].
+    """
+    F, D, L, M = config.num_features, config.d_resid, config.num_layers, config.d_mlp
+    at_least_one(num_features=F, d_resid=D, num_layers=L, d_mlp=M)
+    activation = one_of("target.activation", config.activation, ACTIVATIONS)
+    embedding = one_of("target.embedding", config.embedding, EMBEDDINGS)
+    if embedding == "identity" and D != F:
+        raise ValueError(f"target.embedding = 'identity' needs d_resid = num_features; got d_resid = {D} and num_features = {F}.")
+    model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
+    outputs = functools.partial(contracted, model)
+
+    def loss_fn(params: Any, x: Array):
+        return jnp.mean((outputs(params, x) - labels(x)) ** 2)
+
+    def monosemantic_fn(x: Array):
+        return jnp.where(jnp.arange(F)[None, :] < L * M, labels(x), x)
+
+    return Target(
+        name="resid_mlp",
+        num_features=F,
+        init_fn=functools.partial(init, model),
+        apply_fn=lambda params, x: model.apply({"params": params}, x),
+        attribution_fn=outputs,
+        loss_fn=loss_fn,
+        label_fn=labels,
+        sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=True),
+        pretrain_sample_fn=feature_sampler(config.pretrain.batch_size, F, config.feature_probability, signed=True),
+        feature_weights=lambda params, weights: neuron_contributions(params, weights, L),
+        select=("mlp_in_*", "mlp_out_*"),
+        uses={},
+        frozen=("W_E", "W_U"),
+        monosemantic_fn=monosemantic_fn,
+    )

@@ -1,0 +1,97 @@
+"""TMS, the toy model of superposition: more sparse features than hidden dimensions.
+
+x̂ = ReLU( x W [Hid] Wᵀ + b )          (Elhage et al. 2022; APD, section 3.1)
+
+Shapes: B examples, F features, H hidden dimensions (H < F). W [F, H] is used twice and is one leaf; row f is the direction of
+feature f, the paper's W_{:,f}. Hid [H, H] is optional and fixed: the identity, or a rotation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+from ml_collections import ConfigDict
+
+from apd_jax.targets.base import Target, at_least_one, feature_sampler, one_of
+
+HIDDEN = ("none", "identity", "rotation")
+
+
+class TMS(nn.Module):
+    """Returns outputs [B, F] and every matrix product, before bias and ReLU (what the released code may reconstruct)."""
+
+    num_features: int
+    d_hidden: int
+    hidden: str = "none"
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B F"]) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B _"]]]:
+        W = self.param("W", nn.initializers.xavier_normal(), (self.num_features, self.d_hidden))
+        b = self.param("b", nn.initializers.zeros, (self.num_features,))
+        products = {"linear1": x @ W}
+        h = products["linear1"]
+        if self.hidden != "none":
+            init = rotation if self.hidden == "rotation" else identity
+            h = products["hidden_0"] = h @ self.param("hidden", init, self.d_hidden)
+        products["linear2"] = h @ W.T
+        return nn.relu(products["linear2"] + b[None, :]), products
+
+
+def identity(key: PRNGKeyArray, size: int) -> Float[Array, "n n"]:
+    """The identity, as an initialiser."""
+    return jnp.eye(size)
+
+
+def rotation(key: PRNGKeyArray, size: int) -> Float[Array, "n n"]:
+    """A random rotation R whose largest plane angle is 45°.
+
+    R = exp(S), S skew-symmetric with normal entries and largest singular value π/4. W is tied, so feature f reaches itself with
+    weight w·Rw, which is at least cos(45°)·|w|² here; planes turned by more than 90°, as in half of all orthogonal matrices,
+    would make it negative and the target untrainable.
+    """
+    a = jax.random.normal(key, (size, size))
+    skew = a - a.T
+    angle = jnp.maximum(jnp.linalg.norm(skew, 2), jnp.finfo(skew.dtype).tiny)  # 0 in one dimension, where R = 1
+    return jax.scipy.linalg.expm(math.pi / 4 * skew / angle)
+
+
+def contracted(params: dict[str, Array], x: Float[Array, "B F"]) -> Float[Array, "B F"]:
+    """The outputs, as ReLU(x (W [Hid] Wᵀ) + b): a tangent costs one product [B, F] x [F, F], not two or three with W."""
+    W = params["W"]
+    through = W @ params["hidden"] if "hidden" in params else W
+    return nn.relu(x @ (through @ W.T) + params["b"][None, :])
+
+
+def build(config: ConfigDict, batch_size: int) -> Target:
+    """The TMS target of `config` (fields: configs/tms.py).
+
+    Raises:
+      ValueError: a size below 1, an unknown kind of `hidden`, or a probability outside (0, 1].
+    """
+    F, H, hidden = config.num_features, config.d_hidden, one_of("target.hidden", config.hidden, HIDDEN)
+    at_least_one(num_features=F, d_hidden=H)
+    model = TMS(F, H, hidden)
+
+    def apply_fn(params: Any, x: Array):
+        return model.apply({"params": params}, x)
+
+    return Target(
+        name="tms",
+        num_features=F,
+        init_fn=lambda key: model.init(key, jnp.zeros((1, F)))["params"],
+        apply_fn=apply_fn,
+        attribution_fn=contracted,
+        loss_fn=lambda params, x: jnp.mean((apply_fn(params, x)[0] - x) ** 2),
+        label_fn=lambda x: x,
+        sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=False),
+        pretrain_sample_fn=feature_sampler(config.pretrain.batch_size, F, config.feature_probability, signed=False),
+        feature_weights=lambda params, weights: weights["W"],
+        select=("W",) if hidden == "none" else ("W", "hidden"),
+        uses={"W": 2},
+        frozen=() if hidden == "none" else ("hidden",),
+    )
