@@ -18,7 +18,10 @@ from jaxtyping import Array, Float, PyTree
 from apd_jax import components as components_lib
 from apd_jax.components import Components
 
-CHUNK_BYTES = 32 * 2**20  # what one chunk of tangents or Jacobians may hold in its largest array; sized for a CPU's cache
+# What one chunk of tangents or Jacobians may hold in its largest array: a CPU is fastest when it stays in cache
+# (ResidMLP 1 layer, batch 256: 42 ms against 84 ms unchunked), an accelerator when it is busy.
+_CHUNK_BYTES = {"cpu": 2 * 2**20}
+_CHUNK_BYTES_ELSEWHERE = 512 * 2**20
 
 
 def outputs(result: Any) -> Array:
@@ -41,7 +44,7 @@ def gradient(apply_fn: Callable, params: PyTree, components: Components, x: PyTr
       ValueError: components and params differ, or unknown mode.
     Cost: forward C·(a forward pass); reverse B·O·(a backward pass + C·|θ|), which is why auto takes forward: a tangent
       costs about what a cotangent does, and the contraction alone costs O times as much. Memory is bounded by chunks
-      of components (forward) or examples (reverse), about CHUNK_BYTES each.
+      of components (forward) or examples (reverse), at a few MiB each on CPU.
     """
     return jnp.sqrt(gradient_squared(apply_fn, params, components, x, mode=mode))
 
@@ -120,9 +123,9 @@ def _largest_array(fn: Callable, *args: Any) -> int:
 
 
 def _chunked(fn: Callable, xs: PyTree, length: int, bytes_each: int) -> Array:
-    """`vmap(fn)(xs)` in equal chunks (the last one shorter) of about CHUNK_BYTES."""
-    fitting = max(1, CHUNK_BYTES // bytes_each)
+    """`vmap(fn)(xs)` in chunks of bounded size: equal ones if the length has a divisor near, else the last is shorter."""
+    fitting = max(1, _CHUNK_BYTES.get(jax.default_backend(), _CHUNK_BYTES_ELSEWHERE) // bytes_each)
     if fitting >= length:
         return jax.vmap(fn)(xs)
-    chunks = math.ceil(length / fitting)
-    return jax.lax.map(fn, xs, batch_size=math.ceil(length / chunks))
+    divisor = max(d for d in range(1, fitting + 1) if length % d == 0)
+    return jax.lax.map(fn, xs, batch_size=divisor if 2 * divisor > fitting else fitting)

@@ -6,7 +6,7 @@
   masked       keeps κ(x) factored, x·κ = Σ_c s_c ((x U_c) V_c), for all B·C pairs: the route for float masks.
   dispatch     computes only the pairs that are kept, as a mixture of experts does: every component gathers the examples
                that keep it into `slots` rows. Cost follows k·B, not C·B. If a component is kept by more examples than
-               it has slots, the whole pass takes the masked route: never an approximation.
+               it has slots, further rounds take the rest: exact for every mask, the number of slots is only a speed.
 
 The factored routes run the unmodified function through quax: a decomposed leaf is replaced by an array-like value that
 knows how to be multiplied, under a vmap over examples. Any use of a leaf other than a matrix product materialises κ(x_b)
@@ -57,7 +57,8 @@ def apply(
     Returns: what apply_fn returns, for the whole batch.
     Raises:
       ValueError: unknown route; mask, components and params that do not fit together.
-    Cost: materialize B·C·|θ|; masked B·C·m·(d_in + d_out) per leaf; dispatch C·S·m·(d_in + d_out) per leaf.
+    Cost: materialize B·C·|θ|; masked B·C·m·(d_in + d_out) per leaf; dispatch C·S·m·(d_in + d_out) per leaf and round, the
+      rounds being ⌈examples of the most often kept component / S⌉, mostly 1. The dispatch route has no forward-mode derivative.
     """
     if mask.ndim != 2 or mask.shape[1] != components.num_components or mask.shape[0] != jax.tree.leaves(x)[0].shape[0]:
         raise ValueError(
@@ -72,15 +73,12 @@ def apply(
     if route == "masked":
         return _factored(apply_fn, params, components, mask, x, None)
     if route == "dispatch" and slots and mask.dtype == jnp.bool_:
-        plan, fits = _make_plan(mask, min(slots, mask.shape[0]))
-        # Without remat, the fallback's [B, C, m] residuals would be allocated also when it is not taken.
-        fallback = jax.checkpoint(lambda components, x: _factored(apply_fn, params, components, mask, x, None))
-        return lax.cond(fits, lambda components, x: _factored(apply_fn, params, components, mask, x, plan), fallback, components, x)
+        return _factored(apply_fn, params, components, mask, x, _make_plan(mask, min(slots, mask.shape[0])))
     raise ValueError(f"route {route!r} with a {mask.dtype} mask and slots = {slots}: choose auto, materialize, masked, or dispatch (bool mask and slots).")
 
 
 def slots_for(k: float, batch_size: int, num_components: int) -> int:
-    """S such that a component kept by Poisson-many examples overflows less than once in 10⁴ steps: mean + 6 deviations."""
+    """S such that components kept by Poisson-many examples hardly ever need a second round: mean + 6 deviations, to 8 rows."""
     mean = k * batch_size / num_components
     return min(batch_size, 8 * math.ceil((mean + 6 * math.sqrt(mean) + 2) / 8))
 
@@ -107,18 +105,21 @@ def _materialized(apply_fn, params, components, mask, x):
 
 
 class _Plan(NamedTuple):
-    """Which example stands in which slot: the inverse of the mask, with B where a slot is empty."""
+    """The mask turned round: the examples that keep each component, in order, padded with B."""
 
-    example: Int[Array, "C S"]
+    example: Int[Array, "R C S"]  # by round
+    rounds: Int[Array, ""]  # how many of the R rounds hold any example, at least 1
 
 
-def _make_plan(mask: Bool[Array, "B C"], slots: int) -> tuple[_Plan, Bool[Array, ""]]:
+def _make_plan(mask: Bool[Array, "B C"], slots: int) -> _Plan:
     B, C = mask.shape
-    place = jnp.cumsum(mask, axis=0, dtype=jnp.int32) - 1
-    row = jnp.where(mask & (place < slots), place + slots * jnp.arange(C, dtype=jnp.int32)[None], C * slots)
-    examples = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None], (B, C))
-    filled = jnp.full((C * slots,), B, jnp.int32).at[row.reshape(-1)].set(examples.reshape(-1), mode="drop")
-    return _Plan(filled.reshape(C, slots)), jnp.all(place[-1] < slots)
+    R = math.ceil(B / slots)
+    place = jnp.cumsum(mask, axis=0, dtype=jnp.int32) - 1  # of example b among those that keep c
+    component = jnp.arange(C, dtype=jnp.int32)[None]
+    position = (place // slots) * (C * slots) + component * slots + place % slots
+    example = jnp.broadcast_to(jnp.arange(B, dtype=jnp.int32)[:, None], (B, C))
+    flat = jnp.full((R * C * slots,), B, jnp.int32).at[jnp.where(mask, position, R * C * slots)].set(example, mode="drop")
+    return _Plan(flat.reshape(R, C, slots), 1 + jnp.maximum(jnp.max(place[-1]), 0) // slots)
 
 
 def _factored(apply_fn, params, components, mask, x, plan):
@@ -174,11 +175,55 @@ def _kept_product_batched(axis_size, in_batched, x, U, V, mask, plan):
         inner = jnp.einsum("brd,cdm->brcm", x, U) * mask[:, None, :, None].astype(x.dtype)
         out = inner.reshape(B * r, C * m) @ V.reshape(C * m, -1)
         return out.reshape(B, r, -1), True
-    S = plan.example.shape[1]
-    # Empty slots read and write row B, a row of zeros that is cut off at the end.
-    gathered = jnp.take(x, plan.example, axis=0, mode="fill", fill_value=0).reshape(C, S * r, d)
-    out = ((gathered @ U) @ V).reshape(C * S, r, -1)
-    return jnp.zeros((B, r, out.shape[-1]), out.dtype).at[plan.example.reshape(-1)].add(out, mode="drop"), True
+    return _dispatched(x, U, V, plan), True
+
+
+@jax.custom_vjp
+def _dispatched(x: Float[Array, "B r d"], U: Float[Array, "C d m"], V: Float[Array, "C m e"], plan: _Plan) -> Float[Array, "B r e"]:
+    """Σ_{c kept by b} (x_b U_c) V_c. Its own derivative, because the number of rounds is only known at run time."""
+    return _sum_rounds(plan, lambda example: _scatter((_gather(x, example) @ U) @ V, example, x))
+
+
+def _dispatched_fwd(x, U, V, plan):
+    return _dispatched(x, U, V, plan), (x, U, V, plan)
+
+
+def _dispatched_bwd(residuals, g):
+    x, U, V, plan = residuals
+
+    def weights(example):
+        rows, g_rows = _gather(x, example), _gather(g, example)
+        dU = jnp.einsum("csd,csm->cdm", rows, g_rows @ jnp.swapaxes(V, 1, 2))
+        dV = jnp.einsum("csm,cse->cme", rows @ U, g_rows)
+        return dU, dV
+
+    def inputs(example):
+        g_rows = _gather(g, example)
+        return _scatter((g_rows @ jnp.swapaxes(V, 1, 2)) @ jnp.swapaxes(U, 1, 2), example, x)
+
+    # Two loops, so that the one for x vanishes where x does not depend on the components (the first layer).
+    dU, dV = _sum_rounds(plan, weights)
+    return _sum_rounds(plan, inputs), dU, dV, None
+
+
+_dispatched.defvjp(_dispatched_fwd, _dispatched_bwd)
+
+
+def _gather(x: Float[Array, "B r d"], example: Int[Array, "C S"]) -> Float[Array, "C Sr d"]:
+    return jnp.take(x, example, axis=0, mode="fill", fill_value=0).reshape(example.shape[0], -1, x.shape[-1])
+
+
+def _scatter(rows: Float[Array, "C Sr e"], example: Int[Array, "C S"], like: Float[Array, "B r d"]) -> Float[Array, "B r e"]:
+    B, r = like.shape[:2]
+    return jnp.zeros((B, r, rows.shape[-1]), rows.dtype).at[example.reshape(-1)].add(rows.reshape(example.size, r, -1), mode="drop")
+
+
+def _sum_rounds(plan: _Plan, one_round: Callable[[Int[Array, "C S"]], PyTree]) -> PyTree:
+    def body(state):
+        i, total = state
+        return i + 1, jax.tree.map(jnp.add, total, one_round(plan.example[i]))
+
+    return lax.while_loop(lambda state: state[0] < plan.rounds, body, (1, one_round(plan.example[0])))[1]
 
 
 def _matrix_product(x, kappa: _Kappa, dimension_numbers, kappa_first: bool):
