@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
+from apd_jax.errors import InputError
 
 # What one chunk of tangents or Jacobians may hold in its largest array: a CPU is fastest when it stays in cache
 # (ResidMLP 1 layer, batch 256: 42 ms against 84 ms unchunked), an accelerator when it is busy.
@@ -41,7 +42,7 @@ def gradient(apply_fn: Callable, params: PyTree, components: Components, x: PyTr
     Returns:
       [B, C], in units of the output.
     Raises:
-      ValueError: components and params differ, or unknown mode.
+      InputError: components and params differ, or unknown mode.
     Cost: forward C·(a forward pass); reverse B·O·(a backward pass + C·|θ|), which is why auto takes forward: a tangent
       costs about what a cotangent does, and the contraction alone costs O times as much. Memory is bounded by chunks
       of components (forward) or examples (reverse), at a few MiB each on CPU.
@@ -60,7 +61,7 @@ def gradient_squared(apply_fn: Callable, params: PyTree, components: Components,
     if mode == "auto":
         mode = "reverse" if jax.eval_shape(model, leaves, x).shape[1] == 1 else "forward"
     if mode not in ("forward", "reverse"):
-        raise ValueError(f"unknown attribution mode {mode!r}; choose auto, forward or reverse.")
+        raise InputError(f"unknown attribution mode {mode!r}; choose auto, forward or reverse.")
     return (_forward if mode == "forward" else _reverse)(model, leaves, components, x)
 
 

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from apd_jax.errors import InputError
+
 Select = str | Sequence[str] | None
 
 
@@ -86,22 +88,24 @@ def selected_paths(params: PyTree, select: Select = None) -> list[str]:
     Args:
       select: glob patterns over dotted paths (`*.kernel`); None takes every floating leaf of two or more axes.
     Raises:
-      ValueError: a pattern matches nothing, or matches a leaf that is not floating point.
+      InputError: a pattern matches nothing, or matches a leaf that is not floating point.
     """
     leaves = {name: leaf for name, leaf in _named_leaves(params).items() if leaf is not None}
     floating = {name for name, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     if select is None:
         chosen = [name for name in leaves if name in floating and leaves[name].ndim >= 2]
         if not chosen:
-            raise ValueError(f"params has no floating leaf with two or more axes to decompose; its leaves: {', '.join(leaves)}.")
+            raise InputError(f"params has no floating leaf with two or more axes to decompose; its leaves: {', '.join(leaves)}.")
         return chosen
     chosen = set()
     for pattern in [select] if isinstance(select, str) else select:
         hits = fnmatch.filter(leaves, pattern)
         if not hits:
-            raise ValueError(f"select pattern {pattern!r} matches no leaf of params; its leaves: {', '.join(leaves)}.")
+            raise InputError(f"select pattern {pattern!r} matches no leaf of params; its leaves: {', '.join(leaves)}.")
         if bad := [name for name in hits if name not in floating]:
-            raise ValueError(f"select pattern {pattern!r} matches {bad[0]!r} of dtype {leaves[bad[0]].dtype}; only floating leaves can be decomposed.")
+            raise InputError(
+                f"select pattern {pattern!r} matches {bad[0]!r} of dtype {leaves[bad[0]].dtype}; only floating leaves can be decomposed."
+            )
         chosen.update(hits)
     return [name for name in leaves if name in chosen]
 
@@ -131,14 +135,14 @@ def init(
       select: see `selected_paths`.
       uses: {dotted path: times the forward pass uses the leaf}, 1 where absent.
     Raises:
-      ValueError: C or rank below 1, or `select`/`uses` name a leaf that is not there.
+      InputError: C or rank below 1, or `select`/`uses` name a leaf that is not there.
     """
     if num_components < 1 or (rank is not None and rank < 1):
-        raise ValueError(f"num_components and rank must be at least 1; got {num_components} and {rank}.")
+        raise InputError(f"num_components and rank must be at least 1; got {num_components} and {rank}.")
     chosen = selected_paths(params, select)
     uses = dict(uses or {})
     if unknown := set(uses) - set(chosen):
-        raise ValueError(f"uses names {sorted(unknown)}, which are not decomposed leaves; these are {chosen}.")
+        raise InputError(f"uses names {sorted(unknown)}, which are not decomposed leaves; these are {chosen}.")
 
     def make(path, leaf):
         name = path_name(path)
@@ -173,24 +177,46 @@ def from_materialized(weights: PyTree, *, rank: int | None = None, uses: Mapping
         m = rank or min(d_in, d_out)
         u, s, vt = jnp.linalg.svd(weight.reshape(-1, d_in, d_out), full_matrices=False)
         root = jnp.sqrt(s[:, None, :m])
-        return Factors(u[..., :m] * root, jnp.swapaxes(root, 1, 2) * vt[:, :m], shape=tuple(weight.shape[1:]), uses=uses.get(path_name(path), 1))
+        return Factors(
+            u[..., :m] * root, jnp.swapaxes(root, 1, 2) * vt[:, :m], shape=tuple(weight.shape[1:]), uses=uses.get(path_name(path), 1)
+        )
 
     return Components(jax.tree_util.tree_map_with_path(make, weights, is_leaf=lambda w: w is None))
+
+
+def from_raw(tree: Mapping[str, Any]) -> Components:
+    """Components from nested dicts that end in {"U", "V"}, as a checkpoint read without its network gives them.
+
+    Leaf shapes are those of the matrices; for norms, ranks and tables.
+    """
+
+    def visit(node):
+        if not isinstance(node, Mapping):
+            return None
+        if set(node) == {"U", "V"}:
+            return Factors(node["U"], node["V"], shape=(node["U"].shape[-2], node["V"].shape[-1]))
+        return {name: visit(child) for name, child in node.items()}
+
+    return Components(visit(tree))
 
 
 def decomposed_leaves(components: Components, params: PyTree) -> dict[str, Array]:
     """The leaves of params that are decomposed, by dotted path.
 
     Raises:
-      ValueError: components and params differ in structure or leaf shapes.
+      InputError: components and params differ in structure or leaf shapes.
     """
     if jax.tree.structure(params, is_leaf=is_slot) != jax.tree.structure(components.tree, is_leaf=is_slot):
         theirs, ours = set(_named_leaves(params)), set(_named_leaves(components.tree))
-        raise ValueError(f"components and params differ in structure: {', '.join(sorted(theirs ^ ours)) or 'same leaves in other containers'}.")
+        raise InputError(
+            f"components and params differ in structure: {', '.join(sorted(theirs ^ ours)) or 'same leaves in other containers'}."
+        )
     leaves = _named_leaves(params)
     for name, factors in components.factors.items():
         if tuple(leaves[name].shape) != factors.shape:
-            raise ValueError(f"params leaf {name!r} has shape {tuple(leaves[name].shape)}, but the components were made for {factors.shape}.")
+            raise InputError(
+                f"params leaf {name!r} has shape {tuple(leaves[name].shape)}, but the components were made for {factors.shape}."
+            )
     return {name: leaves[name] for name in components.factors}
 
 
@@ -203,7 +229,7 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
     return {path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_slot)[0]}
 
 
-def leaf_total(factors: Factors) -> Float[Array, "..."]:
+def leaf_total(factors: Factors) -> Float[Array, ...]:
     """Σ_c P_c of one leaf, in the leaf's shape: one matmul over the joint (component, rank) axis, no P_c is formed."""
     C, d_in, m = factors.U.shape
     return (jnp.moveaxis(factors.U, 0, 1).reshape(d_in, C * m) @ factors.V.reshape(C * m, -1)).reshape(factors.shape)
@@ -223,7 +249,7 @@ def materialize(components: Components) -> PyTree:
     return jax.tree.map(lambda f: None if f is None else (f.U @ f.V).reshape(-1, *f.shape), components.tree, is_leaf=is_slot)
 
 
-def weighted_sum(components: Components, params: PyTree, weights: Float[Array, "C"]) -> PyTree:
+def weighted_sum(components: Components, params: PyTree, weights: Float[Array, C]) -> PyTree:
     """Σ_c w_c P_c as a pytree like params: `weights` scales or switches components for *every* input."""
 
     scaled = _map_factors(lambda f: dataclasses.replace(f, U=f.U * weights[:, None, None].astype(f.U.dtype)), components)
@@ -249,7 +275,7 @@ def _map_factors(fn: Callable[..., Factors], *trees: Components) -> Components:
     return Components(jax.tree.map(fn, *(t.tree for t in trees), is_leaf=_is_factors))
 
 
-def squared_norms(components: Components) -> dict[str, Float[Array, "C"]]:
+def squared_norms(components: Components) -> dict[str, Float[Array, C]]:
     """‖P_c‖²_F per leaf, from the factors: tr(UᵀU · VVᵀ). Cost: C·m²·(d_in + d_out) per leaf."""
 
     def one(f: Factors):
@@ -265,7 +291,7 @@ def singular_values(components: Components) -> dict[str, Float[Array, "C r"]]:
     return {name: jnp.linalg.svd(f.U @ f.V, compute_uv=False) for name, f in components.factors.items()}
 
 
-def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str, Float[Array, "C"]]:
+def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str, Float[Array, C]]:
     """Number of singular values above `tolerance` times the largest one of the leaf over *all* components.
 
     Relative to the leaf, not to the component: a dead component has rank 0.

@@ -6,6 +6,8 @@ import difflib
 
 from ml_collections import config_dict
 
+from apd_jax.errors import InputError
+
 MASKS = ("batch_topk", "topk", "exact", "none")
 ATTRIBUTIONS_AT = ("target", "components")
 MINIMALITY_LOSSES = ("mse", "kl")
@@ -65,7 +67,7 @@ def validate(config: config_dict.ConfigDict) -> None:
     """Checks values that no type check catches.
 
     Raises:
-      ValueError: one sentence naming the field, its value and what is allowed.
+      InputError: one sentence naming the field, its value and what is allowed.
     """
     choices = {
         "mask": MASKS,
@@ -80,24 +82,40 @@ def validate(config: config_dict.ConfigDict) -> None:
         if config[field] not in allowed:
             near = difflib.get_close_matches(str(config[field]), allowed, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{field} = {config[field]!r} is not one of {', '.join(allowed)}.{hint}")
-    for field in ("num_components", "num_instances", "num_steps", "batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"):
+            raise InputError(f"{field} = {config[field]!r} is not one of {', '.join(allowed)}.{hint}")
+    for field in (
+        "num_components",
+        "num_instances",
+        "num_steps",
+        "batch_size",
+        "steps_per_call",
+        "log_every_steps",
+        "checkpoint_every_steps",
+        "keep_checkpoints",
+    ):
         if config[field] < 1:
-            raise ValueError(f"{field} must be at least 1; got {config[field]}.")
+            raise InputError(f"{field} must be at least 1; got {config[field]}.")
     if config.rank is not None and config.rank < 1:
-        raise ValueError(f"rank must be at least 1, or None for full rank; got {config.rank}.")
+        raise InputError(f"rank must be at least 1, or None for full rank; got {config.rank}.")
     choosable = config.num_components - config.num_always_on
     if config.num_always_on < 0 or choosable < 1:
-        raise ValueError(f"num_always_on must lie in [0, num_components = {config.num_components}); got {config.num_always_on}.")
+        raise InputError(f"num_always_on must lie in [0, num_components = {config.num_components}); got {config.num_always_on}.")
     if config.mask in ("batch_topk", "topk") and not 0 < config.topk <= choosable:
-        raise ValueError(f"topk must be above 0 and at most {choosable}, the number of components to choose from; got {config.topk}.")
+        raise InputError(f"topk must be above 0 and at most {choosable}, the number of components to choose from; got {config.topk}.")
     if config.mask == "topk" and config.topk != int(config.topk):
-        raise ValueError(f"topk must be a whole number when mask = 'topk' (per example); got {config.topk}.")
-    for field in ("faithfulness_coeff", "minimality_coeff", "hidden_reconstruction_coeff", "simplicity_coeff", "attribution_lp_coeff", "weight_decay"):
+        raise InputError(f"topk must be a whole number when mask = 'topk' (per example); got {config.topk}.")
+    for field in (
+        "faithfulness_coeff",
+        "minimality_coeff",
+        "hidden_reconstruction_coeff",
+        "simplicity_coeff",
+        "attribution_lp_coeff",
+        "weight_decay",
+    ):
         if not 0 <= config[field] < float("inf"):
-            raise ValueError(f"{field} must be a finite number of at least 0; got {config[field]}.")
+            raise InputError(f"{field} must be a finite number of at least 0; got {config[field]}.")
     for field in ("learning_rate", "init_scale", "schatten_p", "attribution_lp_p"):
         if not 0 < config[field] < float("inf"):
-            raise ValueError(f"{field} must be a finite number above 0; got {config[field]}.")
+            raise InputError(f"{field} must be a finite number above 0; got {config[field]}.")
     if not 0 <= config.warmup_fraction < 1:
-        raise ValueError(f"warmup_fraction must lie in [0, 1); got {config.warmup_fraction}.")
+        raise InputError(f"warmup_fraction must lie in [0, 1); got {config.warmup_fraction}.")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
+from apd_jax.errors import InputError
 
 EPSILON = 1e-16  # inside the powers, so that their gradient is finite at 0 (the released code's value)
 
@@ -35,14 +36,14 @@ def minimality(sparse_out: Float[Array, "B ..."], target_out: Float[Array, "B ..
     kl:  mean over batch of KL(softmax(target) ‖ softmax(sparse)) over the last axis, in nats.
 
     Raises:
-      ValueError: unknown kind.
+      InputError: unknown kind.
     """
     if kind == "mse":
         return jnp.mean((sparse_out - target_out) ** 2)
     if kind == "kl":
         log_p, log_q = jax.nn.log_softmax(target_out), jax.nn.log_softmax(sparse_out)
         return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
-    raise ValueError(f"unknown minimality loss {kind!r}; choose mse or kl.")
+    raise InputError(f"unknown minimality loss {kind!r}; choose mse or kl.")
 
 
 def hidden_reconstruction(
@@ -51,10 +52,12 @@ def hidden_reconstruction(
     r"""mean_b Σ_l ‖h_l(θ*, x_b) - h_l(κ(x_b), x_b)‖² / Σ_l width_l over the named activations l  (APD appendix A.3).
 
     Raises:
-      ValueError: the two differ in names, or there are none.
+      InputError: the two differ in names, or there are none.
     """
     if not target_hidden or set(target_hidden) != set(sparse_hidden):
-        raise ValueError(f"hidden reconstruction needs the same named activations of both passes; got {sorted(sparse_hidden)} and {sorted(target_hidden)}.")
+        raise InputError(
+            f"hidden reconstruction needs the same named activations of both passes; got {sorted(sparse_hidden)} and {sorted(target_hidden)}."
+        )
     squares = sum(jnp.sum((sparse_hidden[name] - target_hidden[name]) ** 2) for name in target_hidden)
     return squares / sum(h.size for h in target_hidden.values())
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
+
+from apd_jax.errors import InputError
 
 
 def num_kept(k: Any, batch_size: int) -> Any:
@@ -91,12 +92,12 @@ def batch_topk(attributions: Float[Array, "B C"], k: Any, *, axis_name: str | No
       axis_name: the mapped device axis that the batch is split over, in order; the mask is then the same as on one device.
     Returns: mask with exactly K True; ties go to the lower example, then the lower component.
     Raises:
-      ValueError: a Python k below 0 or above C.
+      InputError: a Python k below 0 or above C.
     Cost: some tens of counting passes over the scores, no sort; with axis_name as many scalar psums.
     """
     B, C = attributions.shape
     if isinstance(k, (int, float)) and not 0 <= k <= C:
-        raise ValueError(f"k (mean active components per example) must lie in [0, C = {C}]; got {k}.")
+        raise InputError(f"k (mean active components per example) must lie in [0, C = {C}]; got {k}.")
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     return batch_largest(attributions, num_kept(k, B * devices), axis_name=axis_name)
 

@@ -7,6 +7,8 @@ import math
 import jax.numpy as jnp
 import optax
 
+from apd_jax.errors import InputError
+
 KINDS = ("constant", "linear", "cosine", "exponential")
 _HALF_LIFE_STEPS = 300
 
@@ -19,10 +21,10 @@ def learning_rate(kind: str, peak: float, num_steps: int, warmup_fraction: float
     The cosine is a *quarter* wave, as in the released code of APD; `optax.cosine_decay_schedule` is a half wave.
 
     Raises:
-      ValueError: unknown kind.
+      InputError: unknown kind.
     """
     if kind not in KINDS:
-        raise ValueError(f"unknown learning-rate schedule {kind!r}; choose one of {', '.join(KINDS)}.")
+        raise InputError(f"unknown learning-rate schedule {kind!r}; choose one of {', '.join(KINDS)}.")
     warmup_steps = int(num_steps * warmup_fraction)
     decay_steps = max(num_steps - warmup_steps, 1)
 

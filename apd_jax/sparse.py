@@ -31,6 +31,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components, Factors
+from apd_jax.errors import InputError
 
 _TINY_LEAF = 4096  # entries up to which materialising beats factored products (measured on TMS 40-10, CPU)
 
@@ -56,12 +57,12 @@ def apply(
       slots: S, examples per component in the dispatch route; see `slots_for`.
     Returns: what apply_fn returns, for the whole batch.
     Raises:
-      ValueError: unknown route; mask, components and params that do not fit together.
+      InputError: unknown route; mask, components and params that do not fit together.
     Cost: materialize B·C·|θ|; masked B·C·m·(d_in + d_out) per leaf; dispatch C·S·m·(d_in + d_out) per leaf and round, the
       rounds being ⌈examples of the most often kept component / S⌉, mostly 1. The dispatch route has no forward-mode derivative.
     """
     if mask.ndim != 2 or mask.shape[1] != components.num_components or mask.shape[0] != jax.tree.leaves(x)[0].shape[0]:
-        raise ValueError(
+        raise InputError(
             f"mask has shape {mask.shape}; x holds {jax.tree.leaves(x)[0].shape[0]} examples and there are {components.num_components} components."
         )
     leaves = components_lib.decomposed_leaves(components, params)
@@ -74,7 +75,9 @@ def apply(
         return _factored(apply_fn, params, components, mask, x, None)
     if route == "dispatch" and slots and mask.dtype == jnp.bool_:
         return _factored(apply_fn, params, components, mask, x, _make_plan(mask, min(slots, mask.shape[0])))
-    raise ValueError(f"route {route!r} with a {mask.dtype} mask and slots = {slots}: choose auto, materialize, masked, or dispatch (bool mask and slots).")
+    raise InputError(
+        f"route {route!r} with a {mask.dtype} mask and slots = {slots}: choose auto, materialize, masked, or dispatch (bool mask and slots)."
+    )
 
 
 def slots_for(k: float, batch_size: int, num_components: int) -> int:

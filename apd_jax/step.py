@@ -20,6 +20,7 @@ from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import losses, masks, schedules, sparse
 from apd_jax.components import Components
+from apd_jax.errors import InputError
 
 Metrics = dict[str, Float[Array, ""]]
 
@@ -58,10 +59,12 @@ def make_mask_fn(config: ConfigDict, *, num_active_fn: Callable | None = None, a
     The first `num_always_on` components are always kept and not counted in k.
 
     Raises:
-      ValueError: mask = "exact" for a target that does not know how many features are active.
+      InputError: mask = "exact" for a target that does not know how many features are active.
     """
     if config.mask == "exact" and num_active_fn is None:
-        raise ValueError("mask = 'exact' keeps as many components as features are active, which this target does not tell; use mask = 'batch_topk'.")
+        raise InputError(
+            "mask = 'exact' keeps as many components as features are active, which this target does not tell; use mask = 'batch_topk'."
+        )
 
     def choose(attributions, x) -> Bool[Array, "B C"]:
         if config.mask == "batch_topk":

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from ml_collections import ConfigDict
-
 from apd_jax.targets import resid_mlp, tms
-from apd_jax.targets.base import Target, one_of
+from apd_jax.targets.base import Config, Target, one_of
 
 BUILDERS = {"tms": tms.build, "resid_mlp": resid_mlp.build}
 
 
-def build(config: ConfigDict, batch_size: int) -> Target:
+def build(config: Config, batch_size: int) -> Target:
     """The target network that `config` (an experiment's `config.target`) describes.
 
     Args:
       batch_size: examples in a batch of `sample_fn`; pretraining has its own in `config.pretrain`.
     Raises:
-      ValueError: an unknown name, or a value that the named target refuses.
+      InputError: an unknown name, or a value that the named target refuses.
     """
     return BUILDERS[one_of("target.name", config.name, BUILDERS)](config, batch_size)

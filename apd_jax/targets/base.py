@@ -15,6 +15,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
+from apd_jax.errors import InputError
+
+Config = Any  # an ml_collections.ConfigDict, whose own annotations make every field a union of all types
+
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -44,7 +48,7 @@ class Target:
         """One input per feature: the feature alone, at `probe_value`."""
         return self.probe_value * jnp.eye(self.num_features)
 
-    def num_active_fn(self, x: Float[Array, "B F"]) -> Int[Array, "B"]:
+    def num_active_fn(self, x: Float[Array, "B F"]) -> Int[Array, B]:
         """How many features are truly active (nonzero) in each example."""
         return jnp.sum(x != 0, axis=1, dtype=jnp.int32)
 
@@ -65,29 +69,34 @@ def feature_sampler(batch_size: int, num_features: int, probability: float, *, s
     """(rng, step) -> `sparse_features`, from `fold_in(rng, step)`.
 
     Raises:
-      ValueError: a batch below 1, or a probability outside (0, 1].
+      InputError: a batch below 1, or a probability outside (0, 1].
     """
     at_least_one(batch_size=batch_size)
     if not 0 < probability <= 1:
-        raise ValueError(f"feature_probability must lie in (0, 1]; got {probability}.")
+        raise InputError(f"feature_probability must lie in (0, 1]; got {probability}.")
     return lambda rng, step: sparse_features(jax.random.fold_in(rng, step), batch_size, num_features, probability, signed=signed)
+
+
+def identity(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "n m"]:
+    """The identity, as an initialiser of a fixed matrix."""
+    return jnp.eye(*shape)
 
 
 def one_of(what: str, value: str, known: Iterable[str]) -> str:
     """`value`, if it is one of the known.
 
     Raises:
-      ValueError: it is not; the sentence lists the known and names the nearest.
+      InputError: it is not; the sentence lists the known and names the nearest.
     """
     known = tuple(known)
     if value in known:
         return value
     near = difflib.get_close_matches(value, known, n=1)
-    raise ValueError(f"unknown {what} {value!r}; known: {', '.join(known)}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def at_least_one(**sizes: int) -> None:
-    """Raises ValueError for the first size below 1."""
+    """Raises InputError for the first size below 1."""
     for name, size in sizes.items():
         if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}.")
+            raise InputError(f"{name} must be at least 1; got {size}.")

@@ -11,16 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from apd_jax.components import path_name
 from apd_jax.schedules import learning_rate
-from apd_jax.targets.base import Target, at_least_one
+from apd_jax.targets.base import Config, Target, at_least_one
 
 STEPS_PER_CALL = 100
 
 
-def pretrain(target: Target, config: ConfigDict, *, progress: Callable[..., Any] | None = None) -> tuple[PyTree, list[dict[str, float]]]:
+def pretrain(target: Target, config: Config, *, progress: Callable[..., Any] | None = None) -> tuple[PyTree, list[dict[str, Any]]]:
     """Trains the target by AdamW on `target.loss_fn`, deterministically from `config.seed`.
 
     Args:
@@ -30,7 +29,7 @@ def pretrain(target: Target, config: ConfigDict, *, progress: Callable[..., Any]
       params, and the history [{"step", "loss"}] with the loss averaged since the entry before. Leaves named by `target.frozen`
       are as they were drawn.
     Raises:
-      ValueError: a setting is out of range, or the loss or a weight is no longer finite; the sentence names the step.
+      InputError: a setting is out of range, or the loss or a weight is no longer finite; the sentence names the step.
     Cost: one XLA call per 100 steps, data drawn inside it.
     """
     settings = config.pretrain
@@ -69,5 +68,5 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _diverged(step: int, rate: float) -> ValueError:
-    return ValueError(f"target pretraining is no longer finite at step {step}; lower config.target.pretrain.learning_rate (now {rate}).")
+def _diverged(step: int, rate: float) -> InputError:
+    return InputError(f"target pretraining is no longer finite at step {step}; lower config.target.pretrain.learning_rate (now {rate}).")

@@ -13,10 +13,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
-from ml_collections import ConfigDict
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apd_jax.targets.base import Target, at_least_one, feature_sampler, one_of
+from apd_jax.errors import InputError
+from apd_jax.targets.base import Config, Target, at_least_one, feature_sampler, identity, one_of
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 EMBEDDINGS = ("random", "identity")
@@ -59,28 +59,24 @@ def unit_rows(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "F D"]:
     return rows / jnp.linalg.norm(rows, axis=1, keepdims=True)
 
 
-def identity(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "F D"]:
-    """The identity, as an initialiser."""
-    return jnp.eye(*shape)
-
-
 def init(model: ResidMLP, key: PRNGKeyArray) -> dict[str, Array]:
     """Fresh params with W_U = W_Eᵀ."""
-    params = model.init(key, jnp.zeros((1, model.num_features)))["params"]
+    params: Any = model.init(key, jnp.zeros((1, model.num_features)))["params"]
     return {**params, "W_U": params["W_E"].T}
 
 
-def contracted(model: ResidMLP, params: dict[str, Array], x: Float[Array, "B F"]) -> Float[Array, "B F"]:
+def contracted(model: ResidMLP, params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     """The outputs, with every product of two weights taken first: nothing of size [B, D] is formed.
 
-    Each layer reads x (W_E W_in,i) + Σ_{j<i} act_j (W_out,j W_in,i), the output likewise with W_U. With D = 1000 and F = 100 the
-    forward pass and its tangents are about ten times cheaper than through the residual stream.
+    Each layer reads x (W_E W_in,i) + Σ_{j<i} act_j (W_out,j W_in,i), the output likewise with W_U. With D = 1000, F = 100 and
+    M = 50 that is ten times fewer operations than through the residual stream at B = 2048, for the forward pass and for a tangent
+    alike, and three to five times fewer at B = 256.
     """
     act = ACTIVATIONS[model.activation]
     written = [(x, params["W_E"])]  # what each writer adds to the stream: coefficients [B, n] and directions [n, D]
 
     def read(W):
-        return sum(coefficients @ (directions @ W) for coefficients, directions in written)
+        return functools.reduce(jnp.add, [coefficients @ (directions @ W) for coefficients, directions in written])
 
     for i in range(model.num_layers):
         pre = read(params[f"mlp_in_{i}"])
@@ -91,7 +87,7 @@ def contracted(model: ResidMLP, params: dict[str, Array], x: Float[Array, "B F"]
     return read(params["W_U"])
 
 
-def neuron_contributions(params: dict[str, Array], weights: dict[str, Array], num_layers: int) -> Float[Array, "F n"]:
+def neuron_contributions(params: PyTree, weights: PyTree, num_layers: int) -> Float[Array, "F n"]:
     r"""How much each of the n = num_layers·M neurons carries from feature f to output f.
 
     entry (f, n) = (W_E W_in)_{f,n} · (W_out W_U)_{n,f}          (APD, "neuron contributions")
@@ -109,11 +105,11 @@ def labels(x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     return x + nn.relu(x)
 
 
-def build(config: ConfigDict, batch_size: int) -> Target:
+def build(config: Config, batch_size: int) -> Target:
     """The ResidMLP target of `config` (fields: configs/resid_mlp.py).
 
     Raises:
-      ValueError: a size below 1, an unknown activation or embedding, an identity embedding that is not square, or a probability
+      InputError: a size below 1, an unknown activation or embedding, an identity embedding that is not square, or a probability
         outside (0, 1].
     """
     F, D, L, M = config.num_features, config.d_resid, config.num_layers, config.d_mlp
@@ -121,11 +117,11 @@ def build(config: ConfigDict, batch_size: int) -> Target:
     activation = one_of("target.activation", config.activation, ACTIVATIONS)
     embedding = one_of("target.embedding", config.embedding, EMBEDDINGS)
     if embedding == "identity" and D != F:
-        raise ValueError(f"target.embedding = 'identity' needs d_resid = num_features; got d_resid = {D} and num_features = {F}.")
+        raise InputError(f"target.embedding = 'identity' needs d_resid = num_features; got d_resid = {D} and num_features = {F}.")
     model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
     outputs = functools.partial(contracted, model)
 
-    def loss_fn(params: Any, x: Array):
+    def loss_fn(params: PyTree, x: Array):
         return jnp.mean((outputs(params, x) - labels(x)) ** 2)
 
     def monosemantic_fn(x: Array):

@@ -9,15 +9,13 @@ feature f, the paper's W_{:,f}. Hid [H, H] is optional and fixed: the identity, 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
-from ml_collections import ConfigDict
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apd_jax.targets.base import Target, at_least_one, feature_sampler, one_of
+from apd_jax.targets.base import Config, Target, at_least_one, feature_sampler, identity, one_of
 
 HIDDEN = ("none", "identity", "rotation")
 
@@ -37,47 +35,42 @@ class TMS(nn.Module):
         h = products["linear1"]
         if self.hidden != "none":
             init = rotation if self.hidden == "rotation" else identity
-            h = products["hidden_0"] = h @ self.param("hidden", init, self.d_hidden)
+            h = products["hidden_0"] = h @ self.param("hidden", init, (self.d_hidden, self.d_hidden))
         products["linear2"] = h @ W.T
         return nn.relu(products["linear2"] + b[None, :]), products
 
 
-def identity(key: PRNGKeyArray, size: int) -> Float[Array, "n n"]:
-    """The identity, as an initialiser."""
-    return jnp.eye(size)
+def rotation(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "n n"]:
+    """A random rotation R whose largest plane angle is 30°, as an initialiser of a fixed matrix.
 
-
-def rotation(key: PRNGKeyArray, size: int) -> Float[Array, "n n"]:
-    """A random rotation R whose largest plane angle is 45°.
-
-    R = exp(S), S skew-symmetric with normal entries and largest singular value π/4. W is tied, so feature f reaches itself with
-    weight w·Rw, which is at least cos(45°)·|w|² here; planes turned by more than 90°, as in half of all orthogonal matrices,
-    would make it negative and the target untrainable.
+    R = exp(S), S skew-symmetric with normal entries and largest singular value π/6. W is tied, so feature f reaches itself with
+    weight w·Rw, here at least cos(30°)·|w|². Under a uniformly drawn orthogonal matrix it can be negative, and trained targets
+    lose features altogether (rows of W of length 0 in 40-10); at 45° a 5-2 target still has two rows of length 0.4.
     """
-    a = jax.random.normal(key, (size, size))
+    a = jax.random.normal(key, shape)
     skew = a - a.T
     angle = jnp.maximum(jnp.linalg.norm(skew, 2), jnp.finfo(skew.dtype).tiny)  # 0 in one dimension, where R = 1
-    return jax.scipy.linalg.expm(math.pi / 4 * skew / angle)
+    return jax.scipy.linalg.expm(math.pi / 6 * skew / angle)
 
 
-def contracted(params: dict[str, Array], x: Float[Array, "B F"]) -> Float[Array, "B F"]:
+def contracted(params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     """The outputs, as ReLU(x (W [Hid] Wᵀ) + b): a tangent costs one product [B, F] x [F, F], not two or three with W."""
     W = params["W"]
     through = W @ params["hidden"] if "hidden" in params else W
     return nn.relu(x @ (through @ W.T) + params["b"][None, :])
 
 
-def build(config: ConfigDict, batch_size: int) -> Target:
+def build(config: Config, batch_size: int) -> Target:
     """The TMS target of `config` (fields: configs/tms.py).
 
     Raises:
-      ValueError: a size below 1, an unknown kind of `hidden`, or a probability outside (0, 1].
+      InputError: a size below 1, an unknown kind of `hidden`, or a probability outside (0, 1].
     """
     F, H, hidden = config.num_features, config.d_hidden, one_of("target.hidden", config.hidden, HIDDEN)
     at_least_one(num_features=F, d_hidden=H)
     model = TMS(F, H, hidden)
 
-    def apply_fn(params: Any, x: Array):
+    def apply_fn(params: PyTree, x: Array):
         return model.apply({"params": params}, x)
 
     return Target(

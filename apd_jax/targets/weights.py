@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from apd_jax.components import path_name
+from apd_jax.errors import InputError
 
 
-def _write_npz(arrays: Mapping[str, np.ndarray], path: Path) -> None:
+def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:
     with path.open("wb") as file:  # an open file: given a path, numpy would append its own extension
         np.savez(file, **arrays)
 
@@ -32,7 +34,7 @@ def save(path: str | os.PathLike[str], params: PyTree) -> None:
     """Writes params; an interrupted write leaves the file as it was.
 
     Raises:
-      ValueError: the extension is neither .npz nor .safetensors.
+      InputError: the extension is neither .npz nor .safetensors.
     """
     path, (_, write) = Path(path), _format(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
@@ -44,33 +46,33 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
     """Params from a file, in the structure and dtypes of `like` (arrays, or the shapes that `jax.eval_shape` gives).
 
     Raises:
-      ValueError: one sentence naming file and leaf: another extension, an unreadable file, a name too few or too many, another shape,
+      InputError: one sentence naming file and leaf: another extension, an unreadable file, a name too few or too many, another shape,
         a value that is not a finite number.
     """
     path, (read, _) = Path(path), _format(path)
     try:
         arrays = read(path)
     except Exception as error:  # zip, header, dtype and system errors of two formats: for the user all are one
-        raise ValueError(f"weights file {path} cannot be read: {str(error).splitlines()[0]}.") from error
+        raise InputError(f"weights file {path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
     wanted = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
     if missing := [name for name in wanted if name not in arrays]:
         shapes = {name: array.shape for name, array in arrays.items()}
-        raise ValueError(f"weights file {path} lacks {missing[0]!r} of shape {wanted[missing[0]].shape}; it holds {shapes}.")
+        raise InputError(f"weights file {path} lacks {missing[0]!r} of shape {wanted[missing[0]].shape}; it holds {shapes}.")
     if extra := [name for name in arrays if name not in wanted]:
         shapes = {name: leaf.shape for name, leaf in wanted.items()}
-        raise ValueError(f"weights file {path} holds {extra[0]!r} of shape {arrays[extra[0]].shape}, but the target has {shapes}.")
+        raise InputError(f"weights file {path} holds {extra[0]!r} of shape {arrays[extra[0]].shape}, but the target has {shapes}.")
 
     def convert(path_in_tree, leaf):
         name = path_name(path_in_tree)
         array = arrays[name]
         if array.shape != leaf.shape:
-            raise ValueError(f"weights file {path} holds {name!r} with shape {array.shape}, but the target's has shape {leaf.shape}.")
-        if not jnp.issubdtype(array.dtype, jnp.number):
-            raise ValueError(f"weights file {path} holds {name!r} of dtype {array.dtype}, which is not a number.")
+            raise InputError(f"weights file {path} holds {name!r} with shape {array.shape}, but the target's has shape {leaf.shape}.")
+        if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+            raise InputError(f"weights file {path} holds {name!r} with dtype {array.dtype}, which is not a real number.")
         with np.errstate(over="ignore"):  # an overflow in the cast is reported as not finite
             array = array.astype(leaf.dtype)
         if not np.isfinite(array).all():
-            raise ValueError(f"weights file {path} holds values in {name!r} that are not finite in {array.dtype}.")
+            raise InputError(f"weights file {path} holds values in {name!r} that are not finite in {array.dtype}.")
         return jnp.asarray(array)
 
     return jax.tree_util.tree_map_with_path(convert, like)
@@ -80,4 +82,4 @@ def _format(path: str | os.PathLike[str]):
     try:
         return _FORMATS[Path(path).suffix]
     except KeyError:
-        raise ValueError(f"weights file {path} must end in .npz or .safetensors.") from None
+        raise InputError(f"weights file {path} must end in .npz or .safetensors.") from None

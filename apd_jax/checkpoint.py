@@ -1,0 +1,78 @@
+"""Orbax checkpoints of a TrainState: asynchronous, atomic, a few kept, and a torn one skipped."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import PyTree
+
+from apd_jax.errors import InputError
+
+log = logging.getLogger(__name__)
+
+
+def open_manager(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager:
+    """The checkpoints of one run; `keep` newest ones are kept."""
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
+    """Starts writing `state`; returns before it is on disk. `manager.wait_until_finished()` waits."""
+    if step not in manager.all_steps():
+        manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> tuple[int, PyTree] | None:
+    """The newest checkpoint that can be read, as (step, state); None where there is none at all.
+
+    A torn one is skipped, with a warning, and deleted once an older one was read, so that training can write its step anew.
+
+    Args:
+      like: a state of the same structure, shapes and dtypes (abstract or not).
+    Raises:
+      InputError: there are checkpoints, but none can be read.
+    """
+    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    found = _newest_readable(manager, ocp.args.StandardRestore(abstract))
+    if found is not None:
+        for torn in [step for step in manager.all_steps() if step > found[0]]:
+            manager.delete(torn)
+    return found
+
+
+def read(folder: epath.PathLike) -> tuple[dict[int, int], int, dict[str, Any]]:
+    """What a checkpoint folder holds, without knowing the network: {step: bytes on disk}, the newest readable step, its arrays.
+
+    Raises:
+      InputError: no such folder, no checkpoint in it, or none that can be read.
+    """
+    folder = epath.Path(folder).absolute()
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
+    with contextlib.closing(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))) as manager:
+        found = _newest_readable(manager, ocp.args.StandardRestore())
+        if found is None:
+            raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
+        sizes = {step: sum(f.stat().length for f in (folder / str(step)).glob("**/*") if f.is_file()) for step in manager.all_steps()}
+    return dict(sorted(sizes.items())), *found
+
+
+def _newest_readable(manager: ocp.CheckpointManager, args: Any) -> tuple[int, Any] | None:
+    steps = sorted(manager.all_steps(), reverse=True)
+    for step in steps:
+        try:
+            return step, manager.restore(step, args=args)
+        except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
+            reason = " ".join(str(error).split())[:200]
+            log.warning("checkpoint %d in %s cannot be read (%s); trying the one before.", step, manager.directory, reason)
+    if steps:
+        raise InputError(
+            f"none of the checkpoints {steps} in {manager.directory} can be read; delete that folder to start the decomposition again."
+        )
+    return None

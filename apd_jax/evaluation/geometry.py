@@ -1,0 +1,77 @@
+"""Where the truth is known: do the components hold the features, one each, in direction and length?
+
+Shapes: C components, F features, d the length of the vector W_f that serves feature f; P_{c,f} is component c's part of it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Int
+from scipy.optimize import linear_sum_assignment
+
+OWNED_COSINE = 0.9  # a feature is owned if its component's vector points its way ...
+OWNED_NORM_RATIO = 0.5  # ... and holds at least this part of its length
+
+
+def cosines(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> Float[np.ndarray, "C F"]:
+    """cos(P_{c,f}, W_f); 0 where either vector is exactly zero."""
+    P, W = component_weights.astype(np.float64), target_weights.astype(np.float64)
+    lengths = np.linalg.norm(P, axis=-1) * np.linalg.norm(W, axis=-1)
+    return _divide(np.einsum("cfd,fd->cf", P, W), lengths)
+
+
+def norm_ratios(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> Float[np.ndarray, "C F"]:
+    """‖P_{c,f}‖ / ‖W_f‖; 0 where the target's vector is exactly zero."""
+    P, W = component_weights.astype(np.float64), target_weights.astype(np.float64)
+    norms = np.linalg.norm(P, axis=-1)
+    return _divide(norms, np.broadcast_to(np.linalg.norm(W, axis=-1), norms.shape))
+
+
+def one_to_one(cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "C F"]) -> Int[np.ndarray, F]:
+    """The component of every feature, no component twice, that maximises Σ_f cos · min(norm ratio, 1).
+
+    The argmax of the cosine alone is fooled by a tiny column that happens to point the right way, and hides a component that
+    serves two features. Here a vector scores by how much of W_f it really holds: its projection on W_f, in units of ‖W_f‖, as
+    long as it is no longer than W_f; greater length earns nothing.
+
+    Returns: [F]; -1 for the features left over when C < F.
+    """
+    component, feature = linear_sum_assignment(cosine * np.minimum(norm_ratio, 1), maximize=True)
+    owner = np.full(cosine.shape[1], -1)
+    owner[feature] = component
+    return owner
+
+
+def scores(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> dict[str, float | int]:
+    r"""How well the components match the features.
+
+    mmcs = mean_f max_c cos(P_{c,f}, W_f)        ml2r = mean_f ‖P_{c*,f}‖ / ‖W_f‖, c* that argmax        (APD, section 3.1)
+
+    Returns:
+      mmcs, ml2r: as in the paper; both best at 1.
+      mmcs_one_to_one, ml2r_one_to_one: the same with c* from `one_to_one`; a feature left over counts 0 in both.
+      num_features: F.
+      num_features_owned: features whose one-to-one component has them as its main feature (the longest of its F vectors), with
+        cosine >= OWNED_COSINE and norm ratio >= OWNED_NORM_RATIO.
+    Cost: C·F·d, and an assignment of order max(C, F)³ on the host.
+    """
+    cosine, ratio = cosines(component_weights, target_weights), norm_ratios(component_weights, target_weights)
+    features = np.arange(target_weights.shape[0])
+    best, owner = cosine.argmax(axis=0), one_to_one(cosine, ratio)
+    assigned = owner >= 0
+    own_cosine = np.where(assigned, cosine[owner, features], 0)
+    own_ratio = np.where(assigned, ratio[owner, features], 0)
+    main_feature = np.linalg.norm(component_weights, axis=-1).argmax(axis=1)
+    owned = assigned & (main_feature[owner] == features) & (own_cosine >= OWNED_COSINE) & (own_ratio >= OWNED_NORM_RATIO)
+    return {
+        "mmcs": float(cosine[best, features].mean()),
+        "ml2r": float(ratio[best, features].mean()),
+        "mmcs_one_to_one": float(own_cosine.mean()),
+        "ml2r_one_to_one": float(own_ratio.mean()),
+        "num_features": len(features),
+        "num_features_owned": int(owned.sum()),
+    }
+
+
+def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    return np.divide(numerator, denominator, out=np.zeros_like(numerator), where=denominator > 0)

@@ -1,0 +1,198 @@
+"""The stages of one run in one folder: target, decomposition, evaluation, figures.
+
+A workdir holds config.json, target/params.npz, checkpoints/ (orbax), metrics.jsonl, tensorboard/, evaluation.json,
+evaluation.npz and figures/. Every stage takes up what it finds there.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from apd_jax import checkpoint, parallel, targets, train
+from apd_jax import components as components_lib
+from apd_jax import config as config_lib
+from apd_jax.components import Components
+from apd_jax.decomposition import decompose
+from apd_jax.errors import InputError
+from apd_jax.evaluation import summary
+from apd_jax.progress import ProgressDisplay, read_rows
+from apd_jax.report import figures, tables
+from apd_jax.targets import pretrain, weights
+from apd_jax.targets.base import Target
+
+
+def run(config: ConfigDict, workdir: epath.PathLike, console: Console) -> None:
+    """All stages; each goes on from what the workdir already holds.
+
+    Raises:
+      InputError: a setting, or a workdir that cannot be used. Interrupted: by a signal, with a checkpoint saved.
+    """
+    folder = epath.Path(workdir)
+    config_lib.validate(config.apd)
+    parallel.check_batch(config.apd.batch_size, jax.local_device_count())
+    target = targets.build(config.target, config.apd.batch_size)
+    _claim(folder, config)
+    params = _target_params(target, config, folder)
+    decomposition = decompose(
+        target.apply_fn,
+        params,
+        target.sample_fn,
+        config.apd,
+        select=target.select,
+        uses=target.uses,
+        attribution_fn=target.attribution_fn,
+        num_active_fn=target.num_active_fn,
+        workdir=folder,
+    )
+    _report(config, folder, params, decomposition.components, console)
+
+
+def evaluate(workdir: epath.PathLike, console: Console) -> None:
+    """Evaluation and figures of a run that has a checkpoint, from its saved config."""
+    folder = epath.Path(workdir)
+    config = load_config(folder)
+    target = targets.build(config.target, config.apd.batch_size)
+    params = weights.load(_target_path(folder), jax.eval_shape(target.init_fn, jax.random.key(0)))
+    problem = train.Problem(target.apply_fn, params, target.sample_fn, select=target.select, uses=target.uses)
+    step, components = train.restore_components(problem, config.apd, folder)
+    if step < config.apd.num_steps:
+        console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
+    _report(config, folder, params, components, console)
+
+
+def inspect(workdir: epath.PathLike, console: Console) -> None:
+    """Prints what the checkpoints of a workdir hold, without running the network."""
+    folder = epath.Path(workdir)
+    load_config(folder)
+    steps, step, state = checkpoint.read(folder / "checkpoints")
+    console.print(f"{folder / 'checkpoints'}: steps " + ", ".join(f"{step} ({size / 2**20:.1f} MiB)" for step, size in steps.items()))
+    console.print(tables.tree_table(state, title=f"State at step {step}"))
+    components = components_lib.from_raw(state["components"]["tree"])
+    for i, one in enumerate(_instances(components)):
+        saved = _arrays_path(folder, i)
+        arrays = np.load(saved) if saved.exists() else {}
+        console.print(tables.components_table(one, arrays.get("firing_rates"), arrays.get("feature_of_component")))
+    if not _arrays_path(folder, 0).exists():
+        console.print("Firing rates and features come with the evaluation, at the end of the run or by --mode=evaluate.")
+
+
+def load_config(folder: epath.Path) -> ConfigDict:
+    """The config that a run was started with.
+
+    Raises:
+      InputError: the folder is not a workdir, or its config.json is damaged.
+    """
+    path = folder / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except FileNotFoundError:
+        raise InputError(f"{folder} holds no config.json; give --workdir a folder that a run was started in.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or start a new workdir.") from None
+
+
+def _claim(folder: epath.Path, config: ConfigDict) -> None:
+    """Makes the workdir, or checks that it belongs to this very config."""
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if (folder / "config.json").exists():
+        there = _flat(load_config(folder).to_dict())
+        given = _flat(wanted)
+        if changed := [name for name in sorted(there | given) if there.get(name, "absent") != given.get(name, "absent")]:
+            differences = "; ".join(
+                f"{name} is {there.get(name, 'absent')!r} there and {given.get(name, 'absent')!r} here" for name in changed
+            )
+            raise InputError(
+                f"workdir {folder} belongs to another config: {differences}. Use another --workdir, or the config that it was started with."
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".config.json.unfinished"
+        unfinished.write_text(json.dumps(wanted, indent=2))
+        unfinished.rename(folder / "config.json")
+    except OSError as error:
+        raise InputError(f"workdir {folder} cannot be written ({error.strerror}); choose another --workdir.") from None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return out
+
+
+def _target_path(folder: epath.Path) -> epath.Path:
+    return folder / "target" / "params.npz"
+
+
+def _target_params(target: Target, config: ConfigDict, folder: epath.Path) -> PyTree:
+    """The target's weights: those in the workdir, else a given file's, else freshly trained; in the workdir afterwards."""
+    path = _target_path(folder)
+    like = jax.eval_shape(target.init_fn, jax.random.key(0))
+    if path.exists():
+        return weights.load(path, like)
+    if config.target.weights_path:
+        params = weights.load(config.target.weights_path, like)
+    else:
+        with ProgressDisplay("target", config.target.pretrain.num_steps) as display:
+            params, history = pretrain.pretrain(target, config.target, progress=lambda step, _, values: display.update(step, values))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in history))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    weights.save(path, params)
+    return params
+
+
+def _report(config: ConfigDict, folder: epath.Path, params: PyTree, components: Components, console: Console) -> None:
+    """Evaluation, its files, the figures, and the table on the screen."""
+    target = targets.build(config.target, config.evaluation.batch_size)
+    history = read_rows(folder / "metrics.jsonl")
+    # Every logged row stands for the steps since the row before, at the speed of its own call.
+    steps = np.diff([0] + [row["step"] for row in history])
+    minutes = float(sum(n * row["seconds_per_step"] for n, row in zip(steps, history, strict=True))) / 60
+    provenance = {
+        "seed": config.apd.seed,
+        "step": history[-1]["step"] if history else 0,
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "minutes_decomposition": minutes,
+        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+    instances = _instances(components)
+    results = []
+    for i, one in enumerate(instances):
+        evaluation = summary.evaluate(target, params, one, config)
+        results.append(evaluation.metrics)
+        with _arrays_path(folder, i).open("wb") as file:
+            np.savez_compressed(file, **evaluation.arrays)
+        name = "figures" if len(instances) == 1 else f"figures/instance_{i}"
+        rows = [{key: value[i] if isinstance(value, list) else value for key, value in row.items()} for row in history]
+        figures.save_all(folder / name, target, evaluation, rows, config)
+        console.print(
+            tables.results_table(evaluation.metrics, minutes, title=f"{folder.name}" + (f", instance {i}" if len(instances) > 1 else ""))
+        )
+    mean = {key: float(np.mean([result[key] for result in results])) for key in results[0]} if len(results) > 1 else results[0]
+    more = {"instances": results} if len(results) > 1 else {}
+    (folder / "evaluation.json").write_text(json.dumps({**mean, **provenance, **more}, indent=2))
+    console.print(f"Figures: {folder / 'figures'}   Metrics: {folder / 'evaluation.json'}", soft_wrap=True)
+
+
+def _arrays_path(folder: epath.Path, instance: int) -> epath.Path:
+    return folder / ("evaluation.npz" if instance == 0 else f"evaluation_{instance}.npz")
+
+
+def _instances(components: Components) -> list[Components]:
+    """Components without an instance axis: one, or as many as were trained side by side."""
+    axes = jax.tree.leaves(components)[0].shape[:-3]
+    return [jax.tree.map(lambda a, i=i: a[i], components) for i in range(math.prod(axes))] if axes else [components]

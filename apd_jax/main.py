@@ -1,0 +1,66 @@
+"""Command line: train (the default), evaluate or inspect one run.
+
+python -m apd_jax.main --config=configs/resid_mlp.py --workdir=runs/resid_mlp
+python -m apd_jax.main --config=configs/tms.py:5-2 --workdir=runs/tms --config.apd.topk=0.3
+python -m apd_jax.main --mode=evaluate --workdir=runs/tms
+python -m apd_jax.main --mode=inspect --workdir=runs/tms
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+from rich.console import Console
+
+from apd_jax import experiment
+from apd_jax.errors import InputError, Interrupted
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on where it stopped.")
+_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "inspect"], "evaluate and inspect read a workdir; they need no --config.")
+
+
+def main(argv: Sequence[str]) -> None:
+    if len(argv) > 1:
+        _refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
+    if not _WORKDIR.value:
+        _refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
+    logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
+    console = Console()
+    try:
+        if _MODE.value == "evaluate":
+            experiment.evaluate(_WORKDIR.value, console)
+        elif _MODE.value == "inspect":
+            experiment.inspect(_WORKDIR.value, console)
+        elif _CONFIG.value is None:
+            _refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py.")
+        else:
+            experiment.run(_CONFIG.value, _WORKDIR.value, console)
+    except InputError as error:
+        _refuse(str(error))
+    except Interrupted as stop:
+        print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser; whatever a config file or an override raises is the user's to mend, so it ends in a sentence."""
+    try:
+        return flags.FLAGS(argv)
+    except SystemExit:
+        raise
+    except Exception as error:
+        _refuse(" ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()) or repr(error))
+        raise
+
+
+def _refuse(sentence: str) -> None:
+    print(f"apd_jax: {sentence}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=_parse)

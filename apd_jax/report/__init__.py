@@ -1,0 +1,1 @@
+"""Figures and tables of a decomposition, drawn from the arrays of its evaluation."""

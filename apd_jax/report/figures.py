@@ -1,0 +1,207 @@
+"""The figures of one decomposition, as in the papers: one function each from arrays to a Figure, and `save_all`.
+
+Shapes: C components, F features, d the length of a feature's weight vector, V input values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Bool, Float, Int
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from ml_collections import ConfigDict
+
+from apd_jax.evaluation.geometry import norm_ratios
+from apd_jax.evaluation.summary import Evaluation
+from apd_jax.report import columns, style
+from apd_jax.targets.base import Target
+
+LOSS_NAMES = ("total", "faithfulness", "minimality", "simplicity", "hidden_reconstruction", "attribution_lp")
+NUM_SWEPT = 8
+
+
+def save_all(
+    folder: Path, target: Target, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: ConfigDict
+) -> list[Path]:
+    """Writes every figure that applies to this target and run as a PNG; the paths, in the order of a report.
+
+    Args:
+      history: rows of the training log: "step", and losses by name. May be empty.
+    """
+    a = evaluation.arrays
+    order = columns.component_order(a["feature_of_component"], a["attributions_one_hot"])
+    W, P = a["feature_weights_target"], a["feature_weights_components"]
+    figures = {
+        "columns": columns.columns(W, P, order, a["feature_of_component"]),
+        "attributions": attributions(a["attributions_one_hot"], a["mask_one_hot"], order, norm_ratios(P, W)),
+        "per_feature_loss": per_feature_loss(
+            {name: a[f"per_feature_loss_{name}"] for name in ("target", "top1", "none")},
+            {name: a[f"active_feature_loss_{name}"] for name in ("target", "topk")},
+            config.apd.topk,
+        ),
+        "responses": responses(a["sweep_values"], {name: a[f"sweep_{name}"] for name in ("label", "target", "top1")}),
+    }
+    if target.monosemantic_fn is not None:
+        figures["neuron_contributions"] = columns.neuron_contributions(W, P, a["component_of_feature"])
+        figures["scrub"] = scrub({name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")})
+    if history:
+        figures["losses"] = losses(history)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        figure.savefig(paths[name])
+    return list(paths.values())
+
+
+def attributions(
+    attributions: Float[np.ndarray, "F C"],
+    mask: Bool[np.ndarray, "F C"],
+    order: Int[np.ndarray, C],
+    norm_ratio: Float[np.ndarray, "C F"],
+) -> Figure:
+    """Which component answers for which feature: attributions on one-hot inputs, the top-1 mask, and the weights' norms."""
+    caption = (
+        "Each feature alone in the input (rows) against every component (columns, ordered by the feature that they serve, the dead last). "
+        "Good: one bright diagonal in all three panels, a single component for each feature and nothing beside it."
+    )
+    figure = style.new_figure(12.0, 4.6, caption)
+    panels = figure.subplots(1, 3)
+    shown = (
+        (attributions[:, order], "Attribution", "attribution (units of the output)"),
+        (mask[:, order].astype(float), "Top-1 mask", ""),
+        (norm_ratio.T[:, order], "Weights", "norm of the component's part / norm in the target"),
+    )
+    for axes, (matrix, title, unit) in zip(panels, shown, strict=True):
+        image = style.heat(axes, matrix)
+        style.tidy(axes, xlabel="component (ordered)", ylabel="feature" if axes is panels[0] else "", title=title)
+        if unit:
+            style.colorbar(figure, image, axes, unit)
+    return figure
+
+
+def per_feature_loss(alone: Mapping[str, Float[np.ndarray, F]], active: Mapping[str, Float[np.ndarray, F]], topk: float) -> Figure:
+    """Loss to the label by feature: the target's own beside the sparse model's.
+
+    Args:
+      alone: target, top1, none: the feature is alone in the input.
+      active: target, topk: training inputs in which the feature is active (NaN if there were none).
+    """
+    caption = (
+        "Every dot is a feature, ordered by the target's own loss. Good: the sparse model's dots lie on or below the target's. A dot "
+        "far above is a feature that its best component (left), or the components kept in training (right), do not carry; grey is what "
+        "no component would give."
+    )
+    figure = style.new_figure(10.0, 4.2, caption)
+    left, right = figure.subplots(1, 2, sharey=True)
+    named = {
+        "target": ("target", style.BLACK, "o"),
+        "top1": ("single best component", style.VERMILION, "^"),
+        "none": ("no component", style.GREY, "_"),
+    }
+    _dots(left, {named[name]: loss for name, loss in alone.items()}, np.argsort(alone["target"]))
+    style.tidy(left, xlabel="feature (ordered)", ylabel="mean squared error to the label", title="Feature alone in the input")
+    named = {"target": ("target", style.BLACK, "o"), "topk": (f"top-k, k = {topk:.3g}", style.BLUE, "^")}
+    _dots(right, {named[name]: loss for name, loss in active.items()}, np.argsort(active["target"]))
+    style.tidy(right, xlabel="feature (ordered)", title="Training inputs with the feature active")
+    return figure
+
+
+def _dots(axes: Axes, series: Mapping[tuple[str, str, str], np.ndarray], order: np.ndarray) -> None:
+    floor = (
+        1e-6 * max([np.nanmax(loss) for loss in series.values() if np.isfinite(loss).any()], default=1.0) or 1e-12
+    )  # a log axis has no 0
+    for (label, color, marker), loss in series.items():
+        axes.plot(np.arange(len(order)), np.maximum(loss[order], floor), marker, color=color, markersize=3.5, label=label)
+    axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    style.legend(axes)
+
+
+def responses(values: Float[np.ndarray, V], outputs: Mapping[str, Float[np.ndarray, "V F"]], num_features: int = NUM_SWEPT) -> Figure:
+    """Output of a feature while its own input is swept and all others are 0, for features spread evenly over all.
+
+    Args:
+      outputs: label, target, top1.
+    """
+    caption = (
+        "Output of a feature against its own input, all others at 0. Good: the single best component (dashed) follows the target (solid); "
+        "the label (grey) is what the target was trained to give."
+    )
+    count = outputs["target"].shape[1]
+    chosen = np.unique(np.linspace(0, count - 1, min(num_features, count)).round().astype(int))
+    across = len(chosen) if len(chosen) <= 5 else 4
+    rows = -(-len(chosen) // across)
+    figure = style.new_figure(10.0, 1.2 + 2.3 * rows, caption)
+    panels = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel()
+    looks = {
+        "label": ("label", style.GREY, "-", 3.0),
+        "target": ("target", style.BLACK, "-", 1.5),
+        "top1": ("single best component", style.VERMILION, "--", 1.5),
+    }
+    for index, (axes, feature) in enumerate(zip(panels, chosen, strict=False)):
+        for name, out in outputs.items():
+            label, color, line, width = looks[name]
+            axes.plot(values, out[:, feature], line, color=color, linewidth=width, label=label)
+        below, first = index + across >= len(chosen), index % across == 0
+        style.tidy(axes, xlabel="input" if below else "", ylabel="output" if first else "", title=f"feature {feature}")
+        axes.tick_params(labelbottom=below)
+    for axes in panels[len(chosen) :]:
+        axes.set_visible(False)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(looks), fontsize=8, frameon=False)
+    return figure
+
+
+def scrub(losses: Mapping[str, Float[np.ndarray, n]]) -> Figure:
+    """Histograms of the loss per example with the components of inactive features switched at random.
+
+    Args:
+      losses: topk, scrubbed, antiscrubbed, random, zero, monosemantic, against the target's output.
+    """
+    caption = (
+        "Mean squared error to the target network, per example. Components of active features forced on (scrubbed) or off "
+        "(antiscrubbed), all others at random. Good: scrubbed lies close to top-k, and left of both the antiscrubbed losses and the "
+        "monosemantic mean (one neuron per feature). Losses of exactly 0, as of inputs without any feature, count in the means but have no "
+        "place on this axis."
+    )
+    figure = style.new_figure(8.0, 4.6, caption)
+    axes = figure.subplots()
+    looks = {"topk": ("top-k", style.BLACK), "scrubbed": ("scrubbed", style.BLUE), "antiscrubbed": ("antiscrubbed", style.VERMILION)}
+    drawn = np.concatenate([losses[name][losses[name] > 0] for name in looks])
+    low, high = (np.quantile(drawn, 0.005), drawn.max()) if len(drawn) else (1e-6, 1.0)
+    bins = np.geomspace(low / 1.1, high * 1.1, 60).tolist()
+    for name, (label, color) in looks.items():
+        share, mean = np.full(len(losses[name]), 1 / len(losses[name])), losses[name].mean()
+        axes.hist(losses[name], bins=bins, weights=share, histtype="stepfilled", color=color, alpha=0.25)
+        axes.hist(losses[name], bins=bins, weights=share, histtype="step", color=color, label=f"{label}, mean {mean:.2e}")
+        axes.axvline(max(mean, bins[0]), color=color, linestyle=":", linewidth=1)
+    mean = losses["monosemantic"].mean()
+    axes.axvline(max(mean, bins[0]), color=style.GREEN, linestyle="--", linewidth=1.5, label=f"monosemantic, mean {mean:.2e}")
+    axes.set_xscale("log")
+    style.tidy(axes, xlabel="mean squared error to the target's output (means dotted)", ylabel="share of examples")
+    style.legend(axes)
+    return figure
+
+
+def losses(history: Sequence[Mapping[str, float | int]]) -> Figure:
+    """Every loss of the training log against the step."""
+    caption = (
+        "Losses during the decomposition, without their coefficients (total: with them). Good: faithfulness falls by orders of "
+        "magnitude and stays down, minimality follows it, simplicity levels off."
+    )
+    figure = style.new_figure(8.0, 4.6, caption)
+    axes = figure.subplots()
+    colors = dict(zip(LOSS_NAMES, (style.BLACK, *style.PALETTE), strict=False))
+    for name in LOSS_NAMES:
+        points = [(row["step"], row[name]) for row in history if name in row and row[name] > 0]
+        if points:
+            width = 2.0 if name == "total" else 1.2
+            axes.plot(*zip(*points, strict=True), color=colors[name], linewidth=width, label=name.replace("_", " "))
+    axes.set_yscale("log")
+    style.tidy(axes, xlabel="step", ylabel="loss")
+    if axes.lines:
+        style.legend(axes, ncols=2)
+    return figure

@@ -1,0 +1,71 @@
+"""How every figure looks: size, colours, caption. Object-oriented matplotlib only: no global state, no display."""
+
+from __future__ import annotations
+
+import textwrap
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+
+DPI = 150
+# Okabe and Ito's palette: told apart with any colour vision.
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+GREY, FAINT = "#999999", "#DDDDDD"
+PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
+MAGNITUDE = "cividis"
+SIGNED = "RdBu_r"
+
+
+def new_figure(width: float, height: float, caption: str) -> Figure:
+    """An empty figure (inches) with a caption under it that says what it shows and what good looks like."""
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=8, color="#333333")
+    return figure
+
+
+def tidy(axes: Axes, *, xlabel: str = "", ylabel: str = "", title: str = "") -> Axes:
+    """Labels, and no frame at the top and on the right."""
+    axes.set_xlabel(xlabel, fontsize=9)
+    axes.set_ylabel(ylabel, fontsize=9)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(which="both", labelsize=8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
+
+
+def bare(axes: Axes, title: str = "") -> Axes:
+    """A small panel of a grid: a title and no ticks."""
+    axes.set_xticks([])
+    axes.set_yticks([])
+    axes.set_title(title, fontsize=7, pad=2)
+    return axes
+
+
+def corner(axes: Axes, xlabel: str, ylabel: str) -> None:
+    """The axes' meaning, written at the first panel of a grid only."""
+    axes.set_xlabel(xlabel, fontsize=6)
+    axes.set_ylabel(ylabel, fontsize=6)
+
+
+def heat(axes: Axes, matrix: np.ndarray, *, signed: bool = False, limit: float | None = None) -> AxesImage:
+    """A heat map from 0 to the largest entry, or from minus to plus it. Cells are never blended into each other."""
+    top = limit or float(np.abs(matrix).max()) or 1.0
+    bottom, cmap = (-top, SIGNED) if signed else (0.0, MAGNITUDE)
+    return axes.imshow(matrix, cmap=cmap, vmin=bottom, vmax=top, aspect="auto", interpolation="nearest")
+
+
+def colorbar(figure: Figure, image: AxesImage, axes: Any, label: str) -> None:
+    """A colour bar beside `axes` (one, or all that share the scale)."""
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, pad=0.02)
+    bar.set_label(label, fontsize=8)
+    bar.ax.tick_params(labelsize=7)
+
+
+def legend(axes: Axes, **options: Any) -> None:
+    """The house's legend."""
+    axes.legend(fontsize=8, frameon=False, **options)

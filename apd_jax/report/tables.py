@@ -1,0 +1,107 @@
+"""Tables for the terminal. Each function returns a `rich.table.Table`; nothing is printed here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from jaxtyping import Float, Int, PyTree
+from rich.table import Table
+
+from apd_jax import components as components_lib
+from apd_jax.components import Components
+
+# metric -> (what it says, what good looks like), in the order of the table
+_RESULTS = {
+    "mmcs": ("MMCS, best cosine per feature", "1"),
+    "ml2r": ("ML2R, norm ratio of that component", "1"),
+    "mmcs_one_to_one": ("MMCS, no component twice", "1"),
+    "ml2r_one_to_one": ("ML2R, no component twice", "1"),
+    "num_features_owned": ("features with a component of their own", "all"),
+    "top1_share": ("share of features that one component serves", "1"),
+    "faithfulness": ("faithfulness loss", "0"),
+    "relative_parameter_error": ("|target - sum|² / |target|²", "0"),
+    "minimality_topk": ("MSE to the target, mask of training", "0"),
+    "minimality_top1": ("MSE to the target, top-1", "0"),
+    "minimality_all": ("MSE to the target, all components", "0"),
+    "hidden_reconstruction": ("hidden reconstruction loss", "0"),
+    "simplicity": ("simplicity loss", "small"),
+    "scrub_topk": ("scrubbing: batch top-k", "0"),
+    "scrub_scrubbed": ("scrubbing: scrubbed", "near top-k"),
+    "scrub_antiscrubbed": ("scrubbing: antiscrubbed", "large"),
+    "scrub_random": ("scrubbing: random mask", ""),
+    "scrub_zero": ("scrubbing: output 0", ""),
+    "scrub_monosemantic": ("scrubbing: monosemantic baseline", "above scrubbed"),
+    "num_alive_components": ("alive components", ""),
+    "num_dead_components": ("dead components", ""),
+    "mean_active_components": ("active components per example", "k"),
+}
+_OUT_OF = {"num_features_owned": "num_features", "num_alive_components": "num_components"}
+
+
+def results_table(metrics: Mapping[str, float | int], minutes: float | None = None, *, title: str = "Results") -> Table:
+    """The metrics of an evaluation, one a row, with what good looks like. Metrics without a row of their own are left out.
+
+    Args:
+      metrics: `Evaluation.metrics`.
+      minutes: wall-clock time of the run.
+    """
+    table = Table(title=title)
+    table.add_column("metric")
+    table.add_column("value", justify="right")
+    table.add_column("good", style="dim")
+    for name, (label, good) in _RESULTS.items():
+        if name in metrics:
+            whole = f" of {metrics[_OUT_OF[name]]}" if name in _OUT_OF else ""
+            table.add_row(label, number(metrics[name]) + whole, good)
+    if minutes is not None:
+        table.add_row("minutes", f"{minutes:.1f}", "")
+    return table
+
+
+def components_table(
+    components: Components, firing_rates: Float[np.ndarray, C] | None, feature_of_component: Int[np.ndarray, C] | None
+) -> Table:
+    """One row per component: norm and effective rank of every leaf, firing rate (share of examples), and the feature it serves.
+
+    The last two are left out where they are not known yet (None).
+
+    Cost: one SVD per component and leaf.
+    """
+    norms = {name: np.sqrt(np.maximum(squares, 0)) for name, squares in jax.device_get(components_lib.squared_norms(components)).items()}
+    ranks = jax.device_get(components_lib.effective_ranks(components))
+    table = Table(title=f"{components.num_components} components")
+    table.add_column("component", justify="right")
+    for name in norms:
+        table.add_column(f"norm {name}", justify="right")
+        table.add_column(f"rank {name}", justify="right")
+    evaluated = firing_rates is not None and feature_of_component is not None
+    if evaluated:
+        table.add_column("firing rate", justify="right")
+        table.add_column("feature", justify="right")
+    for c in range(components.num_components):
+        leaves = [cell for name in norms for cell in (f"{norms[name][c]:.3g}", str(ranks[name][c]))]
+        alive = not evaluated or feature_of_component[c] >= 0
+        if evaluated:
+            leaves += [f"{firing_rates[c]:.4f}", str(feature_of_component[c]) if alive else "dead"]
+        table.add_row(str(c), *leaves, style=None if alive else "dim")
+    return table
+
+
+def tree_table(tree: PyTree, *, title: str = "Leaves") -> Table:
+    """Dotted path, shape, dtype and number of entries of every leaf, and their sum. Leaves may be arrays or `jax.ShapeDtypeStruct`."""
+    table = Table(title=title, show_footer=True)
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    table.add_column("path", footer="total")
+    table.add_column("shape")
+    table.add_column("dtype")
+    table.add_column("entries", justify="right", footer=f"{sum(leaf.size for _, leaf in leaves):,}")
+    for path, leaf in leaves:
+        table.add_row(components_lib.path_name(path), "x".join(map(str, leaf.shape)) or "scalar", str(leaf.dtype), f"{leaf.size:,}")
+    return table
+
+
+def number(value: float | int) -> str:
+    """Whole numbers as they are, others with four significant digits."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"

@@ -1,0 +1,112 @@
+"""Every experiment file: the published settings, the variants, and what is refused."""
+
+import importlib.util
+import itertools
+from pathlib import Path
+
+import jax
+import pytest
+
+from apd_jax import targets
+from apd_jax.config import default_config, validate
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+
+def get_config(file, *args):
+    spec = importlib.util.spec_from_file_location(f"config_{file}", CONFIGS / f"{file}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
+
+
+TMS = [",".join(filter(None, v)) for v in itertools.product(("40-10", "5-2", "8-3", "1-1"), ("", "id", "rotation"), ("", "smoke"))]
+RESID_MLP = [
+    ",".join(filter(None, v)) for v in itertools.product(("1layer", "2layer", "3layer"), ("", "long"), ("", "clean"), ("", "smoke"))
+]
+VARIANTS = [("tms", arg) for arg in TMS] + [("resid_mlp", arg) for arg in RESID_MLP]
+
+
+@pytest.mark.parametrize(("file", "arg"), VARIANTS)
+def test_every_variant_is_valid_and_locked(file, arg):
+    config = get_config(file, arg)
+    assert config.is_locked and config.target.is_locked and config.apd.is_locked
+    assert set(config.apd) == set(default_config())
+    validate(config.apd)
+    target = targets.build(config.target, config.apd.batch_size)
+    params = jax.eval_shape(target.init_fn, jax.random.key(0))
+    x = jax.eval_shape(target.sample_fn, jax.random.key(0), 0)
+    assert x.shape == (config.apd.batch_size, config.target.num_features)
+    assert jax.eval_shape(target.apply_fn, params, x)[0].shape == x.shape
+
+
+@pytest.mark.parametrize(
+    ("file", "arg", "expected"),
+    [
+        # NUMBERS of the paper: C, k, rank, learning rate, coefficients (faithfulness, minimality, simplicity), p, batch, steps.
+        ("tms", "40-10", (50, 1.0, 11, 1e-3, 1.0, 10.0, 20.0, 0.9, 2048, 20_000)),
+        ("tms", "5-2", (5, 0.211, 3, 0.03, 1.0, 1.0, 0.7, 1.0, 2048, 20_000)),
+        ("resid_mlp", "1layer", (130, 1.28, None, 1e-3, 1.0, 1.0, 10.0, 0.9, 256, 10_000)),
+        ("resid_mlp", "1layer,long", (130, 1.28, None, 1e-3, 1.0, 1.0, 10.0, 0.9, 2048, 40_000)),
+        ("resid_mlp", "2layer", (200, 1.28, None, 1e-3, 1.0, 2.0, 7.0, 0.9, 256, 10_000)),
+        # Derived from 40-10: C = 1.25·8, k = 8/40, rank 3 + 1.
+        ("tms", "8-3", (10, 0.2, 4, 1e-3, 1.0, 10.0, 20.0, 0.9, 2048, 20_000)),
+    ],
+)
+def test_published_settings(file, arg, expected):
+    a = get_config(file, arg).apd
+    coefficients = (a.faithfulness_coeff, a.minimality_coeff, a.simplicity_coeff)
+    assert (a.num_components, a.topk, a.rank, a.learning_rate, *coefficients, a.schatten_p, a.batch_size, a.num_steps) == expected
+
+
+def test_settings_of_one_run_only():
+    assert get_config("tms", "5-2").apd.attributions_at == "components"
+    assert get_config("tms", "40-10").apd.attributions_at == "target"
+    assert get_config("resid_mlp", "1layer").apd.unit_norm_U
+    assert not get_config("resid_mlp", "2layer").apd.unit_norm_U
+    assert get_config("resid_mlp", "3layer").target.num_features == 102
+
+
+def test_hidden_matrix_gets_a_component_wherever_a_feature_is_active():
+    # k of 5-2 is 0.211; some feature is active with probability 1 - 0.95⁵ = 0.2262.
+    apd = get_config("tms", "5-2,id").apd
+    assert apd.num_components == 6
+    assert apd.topk == pytest.approx(0.211 + 0.2262, abs=1e-4)
+    assert get_config("tms", "5-2,rotation").target.hidden == "rotation"
+
+
+def test_defaults_and_order_of_variants():
+    assert get_config("tms").to_json() == get_config("tms", "").to_json() == get_config("tms", "40-10").to_json()
+    assert get_config("resid_mlp").to_json() == get_config("resid_mlp", "").to_json() == get_config("resid_mlp", "1layer").to_json()
+    assert get_config("tms", "smoke,id,5-2").to_json() == get_config("tms", "5-2,id,smoke").to_json()
+    assert get_config("resid_mlp", "smoke").to_json() == get_config("resid_mlp", "1layer,smoke").to_json()
+
+
+@pytest.mark.parametrize("file", ["tms", "resid_mlp"])
+def test_seeds_follow_the_runs_unless_set(file):
+    config = get_config(file)
+    config.seed = 3
+    assert (config.target.seed, config.apd.seed, config.evaluation.seed) == (3, 3, 3)
+    config.apd.seed = 5
+    assert (config.seed, config.target.seed, config.apd.seed, config.evaluation.seed) == (3, 3, 5, 3)
+
+
+@pytest.mark.parametrize(
+    ("file", "arg", "message"),
+    [
+        (
+            "tms",
+            "5-2,idd",
+            r"unknown TMS variant \(sizes F-H or a name\) 'idd'; known: 40-10, 5-2, id, rotation, smoke. Did you mean 'id'\?",
+        ),
+        ("tms", "0-2", "unknown TMS variant"),
+        ("tms", "F-H", "unknown TMS variant"),
+        ("tms", "id,rotation", "names id and rotation; give one of them"),
+        ("tms", "5-2,6-3", "names 5-2 and 6-3; give one of them"),
+        ("resid_mlp", "2layr", r"unknown ResidMLP variant '2layr'; known: .*. Did you mean '2layer'\?"),
+        ("resid_mlp", "1layer,2layer", "names 1layer and 2layer; give one of them"),
+    ],
+)
+def test_unknown_variants_are_refused(file, arg, message):
+    with pytest.raises(ValueError, match=message):
+        get_config(file, arg)
