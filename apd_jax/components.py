@@ -31,8 +31,8 @@ class Factors:
     forward pass multiplies with the leaf; a tied weight has 2, and counts twice in the sums over matrices.
     """
 
-    U: Float[Array, "C d_in m"]
-    V: Float[Array, "C m d_out"]
+    U: Array  # [C, d_in, m]; instances and transformations add or take leading axes
+    V: Array  # [C, m, d_out]
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     uses: int = dataclasses.field(default=1, metadata={"static": True})
 

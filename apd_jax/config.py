@@ -100,7 +100,7 @@ def validate(config: config_dict.ConfigDict) -> None:
     choosable = config.num_components - config.num_always_on
     if config.num_always_on < 0 or choosable < 1:
         raise InputError(f"num_always_on must lie in [0, num_components = {config.num_components}); got {config.num_always_on}.")
-    if config.mask in ("batch_topk", "topk") and not 0 < config.topk <= choosable:
+    if not 0 < config.topk <= choosable:
         raise InputError(f"topk must be above 0 and at most {choosable}, the number of components to choose from; got {config.topk}.")
     if config.mask == "topk" and config.topk != int(config.topk):
         raise InputError(f"topk must be a whole number when mask = 'topk' (per example); got {config.topk}.")

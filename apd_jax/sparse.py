@@ -169,8 +169,10 @@ def _kept_product(x, U, V, mask, plan):
 @_kept_product.def_vmap
 def _kept_product_batched(axis_size, in_batched, x, U, V, mask, plan):
     """The same for a batch: U, V and plan are shared, x [B, r, d] and mask [B, C] are not."""
-    x_batched, *_ = in_batched
-    if not x_batched:
+    if in_batched[1] or in_batched[2] or not in_batched[3]:  # not the axis of examples: nothing to gain, the plan is not for it
+        axes = jax.tree.map(lambda batched: 0 if batched else None, tuple(in_batched))
+        return jax.vmap(_kept_product.fun, in_axes=axes)(x, U, V, mask, plan), True
+    if not in_batched[0]:
         x = jnp.broadcast_to(x, (axis_size, *x.shape))
     B, r, d = x.shape
     C, _, m = U.shape

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from apd_jax import checkpoint, parallel
 from apd_jax import config as config_lib
+from apd_jax import components as components_lib
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.errors import InputError, Interrupted, NonFiniteError
@@ -94,7 +95,7 @@ def fit(problem: Problem, config: ConfigDict, *, workdir: epath.PathLike | None 
                     manager.wait_until_finished()
                     raise Interrupted(start, interrupted[0])
             state = parallel.unreplicate(state)
-    return state.components, log_rows
+    return _finished(state.components, config), log_rows
 
 
 def restore_components(problem: Problem, config: ConfigDict, workdir: epath.PathLike) -> tuple[int, Components]:
@@ -109,7 +110,12 @@ def restore_components(problem: Problem, config: ConfigDict, workdir: epath.Path
         found = checkpoint.restore_latest(manager, like)
     if found is None:
         raise InputError(f"{folder} holds no checkpoint yet; run the training first.")
-    return found[0], found[1].components
+    return found[0], _finished(found[1].components, config)
+
+
+def _finished(components: Components, config: ConfigDict) -> Components:
+    """The components as the next step would use them: unit-norm U is restored at the beginning of a step."""
+    return components_lib.normalize_U(components) if config.unit_norm_U else components
 
 
 def _build(problem: Problem, config: ConfigDict, init_key, data_key):

@@ -1,0 +1,218 @@
+"""Strict by default: 4 virtual devices, no silent broadcasting, shapes checked at run time, full float32 products.
+
+Also what several test files share: the golden arrays of the released implementation, the TMS pentagon whose
+decomposition is known, and the command line, in this process or in its own.
+"""
+
+import os
+
+# Before jax is imported. One thread per device keeps two test processes from fighting over two cores.
+_XLA_FLAGS = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["MPLBACKEND"] = "agg"
+
+import jaxtyping
+
+jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
+
+import dataclasses
+import importlib
+import math
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+from ml_collections import ConfigDict
+
+from apd_jax import components as components_lib
+from apd_jax import default_config, targets
+from apd_jax.components import Components, Factors
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_default_matmul_precision", "highest")
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+GOLDEN_NAMES = ("tms_small", "tms_5_2", "tms_id", "resid1_small", "resid2_small", "resid1_bias_gelu")
+
+
+def close(actual: Any, expected: Any, tolerance: float = 1e-5, err_msg: str = "") -> None:
+    """Equal up to `tolerance` of the largest expected entry."""
+    expected = np.asarray(expected)
+    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(np.max(np.abs(expected), initial=0.0), 1e-12), err_msg=err_msg)
+
+
+def make_config(**fields: Any) -> ConfigDict:
+    """The default settings with some fields changed."""
+    config = default_config()
+    config.update(fields)
+    return config
+
+
+# The golden arrays
+
+
+def _our_name(name: str) -> str:
+    names = {"linear1": "W", "hidden_0": "hidden", "b_final": "b"}
+    return names.get(name, name).replace("bias1_", "bias_in_").replace("bias2_", "bias_out_")
+
+
+@dataclasses.dataclass(frozen=True)
+class Golden:
+    """One file of the released implementation's arrays, and the same network built by this package."""
+
+    name: str
+    arrays: dict[str, np.ndarray]
+    target: targets.base.Target
+    params: dict[str, jax.Array]
+    components: Components
+
+    def __getitem__(self, key: str) -> Any:
+        array = self.arrays[key]
+        return array.item() if array.ndim == 0 else jnp.asarray(array)
+
+    def has(self, prefix: str) -> bool:
+        return any(key.startswith(prefix) for key in self.arrays)
+
+    @property
+    def is_tms(self) -> bool:
+        return self.target.name == "tms"
+
+    @property
+    def apply_fn(self) -> Callable:
+        return self.target.apply_fn
+
+    @property
+    def x(self) -> jax.Array:
+        return self["x"]
+
+    def matrices(self, prefix: str) -> dict[str, dict[str, jax.Array]]:
+        """{leaf path: {"U", "V"}} of the arrays under `prefix`."""
+        out: dict[str, dict[str, jax.Array]] = {}
+        for key in self.arrays:
+            if key.startswith(prefix + "/") and key.count("/") == prefix.count("/") + 2:
+                name, factor = key.split("/")[-2:]
+                out.setdefault(_our_name(name), {})[factor] = self[key]
+        return out
+
+
+def load_golden(name: str) -> Golden:
+    with np.load(GOLDEN / f"{name}.npz") as file:
+        arrays = dict(file)
+    params = {_our_name(key.split("/")[1]): jnp.asarray(a) for key, a in arrays.items() if key.startswith("target/")}
+    config = ConfigDict({"feature_probability": 0.1, "pretrain": {"batch_size": 8}})
+    if name.startswith("tms"):
+        F, H = params["W"].shape
+        config.update({"name": "tms", "num_features": F, "d_hidden": H, "hidden": "identity" if "hidden" in params else "none"})
+    else:
+        (F, D), layers = params["W_E"].shape, sum(key.startswith("mlp_in") for key in params)
+        config.update({"name": "resid_mlp", "num_features": F, "d_resid": D, "num_layers": layers, "d_mlp": params["mlp_in_0"].shape[1]})
+        config.update({"activation": "gelu" if "gelu" in name else "relu", "embedding": "random", "use_bias": "bias" in name})
+    target = targets.build(config, arrays["x"].shape[0])
+    tree: dict[str, Any] = dict.fromkeys(params)
+    for key in [key for key in arrays if key.startswith("components/") and key.endswith("/U")]:
+        leaf = _our_name(key.split("/")[1])
+        U, V = jnp.asarray(arrays[key]), jnp.asarray(arrays[key[:-1] + "V"])
+        tree[leaf] = Factors(U, V, shape=params[leaf].shape, uses=target.uses.get(leaf, 1))
+    return Golden(name, arrays, target, params, Components(tree))
+
+
+@pytest.fixture(scope="session", params=GOLDEN_NAMES)
+def golden(request: pytest.FixtureRequest) -> Golden:
+    return load_golden(request.param)
+
+
+# The TMS pentagon: five unit rows 72° apart, b = -0.3. Feature f alone, at 1, returns 1 - 0.3 = 0.7 at f, cos 72° - 0.3 = 0.009
+# at its two neighbours and 0 elsewhere. Its decomposition is known: P_c has row c of W and nothing else.
+
+
+@dataclasses.dataclass(frozen=True)
+class Pentagon:
+    params: dict[str, jax.Array]
+    weights: dict[str, Any]  # P_c, [5, 5, 2]
+    components: Components
+    x: jax.Array  # one-hot inputs
+
+    @staticmethod
+    def apply_fn(params, x):
+        return jax.nn.relu(x @ params["W"] @ params["W"].T + params["b"][None, :])
+
+
+@pytest.fixture(scope="session")
+def pentagon() -> Pentagon:
+    angles = [2 * math.pi * i / 5 for i in range(5)]
+    W = jnp.asarray([[math.cos(a), math.sin(a)] for a in angles])
+    weights = {"W": jnp.eye(5)[:, :, None] * W[None], "b": None}
+    components = components_lib.from_materialized(weights, uses={"W": 2})
+    return Pentagon({"W": W, "b": jnp.full(5, -0.3)}, weights, components, jnp.eye(5))
+
+
+# The command line
+
+
+@dataclasses.dataclass(frozen=True)
+class Finished:
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture(scope="session")
+def cli_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """The environment of a person at a shell: one device, compiled programs kept from one process to the next."""
+    cache = tmp_path_factory.mktemp("compiled")
+    more = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    return {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", **more}
+
+
+@pytest.fixture(scope="session")
+def start_cli(cli_env: dict[str, str]) -> Callable[..., subprocess.Popen]:
+    """Starts `python -m apd_jax.main ...` in its own process."""
+
+    def start(*args: str, devices: int = 1) -> subprocess.Popen:
+        env = cli_env | {"XLA_FLAGS": f"{cli_env['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
+        command = [sys.executable, "-m", "apd_jax.main", *map(str, args)]
+        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+    return start
+
+
+@pytest.fixture(scope="session")
+def cli(start_cli: Callable[..., subprocess.Popen]) -> Callable[..., Finished]:
+    """Runs it to its end."""
+
+    def run(*args: str, devices: int = 1) -> Finished:
+        process = start_cli(*args, devices=devices)
+        stdout, stderr = process.communicate(timeout=300)
+        return Finished(process.returncode, stdout, stderr)
+
+    return run
+
+
+@pytest.fixture
+def main_here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+    """The same in this process, which saves the seconds of an import; on this process's 4 devices."""
+
+    def run(*args: str) -> Finished:
+        monkeypatch.chdir(ROOT)
+        for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "mode")]:
+            delattr(flags.FLAGS, name)
+        sys.modules.pop("apd_jax.main", None)  # its flags are defined anew
+        main = importlib.import_module("apd_jax.main")
+        code = 0
+        capsys.readouterr()
+        try:
+            main.main(main._parse(["main", *map(str, args)]))
+        except SystemExit as stop:
+            code = stop.code
+        return Finished(code, *capsys.readouterr())
+
+    return run
