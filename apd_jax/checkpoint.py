@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from apd_jax.errors import InputError
 
 log = logging.getLogger(__name__)
+log.setLevel(logging.WARNING)  # whatever level the root logger is set to
 
 
 def open_manager(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager:
@@ -59,7 +60,7 @@ def read(folder: epath.PathLike) -> tuple[dict[int, int], int, dict[str, Any]]:
         found = _newest_readable(manager, ocp.args.StandardRestore())
         if found is None:
             raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
-        sizes = {step: sum(f.stat().length for f in (folder / str(step)).glob("**/*") if f.is_file()) for step in manager.all_steps()}
+        sizes = {step: _bytes(folder / str(step)) for step in manager.all_steps()}
     return dict(sorted(sizes.items())), *found
 
 
@@ -76,3 +77,7 @@ def _newest_readable(manager: ocp.CheckpointManager, args: Any) -> tuple[int, An
             f"none of the checkpoints {steps} in {manager.directory} can be read; delete that folder to start the decomposition again."
         )
     return None
+
+
+def _bytes(path: epath.Path) -> int:
+    return sum(_bytes(child) for child in path.iterdir()) if path.is_dir() else path.stat().length

@@ -6,6 +6,7 @@ import difflib
 
 from ml_collections import config_dict
 
+from apd_jax import schedules
 from apd_jax.errors import InputError
 
 MASKS = ("batch_topk", "topk", "exact", "none")
@@ -13,7 +14,7 @@ ATTRIBUTIONS_AT = ("target", "components")
 MINIMALITY_LOSSES = ("mse", "kl")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 ATTRIBUTION_MODES = ("auto", "forward", "reverse")
-SPARSE_ROUTES = ("auto", "materialize", "dispatch")
+SPARSE_ROUTES = ("auto", "materialize", "masked", "dispatch")
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -55,7 +56,7 @@ def default_config() -> config_dict.ConfigDict:
     c.batch_size = 2048  # examples per step over all devices; what the sampler draws
 
     # Execution: none of these changes the result beyond float rounding.
-    c.sparse_route = "auto"  # auto | materialize | dispatch
+    c.sparse_route = "auto"  # auto | materialize | masked | dispatch
     c.steps_per_call = 100  # steps in one XLA call
     c.log_every_steps = 100
     c.checkpoint_every_steps = 1000
@@ -76,7 +77,7 @@ def validate(config: config_dict.ConfigDict) -> None:
         "optimizer": OPTIMIZERS,
         "attribution_mode": ATTRIBUTION_MODES,
         "sparse_route": SPARSE_ROUTES,
-        "schedule": ("constant", "linear", "cosine", "exponential"),
+        "schedule": schedules.KINDS,
     }
     for field, allowed in choices.items():
         if config[field] not in allowed:

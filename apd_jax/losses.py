@@ -56,7 +56,8 @@ def hidden_reconstruction(
     """
     if not target_hidden or set(target_hidden) != set(sparse_hidden):
         raise InputError(
-            f"hidden reconstruction needs the same named activations of both passes; got {sorted(sparse_hidden)} and {sorted(target_hidden)}."
+            f"hidden reconstruction needs apply_fn to return (outputs, {{name: activations}}), alike in both passes; "
+            f"got {sorted(sparse_hidden)} and {sorted(target_hidden)}."
         )
     squares = sum(jnp.sum((sparse_hidden[name] - target_hidden[name]) ** 2) for name in target_hidden)
     return squares / sum(h.size for h in target_hidden.values())

@@ -8,6 +8,7 @@ python -m apd_jax.main --mode=inspect --workdir=runs/tms
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 
@@ -28,8 +29,8 @@ def main(argv: Sequence[str]) -> None:
         _refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
     if not _WORKDIR.value:
         _refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
-    logging.set_verbosity(logging.WARNING)  # orbax tells every file it writes
-    console = Console()
+    logging.set_verbosity(logging.ERROR)  # orbax tells every file it writes; our own warnings have a logger of their own
+    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
         if _MODE.value == "evaluate":
             experiment.evaluate(_WORKDIR.value, console)
@@ -49,12 +50,23 @@ def main(argv: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> list[str]:
     """absl's parser; whatever a config file or an override raises is the user's to mend, so it ends in a sentence."""
     try:
-        return flags.FLAGS(argv)
-    except SystemExit:
-        raise
+        rest = flags.FLAGS(argv)
+        if _CONFIG.value is not None:
+            _ = _CONFIG.value.apd  # a file that could not be loaded only says so now
+        return rest
     except Exception as error:
-        _refuse(" ".join(str(error.args[0] if isinstance(error, KeyError) and error.args else error).split()) or repr(error))
+        _refuse(_sentence(error))
         raise
+
+
+def _sentence(error: Exception) -> str:
+    """The last line of an error is its cause; ml_collections puts a traceback before it, and quotes unknown fields its own way."""
+    text = str(error.args[0] if error.args else error)
+    if isinstance(error, KeyError | AttributeError):
+        field, near = re.search(r"\w+", text), re.search(r"Did you mean \\?[\"'](\w+)", text)
+        return f"the config has no field {field[0] if field else text!r}." + (f" Did you mean {near[1]!r}?" if near else "")
+    cause = [line.strip() for line in text.splitlines() if line.strip()][-1] if text.strip() else repr(error)
+    return cause.split("InputError: ")[-1]
 
 
 def _refuse(sentence: str) -> None:

@@ -61,10 +61,9 @@ def apply(
     Cost: materialize B·C·|θ|; masked B·C·m·(d_in + d_out) per leaf; dispatch C·S·m·(d_in + d_out) per leaf and round, the
       rounds being ⌈examples of the most often kept component / S⌉, mostly 1. The dispatch route has no forward-mode derivative.
     """
-    if mask.ndim != 2 or mask.shape[1] != components.num_components or mask.shape[0] != jax.tree.leaves(x)[0].shape[0]:
-        raise InputError(
-            f"mask has shape {mask.shape}; x holds {jax.tree.leaves(x)[0].shape[0]} examples and there are {components.num_components} components."
-        )
+    fitting = (jax.tree.leaves(x)[0].shape[0], components.num_components)
+    if mask.shape != fitting:
+        raise InputError(f"mask has shape {mask.shape}, but examples and components ask for {fitting}.")
     leaves = components_lib.decomposed_leaves(components, params)
     if route == "auto":
         tiny = all(leaf.size <= _TINY_LEAF for leaf in leaves.values())
@@ -76,7 +75,8 @@ def apply(
     if route == "dispatch" and slots and mask.dtype == jnp.bool_:
         return _factored(apply_fn, params, components, mask, x, _make_plan(mask, min(slots, mask.shape[0])))
     raise InputError(
-        f"route {route!r} with a {mask.dtype} mask and slots = {slots}: choose auto, materialize, masked, or dispatch (bool mask and slots)."
+        f"sparse route {route!r} cannot take a {mask.dtype} mask with slots = {slots}; "
+        "choose auto, materialize, masked, or dispatch (which needs a bool mask and slots)."
     )
 
 
@@ -161,7 +161,7 @@ class _Kappa(quax.ArrayValue):
 @jax.custom_batching.custom_vmap
 def _kept_product(x, U, V, mask, plan):
     """Σ_c mask_c (x U_c) V_c for one example. x [r, d], mask [C]."""
-    C, d, m = U.shape
+    C, _, m = U.shape
     inner = jnp.einsum("rd,cdm->rcm", x, U) * mask[None, :, None].astype(x.dtype)
     return inner.reshape(-1, C * m) @ V.reshape(C * m, -1)
 
@@ -174,7 +174,7 @@ def _kept_product_batched(axis_size, in_batched, x, U, V, mask, plan):
         return jax.vmap(_kept_product.fun, in_axes=axes)(x, U, V, mask, plan), True
     if not in_batched[0]:
         x = jnp.broadcast_to(x, (axis_size, *x.shape))
-    B, r, d = x.shape
+    B, r, _ = x.shape
     C, _, m = U.shape
     if plan is None:
         inner = jnp.einsum("brd,cdm->brcm", x, U) * mask[:, None, :, None].astype(x.dtype)

@@ -18,8 +18,8 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from apd_jax import checkpoint, parallel
-from apd_jax import config as config_lib
 from apd_jax import components as components_lib
+from apd_jax import config as config_lib
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.errors import InputError, Interrupted, NonFiniteError
@@ -164,7 +164,7 @@ def _check_finite(metrics: Mapping[str, np.ndarray], start: int, manager) -> Non
     terms = [name for i, name in bad if i == first and name != "total"] or ["total"]
     kept = f" The checkpoint of step {manager.latest_step()} is kept." if manager and manager.latest_step() is not None else ""
     raise NonFiniteError(
-        f"training stopped at step {start + first + 1}: {', '.join(terms)} is not finite; try a smaller learning_rate or init_scale.{kept}"
+        f"training stopped at step {start + first + 1}: not finite: {', '.join(terms)}; try a smaller learning_rate or init_scale.{kept}"
     )
 
 

@@ -74,14 +74,13 @@ def components_table(
     table = Table(title=f"{components.num_components} components")
     table.add_column("component", justify="right")
     for name in norms:
-        table.add_column(f"norm {name}", justify="right")
-        table.add_column(f"rank {name}", justify="right")
+        table.add_column(f"{name}\nnorm (rank)", justify="right", no_wrap=True)
     evaluated = firing_rates is not None and feature_of_component is not None
     if evaluated:
         table.add_column("firing rate", justify="right")
         table.add_column("feature", justify="right")
     for c in range(components.num_components):
-        leaves = [cell for name in norms for cell in (f"{norms[name][c]:.3g}", str(ranks[name][c]))]
+        leaves = [f"{norms[name][c]:.3g} ({ranks[name][c]})" for name in norms]
         alive = not evaluated or feature_of_component[c] >= 0
         if evaluated:
             leaves += [f"{firing_rates[c]:.4f}", str(feature_of_component[c]) if alive else "dead"]
