@@ -46,7 +46,7 @@ def test_hidden_reconstruction():
     target = {"a": jnp.zeros((2, 3)), "b": jnp.zeros((2, 1))}
     np.testing.assert_allclose(losses.hidden_reconstruction({"a": jnp.ones((2, 3)), "b": jnp.full((2, 1), 3.0)}, target), 3.0)
     for sparse, of_target in (({"a": jnp.zeros((2, 3))}, target), ({}, {})):
-        with pytest.raises(InputError, match="needs the same named activations"):
+        with pytest.raises(InputError, match="alike in both passes"):
             losses.hidden_reconstruction(sparse, of_target)
 
 
@@ -59,8 +59,6 @@ def test_simplicity_is_the_schatten_norm_at_the_balanced_svd(p):
     each = sum((np.linalg.svd(w, compute_uv=False) ** p).sum(1) for w in P.values())
     expected = (mask @ each).sum() / (27 * 7)
     np.testing.assert_allclose(losses.simplicity(make(**P), jnp.asarray(mask), p), expected, rtol=1e-5)
-    np.testing.assert_allclose(losses.simplicity(make(**P), jnp.asarray(mask, jnp.float32), 2.0), (mask @ sum(
-        (np.linalg.svd(w, compute_uv=False) ** 2).sum(1) for w in P.values())).sum() / (27 * 7), rtol=1e-5)
 
 
 def test_simplicity_bounds_the_schatten_norm_from_above():

@@ -13,6 +13,7 @@ import optax
 from jaxtyping import PyTree
 
 from apd_jax.components import path_name
+from apd_jax.errors import InputError
 from apd_jax.schedules import learning_rate
 from apd_jax.targets.base import Config, Target, at_least_one
 

@@ -33,9 +33,9 @@ def test_components_table():
     W = jnp.zeros((2, 2, 2)).at[0].set(jnp.diag(jnp.array([3.0, 4.0])))
     components = components_lib.from_materialized({"W": W, "b": None})
     text = render(tables.components_table(components, np.array([0.25, 0.0]), np.array([7, -1])))
-    assert "norm W" in text and "rank W" in text
-    assert row(text, "0.2500").replace("│", " ").split() == ["0", "5", "2", "0.2500", "7"]
-    assert row(text, "dead").replace("│", " ").split() == ["1", "0", "0", "0.0000", "dead"]
+    assert "norm (rank)" in text and "W" in text
+    assert row(text, "0.2500").replace("│", " ").split() == ["0", "5", "(2)", "0.2500", "7"]
+    assert row(text, "dead").replace("│", " ").split() == ["1", "0", "(0)", "0.0000", "dead"]
 
 
 def test_tree_table():
