@@ -74,13 +74,17 @@ def matmul_gflops() -> float:
     return 2 * 2048 * 1000 * 6500 / min(timed(lambda: product(a, b).block_until_ready(), 1) for _ in range(5)) / 1e9
 
 
-def looped_ms(body: Callable[[Any, jax.Array], Any], carry: Any, steps: int) -> float:
-    """ms of one `carry = body(carry, i)`, in a scan of `steps` whose buffers are donated, as in training."""
-    program = jax.jit(lambda carry: jax.lax.scan(lambda carry, i: (body(carry, i), None), carry, jnp.arange(steps))[0], donate_argnums=0)
-    held = [program(jax.tree.map(jnp.copy, carry))]
+def looped_ms(body: Callable[..., Any], carry: Any, fixed: Any, steps: int) -> float:
+    """ms of one `carry = body(carry, i, fixed)`, in a scan of `steps` whose buffers are donated, as in training."""
+
+    def loop(carry, fixed):  # `fixed` is an argument, lest XLA fold it as a constant
+        return jax.lax.scan(lambda carry, i: (body(carry, i, fixed), None), carry, jnp.arange(steps))[0]
+
+    program = jax.jit(loop, donate_argnums=0)
+    held = [program(jax.tree.map(jnp.copy, carry), fixed)]
 
     def call():
-        held[0] = jax.block_until_ready(program(held[0]))
+        held[0] = jax.block_until_ready(program(held[0], fixed))
 
     return timed(call) / steps * 1e3
 
@@ -88,38 +92,41 @@ def looped_ms(body: Callable[[Any, jax.Array], Any], carry: Any, steps: int) -> 
 def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]:
     """The step's parts, each alone. A carry multiplied by 1e-30 keeps XLA from moving the work out of the loop."""
     cs, x = state.components, target.sample_fn(key, 0)
+    mask_fn, optimizer = step_lib.make_mask_fn(config), step_lib.make_optimizer(config)
     scores = jax.jit(lambda cs: attributions.gradient_squared(target.attribution_fn, params, cs, x))(cs)
-    mask = step_lib.make_mask_fn(config)(scores, x)
-    slots = sparse.slots_for(config.topk, *mask.shape)
-    target_out, target_hidden = step_lib.split_result(target.apply_fn(params, x))
-    optimizer = step_lib.make_optimizer(config)
+    mask = mask_fn(scores, x)
+    fixed = {"params": params, "x": x, "mask": mask, "target": step_lib.split_result(target.apply_fn(params, x))}
 
     def descend(loss: Callable) -> Callable:
-        return lambda cs, i: jax.tree.map(lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs))
+        return lambda cs, i, fixed: jax.tree.map(lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs, fixed))
 
-    def sparse_loss(cs):
-        out, hidden = step_lib.split_result(sparse.apply(target.apply_fn, params, cs, mask, x, slots=slots))
+    def sparse_loss(cs, fixed):
+        slots = sparse.slots_for(config.topk, *mask.shape)
+        result = sparse.apply(target.apply_fn, fixed["params"], cs, fixed["mask"], fixed["x"], slots=slots)
+        (out, hidden), (target_out, target_hidden) = step_lib.split_result(result), fixed["target"]
         loss = losses.minimality(out, target_out)
         return loss + losses.hidden_reconstruction(hidden, target_hidden) if config.hidden_reconstruction_coeff else loss
 
-    def attribute(carry, i):
+    def attribute(carry, i, fixed):
         cs, total = carry
-        return cs, total + attributions.gradient_squared(target.attribution_fn, params, cs, x * (1 + 1e-30 * total[:1, :1]))
+        moved = fixed["x"] * (1 + 1e-30 * total[:1, :1])
+        return cs, total + attributions.gradient_squared(target.attribution_fn, fixed["params"], cs, moved)
 
-    def update(carry, i):
+    def update(carry, i, fixed):
         cs, opt_state = carry
         updates, opt_state = optimizer.update(jax.tree.map(lambda a: 1e-3 * a, cs), opt_state, cs)
         return optax.apply_updates(cs, updates), opt_state
 
-    return {
-        "data": looped_ms(lambda total, i: total + target.sample_fn(key, i).sum(), jnp.zeros(()), steps),
-        "attributions": looped_ms(attribute, (cs, scores), steps),
-        "mask": looped_ms(lambda a, i: a + 1e-30 * step_lib.make_mask_fn(config)(a, x), scores, steps),
-        "sparse_pass": looped_ms(descend(sparse_loss), cs, steps),
-        "faithfulness": looped_ms(descend(lambda cs: losses.faithfulness(cs, params)), cs, steps),
-        "simplicity": looped_ms(descend(lambda cs: losses.simplicity(cs, mask, config.schatten_p)), cs, steps),
-        "optimizer": looped_ms(update, (cs, state.opt_state), steps),
+    parts = {
+        "data": (lambda total, i, fixed: total + target.sample_fn(key, i).sum(), jnp.zeros(())),
+        "attributions": (attribute, (cs, scores)),
+        "mask": (lambda a, i, fixed: a + 1e-30 * mask_fn(a, x), scores),
+        "sparse_pass": (descend(sparse_loss), cs),
+        "faithfulness": (descend(lambda cs, fixed: losses.faithfulness(cs, fixed["params"])), cs),
+        "simplicity": (descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], config.schatten_p)), cs),
+        "optimizer": (update, (cs, state.opt_state)),
     }
+    return {name: looped_ms(body, carry, fixed, steps) for name, (body, carry) in parts.items()}
 
 
 def time_setting(name: str) -> dict[str, Any]:
