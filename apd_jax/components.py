@@ -249,7 +249,7 @@ def materialize(components: Components) -> PyTree:
     return jax.tree.map(lambda f: None if f is None else (f.U @ f.V).reshape(-1, *f.shape), components.tree, is_leaf=is_slot)
 
 
-def weighted_sum(components: Components, params: PyTree, weights: Float[Array, C]) -> PyTree:
+def weighted_sum(components: Components, params: PyTree, weights: Float[Array, " C"]) -> PyTree:
     """Σ_c w_c P_c as a pytree like params: `weights` scales or switches components for *every* input."""
 
     scaled = _map_factors(lambda f: dataclasses.replace(f, U=f.U * weights[:, None, None].astype(f.U.dtype)), components)
@@ -275,7 +275,7 @@ def _map_factors(fn: Callable[..., Factors], *trees: Components) -> Components:
     return Components(jax.tree.map(fn, *(t.tree for t in trees), is_leaf=_is_factors))
 
 
-def squared_norms(components: Components) -> dict[str, Float[Array, C]]:
+def squared_norms(components: Components) -> dict[str, Float[Array, " C"]]:
     """‖P_c‖²_F per leaf, from the factors: tr(UᵀU · VVᵀ). Cost: C·m²·(d_in + d_out) per leaf."""
 
     def one(f: Factors):
@@ -291,7 +291,7 @@ def singular_values(components: Components) -> dict[str, Float[Array, "C r"]]:
     return {name: jnp.linalg.svd(f.U @ f.V, compute_uv=False) for name, f in components.factors.items()}
 
 
-def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str, Float[Array, C]]:
+def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str, Float[Array, " C"]]:
     """Number of singular values above `tolerance` times the largest one of the leaf over *all* components.
 
     Relative to the leaf, not to the component: a dead component has rank 0.

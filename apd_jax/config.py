@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+from typing import Any
 
 from ml_collections import config_dict
 
 from apd_jax import schedules
 from apd_jax.errors import InputError
+
+Config = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
 MASKS = ("batch_topk", "topk", "exact", "none")
 ATTRIBUTIONS_AT = ("target", "components")
@@ -64,7 +67,7 @@ def default_config() -> config_dict.ConfigDict:
     return c.lock()
 
 
-def validate(config: config_dict.ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Checks values that no type check catches.
 
     Raises:

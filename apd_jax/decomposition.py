@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, Bool, Float, PyTree
-from ml_collections import ConfigDict
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import sparse, train
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
+from apd_jax.config import Config
 from apd_jax.errors import InputError
 
 
@@ -26,7 +26,7 @@ class Decomposition:
 
     problem: train.Problem
     components: Components
-    config: ConfigDict
+    config: Config
     history: Sequence[Mapping[str, Any]]  # the logged rows: step, losses
 
     def attributions(self, x: PyTree) -> Float[Array, "B C"]:
@@ -70,7 +70,7 @@ def decompose(
     apply_fn: Callable,
     params: PyTree,
     sample_fn: Callable,
-    config: ConfigDict,
+    config: Config,
     *,
     select: Select = None,
     uses: Mapping[str, int] | None = None,

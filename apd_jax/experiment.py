@@ -23,6 +23,7 @@ from apd_jax import checkpoint, parallel, targets, train
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax.components import Components
+from apd_jax.config import Config
 from apd_jax.decomposition import decompose
 from apd_jax.errors import InputError
 from apd_jax.evaluation import summary
@@ -32,7 +33,7 @@ from apd_jax.targets import pretrain, weights
 from apd_jax.targets.base import Target
 
 
-def run(config: ConfigDict, workdir: epath.PathLike, console: Console) -> None:
+def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     """All stages; each goes on from what the workdir already holds.
 
     Raises:
@@ -87,7 +88,7 @@ def inspect(workdir: epath.PathLike, console: Console) -> None:
         console.print("Firing rates and features come with the evaluation, at the end of the run or by --mode=evaluate.")
 
 
-def load_config(folder: epath.Path) -> ConfigDict:
+def load_config(folder: epath.Path) -> Config:
     """The config that a run was started with.
 
     Raises:
@@ -102,7 +103,7 @@ def load_config(folder: epath.Path) -> ConfigDict:
         raise InputError(f"{path} is damaged ({error}); restore it, or start a new workdir.") from None
 
 
-def _claim(folder: epath.Path, config: ConfigDict) -> None:
+def _claim(folder: epath.Path, config: Config) -> None:
     """Makes the workdir, or checks that it belongs to this very config."""
     wanted = json.loads(json.dumps(config.to_dict()))
     if (folder / "config.json").exists():
@@ -136,7 +137,7 @@ def _target_path(folder: epath.Path) -> epath.Path:
     return folder / "target" / "params.npz"
 
 
-def _target_params(target: Target, config: ConfigDict, folder: epath.Path) -> PyTree:
+def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree:
     """The target's weights: those in the workdir, else a given file's, else freshly trained; in the workdir afterwards."""
     path = _target_path(folder)
     like = jax.eval_shape(target.init_fn, jax.random.key(0))
@@ -154,7 +155,7 @@ def _target_params(target: Target, config: ConfigDict, folder: epath.Path) -> Py
     return params
 
 
-def _report(config: ConfigDict, folder: epath.Path, params: PyTree, components: Components, console: Console) -> None:
+def _report(config: Config, folder: epath.Path, params: PyTree, components: Components, console: Console) -> None:
     """Evaluation, its files, the figures, and the table on the screen."""
     target = targets.build(config.target, config.evaluation.batch_size)
     history = read_rows(folder / "metrics.jsonl")

@@ -60,7 +60,7 @@ def hidden_reconstruction(
             f"got {sorted(sparse_hidden)} and {sorted(target_hidden)}."
         )
     squares = sum(jnp.sum((sparse_hidden[name] - target_hidden[name]) ** 2) for name in target_hidden)
-    return squares / sum(h.size for h in target_hidden.values())
+    return jnp.asarray(squares) / sum(h.size for h in target_hidden.values())
 
 
 def simplicity(components: Components, mask: Bool[Array, "B C"] | Float[Array, "B C"], schatten_p: float) -> Float[Array, ""]:
@@ -84,7 +84,7 @@ def simplicity(components: Components, mask: Bool[Array, "B C"] | Float[Array, "
         else:
             power = jnp.sum((mask[:, :, None] * squares[None] + EPSILON) ** (schatten_p / 2))
         total += f.uses * power
-    return total / (components.num_params * mask.shape[0])
+    return jnp.asarray(total) / (components.num_params * mask.shape[0])
 
 
 def attribution_lp(attributions_squared: Float[Array, "B C"], p: float) -> Float[Array, "B C"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 from jaxtyping import PyTree
@@ -11,6 +12,7 @@ from apd_jax import step as step_lib
 from apd_jax.errors import InputError
 
 AXIS = "data"
+Devices = Sequence[Any]  # of jax.Device
 
 
 def check_batch(batch_size: int, num_devices: int) -> None:
@@ -19,7 +21,7 @@ def check_batch(batch_size: int, num_devices: int) -> None:
         raise InputError(f"batch_size = {batch_size} is not divisible by the {num_devices} devices; choose a multiple of {num_devices}.")
 
 
-def pmap_steps(step: Callable, num_steps: int, devices: Sequence[jax.Device]) -> Callable:
+def pmap_steps(step: Callable, num_steps: int, devices: Devices) -> Callable:
     """`num_steps` steps in one XLA call, data parallel over `devices`.
 
     Args:
@@ -36,7 +38,7 @@ def pmap_steps(step: Callable, num_steps: int, devices: Sequence[jax.Device]) ->
     return run
 
 
-def replicate(tree: PyTree, devices: Sequence[jax.Device]) -> PyTree:
+def replicate(tree: PyTree, devices: Devices) -> PyTree:
     """A copy per device along a new leading axis."""
     mesh = jax.sharding.Mesh(devices, (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))

@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
-from ml_collections import ConfigDict
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import losses, masks, schedules, sparse
 from apd_jax.components import Components
+from apd_jax.config import Config
 from apd_jax.errors import InputError
 
 Metrics = dict[str, Float[Array, ""]]
@@ -35,7 +35,7 @@ class TrainState:
     opt_state: optax.OptState
 
 
-def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optax optimizer that `config.optimizer` names, at the scheduled learning rate."""
     rate = schedules.learning_rate(config.schedule, config.learning_rate, config.num_steps, config.warmup_fraction)
     if config.optimizer == "adamw":
@@ -44,7 +44,7 @@ def make_optimizer(config: ConfigDict) -> optax.GradientTransformation:
 
 
 def init_state(
-    rng: PRNGKeyArray, params: PyTree, config: ConfigDict, *, select: components_lib.Select = None, uses: Mapping[str, int] | None = None
+    rng: PRNGKeyArray, params: PyTree, config: Config, *, select: components_lib.Select = None, uses: Mapping[str, int] | None = None
 ) -> TrainState:
     """Step 0 with random components."""
     components = components_lib.init(
@@ -53,7 +53,7 @@ def init_state(
     return TrainState(jnp.zeros((), jnp.int32), components, make_optimizer(config).init(components))
 
 
-def make_mask_fn(config: ConfigDict, *, num_active_fn: Callable | None = None, axis_name: str | None = None) -> Callable:
+def make_mask_fn(config: Config, *, num_active_fn: Callable | None = None, axis_name: str | None = None) -> Callable:
     """(attributions [B, C], x) -> mask [B, C], bool: which components are kept, as `config.mask` says.
 
     The first `num_always_on` components are always kept and not counted in k.
@@ -71,7 +71,7 @@ def make_mask_fn(config: ConfigDict, *, num_active_fn: Callable | None = None, a
             return masks.batch_topk(attributions, config.topk, axis_name=axis_name)
         if config.mask == "topk":
             return masks.topk(attributions, int(config.topk))
-        if config.mask == "exact":
+        if config.mask == "exact" and num_active_fn is not None:
             num = jnp.sum(num_active_fn(x), dtype=jnp.int32)
             return masks.batch_largest(attributions, num if axis_name is None else lax.psum(num, axis_name), axis_name=axis_name)
         return jnp.ones(attributions.shape, jnp.bool_)
@@ -87,7 +87,7 @@ def make_mask_fn(config: ConfigDict, *, num_active_fn: Callable | None = None, a
 def make_step(
     apply_fn: Callable,
     sample_fn: Callable,
-    config: ConfigDict,
+    config: Config,
     *,
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,

@@ -15,13 +15,13 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 
 from apd_jax import checkpoint, parallel
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
+from apd_jax.config import Config
 from apd_jax.errors import InputError, Interrupted, NonFiniteError
 from apd_jax.progress import MetricsLog, ProgressDisplay
 
@@ -39,7 +39,7 @@ class Problem:
     uses: Mapping[str, int] | None = None
 
 
-def fit(problem: Problem, config: ConfigDict, *, workdir: epath.PathLike | None = None) -> tuple[Components, list[dict[str, Any]]]:
+def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list[dict[str, Any]]]:
     """Trains components until `config.num_steps`, going on from the newest checkpoint in `workdir` if there is one.
 
     Returns: the components (with a leading axis of instances if there are several) and the logged rows.
@@ -91,14 +91,14 @@ def fit(problem: Problem, config: ConfigDict, *, workdir: epath.PathLike | None 
                 due = start // config.checkpoint_every_steps > previous // config.checkpoint_every_steps
                 if manager and (due or interrupted or start == config.num_steps):
                     checkpoint.save(manager, start, parallel.unreplicate(state))
-                if interrupted:
+                if interrupted and manager:
                     manager.wait_until_finished()
                     raise Interrupted(start, interrupted[0])
             state = parallel.unreplicate(state)
     return _finished(state.components, config), log_rows
 
 
-def restore_components(problem: Problem, config: ConfigDict, workdir: epath.PathLike) -> tuple[int, Components]:
+def restore_components(problem: Problem, config: Config, workdir: epath.PathLike) -> tuple[int, Components]:
     """The components of the newest readable checkpoint in `workdir`, with its step.
 
     Raises:
@@ -113,12 +113,12 @@ def restore_components(problem: Problem, config: ConfigDict, workdir: epath.Path
     return found[0], _finished(found[1].components, config)
 
 
-def _finished(components: Components, config: ConfigDict) -> Components:
+def _finished(components: Components, config: Config) -> Components:
     """The components as the next step would use them: unit-norm U is restored at the beginning of a step."""
     return components_lib.normalize_U(components) if config.unit_norm_U else components
 
 
-def _build(problem: Problem, config: ConfigDict, init_key, data_key):
+def _build(problem: Problem, config: Config, init_key, data_key):
     """Initial state, data key and per-device step; with a leading axis of instances if there are several."""
     make_state = lambda key: step_lib.init_state(key, problem.params, config, select=problem.select, uses=problem.uses)  # noqa: E731
     step = step_lib.make_step(
@@ -135,7 +135,7 @@ def _build(problem: Problem, config: ConfigDict, init_key, data_key):
     return jax.jit(jax.vmap(make_state))(keys[0]), keys[1], jax.vmap(step, in_axes=(0, None, 0))
 
 
-def _check_sampler(problem: Problem, config: ConfigDict) -> None:
+def _check_sampler(problem: Problem, config: Config) -> None:
     x = jax.eval_shape(problem.sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
     sizes = {leaf.shape[0] if leaf.ndim else None for leaf in jax.tree.leaves(x)}
     if sizes != {config.batch_size}:
@@ -144,7 +144,7 @@ def _check_sampler(problem: Problem, config: ConfigDict) -> None:
         )
 
 
-def _rows(metrics: Mapping[str, np.ndarray], start: int, config: ConfigDict) -> Iterator[dict[str, Any]]:
+def _rows(metrics: Mapping[str, np.ndarray], start: int, config: Config) -> Iterator[dict[str, Any]]:
     length = len(metrics["total"])
     for i in range(length):
         step = start + i + 1

@@ -9,9 +9,9 @@ to the step, where XLA shares work between them. The matmul peak (float32, 2048x
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import resource
+import runpy
 import statistics
 import subprocess
 import sys
@@ -51,10 +51,7 @@ _ONE = flags.DEFINE_string("one", None, "Time one setting in this process and pr
 
 
 def load_config(file: str, variant: str):
-    spec = importlib.util.spec_from_file_location("experiment_config", ROOT / "configs" / file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(variant)
+    return runpy.run_path(str(ROOT / "configs" / file))["get_config"](variant)
 
 
 def timed(call: Callable[[], Any], windows: int = WINDOWS) -> float:

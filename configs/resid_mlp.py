@@ -70,6 +70,7 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.apd.hidden_reconstruction_coeff = 1.0
     config.apd.schatten_p = 0.9
     config.apd.unit_norm_U = num_layers == 1
+    config.apd.steps_per_call = 10  # a step takes 0.1 s and more on a CPU: an interruption waits for the end of a call
     # 3 layers: the paper prints no setting that works ("struggled"); this is the one of 2 layers.
 
     config.evaluation = ConfigDict()

@@ -6,8 +6,12 @@ decomposition is known, and the command line, in this process or in its own.
 
 import os
 
-# Before jax is imported. One thread per device keeps two test processes from fighting over two cores.
-_XLA_FLAGS = "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false"
+# Before jax is imported. One thread per device keeps two test processes from fighting over two cores; programs here run once or
+# twice, so compiling them fast matters more than running them fast.
+_XLA_FLAGS = (
+    "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false "
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from conftest import close, make_config
 
 from apd_jax import attributions, losses, masks, sparse
@@ -18,8 +17,8 @@ from apd_jax import step as step_lib
 from apd_jax.attributions import outputs
 
 
-def attribute(golden, at=None, components=None, **more):
-    return attributions.gradient(golden.apply_fn, at or golden.params, components or golden.components, golden.x, **more)
+def attribute(golden, components):
+    return jax.jit(lambda c: attributions.gradient(golden.target.attribution_fn, golden.params, c, golden.x))(components)
 
 
 def released_simplicity(components, mask, p):
@@ -27,7 +26,7 @@ def released_simplicity(components, mask, p):
 
     We leave that constant out on purpose. Per matrix it is uses · (number off) · m · 1e-16^(p/2) / (N·B): 1e-4 for p = 0.5.
     """
-    off = float(jnp.sum(~mask)) * sum(f.uses * f.U.shape[-1] for f in components.factors.values())
+    off = jnp.sum(~mask) * sum(f.uses * f.U.shape[-1] for f in components.factors.values())
     return losses.simplicity(components, mask, p) + off * 1e-16 ** (p / 2) / (components.num_params * mask.shape[0])
 
 
@@ -48,14 +47,12 @@ def test_the_network_and_the_component_sum(golden):
     assert golden.components.num_components == golden["meta/num_components"]
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
-def test_gradient_attributions(golden, mode):
-    close(attribute(golden, mode=mode), golden["attributions/gradient_sqrt_mean"])
-    # The released code's own form has no mean and no root.
-    squared = attributions.gradient_squared(golden.apply_fn, golden.params, golden.components, golden.x, mode=mode)
-    close(golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"])
-    fast = attributions.gradient(golden.target.attribution_fn, golden.params, golden.components, golden.x, mode=mode)
-    close(fast, golden["attributions/gradient_sqrt_mean"])
+def test_gradient_attributions(golden):
+    run = lambda fn, mode: attributions.gradient_squared(fn, golden.params, golden.components, golden.x, mode=mode)  # noqa: E731
+    fns, modes = (golden.apply_fn, golden.target.attribution_fn), ("forward", "reverse")
+    for squared in jax.jit(lambda: [run(fn, mode) for fn in fns for mode in modes])():
+        close(np.sqrt(squared), golden["attributions/gradient_sqrt_mean"])
+        close(golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"])  # the released code's own form
 
 
 def test_ablation_attributions(golden):
@@ -63,7 +60,7 @@ def test_ablation_attributions(golden):
 
 
 def test_masks(golden):
-    scores = attribute(golden)
+    scores = attribute(golden, golden.components)
     k = golden["meta/topk"]
     assert masks.num_kept(round(k, 6), golden.x.shape[0]) == golden["meta/topk_batch_total"]
     np.testing.assert_array_equal(masks.batch_topk(scores, k), golden["mask/batch_topk"])
@@ -73,20 +70,19 @@ def test_masks(golden):
     np.testing.assert_array_equal(np.asarray(mask)[unique], np.asarray(golden["mask/per_example_topk"])[unique])
 
 
-@pytest.mark.parametrize("which", ["batch_topk", "per_example_topk"])
-@pytest.mark.parametrize("route", [("materialize", None), ("masked", None), ("dispatch", 1), ("dispatch", 7), ("dispatch", 1000)])
-def test_sparse_outputs(golden, which, route):
-    def run(components, mask):
-        return sparse.apply(golden.apply_fn, golden.params, components, mask, golden.x, route=route[0], slots=route[1])
+def test_sparse_outputs(golden):
+    routes = (("materialize", None), ("masked", None), ("dispatch", 1), ("dispatch", 7), ("dispatch", 1000))
 
-    out, hidden = jax.jit(run)(golden.components, golden[f"mask/{which}"])
-    close(out, golden[f"sparse_out/{which}"])
-    loss = "loss/topk_recon" if which == "batch_topk" else "loss/per_example_topk_recon"
-    close(losses.minimality(out, golden["target_out"]), golden[loss])
-    if which == "batch_topk":
-        assert hidden and all(golden.has(f"act_recon_inputs/sparse/{name}") for name in hidden)
-        for name, values in hidden.items():
-            close(values, golden[f"act_recon_inputs/sparse/{name}"])
+    def run(mask, route, slots):
+        return sparse.apply(golden.apply_fn, golden.params, golden.components, mask, golden.x, route=route, slots=slots)
+
+    for which, loss in (("batch_topk", "topk_recon"), ("per_example_topk", "per_example_topk_recon")):
+        results = jax.jit(lambda mask: [run(mask, *route) for route in routes])(golden[f"mask/{which}"])
+        for out, hidden in results:
+            close(out, golden[f"sparse_out/{which}"])
+            close(losses.minimality(out, golden["target_out"]), golden[f"loss/{loss}"])
+            for name, values in hidden.items() if which == "batch_topk" else ():
+                close(values, golden[f"act_recon_inputs/sparse/{name}"])
 
 
 def test_hidden_reconstruction(golden):
@@ -101,19 +97,30 @@ def test_faithfulness(golden):
     close(losses.faithfulness(golden.components, golden.params), golden["loss/param_match"])
 
 
-@pytest.mark.parametrize("p", ["0.5", "0.9", "1.0"])
-def test_simplicity(golden, p):
+def test_simplicity(golden):
     mask, lp = golden["mask/batch_topk"], golden["lp/per_component"]
-    close(released_simplicity(golden.components, mask, float(p)), golden[f"loss/schatten_p{p}"])
-    close(losses.simplicity(golden.components, lp, float(p)), golden[f"loss/schatten_lp_mask_p{p}"])
+    powers = ("0.5", "0.9", "1.0")
     # Per matrix, without N and B: all but one set aside. The released code lists a tied matrix twice.
-    for name, factors in golden.components.factors.items():
-        key = {"W": "linear1", "hidden": "hidden_0"}.get(name, name)
-        alone = components_lib.Components({name: dataclasses.replace(factors, uses=1)})
-        scale = alone.num_params * mask.shape[0]
-        close(scale * released_simplicity(alone, mask, float(p)), golden[f"sums/schatten_p{p}/{key}"])
-        wrong = losses.faithfulness(alone, {name: golden.params[name]})
-        close(alone.num_params * wrong, golden[f"sums/param_sq_error/{key}"])
+    alone = {
+        {"W": "linear1", "hidden": "hidden_0"}.get(name, name): components_lib.Components({name: dataclasses.replace(f, uses=1)})
+        for name, f in golden.components.factors.items()
+    }
+
+    @jax.jit
+    def measure():
+        computed = {}
+        for p in powers:
+            computed[f"loss/schatten_p{p}"] = released_simplicity(golden.components, mask, float(p))
+            computed[f"loss/schatten_lp_mask_p{p}"] = losses.simplicity(golden.components, lp, float(p))
+            for name, one in alone.items():
+                computed[f"sums/schatten_p{p}/{name}"] = one.num_params * mask.shape[0] * released_simplicity(one, mask, float(p))
+        for name, one in alone.items():
+            leaves = {leaf: golden.params[leaf] for leaf in one.factors}
+            computed[f"sums/param_sq_error/{name}"] = one.num_params * losses.faithfulness(one, leaves)
+        return computed
+
+    for key, value in measure().items():
+        close(value, golden[key], err_msg=key)
 
 
 def loss_functions(golden, mask):
@@ -214,7 +221,7 @@ def test_train_step(golden):
 
 def test_train_step_with_unit_norm(golden):
     normal = components_lib.normalize_U(golden.components)
-    squares = golden["meta/d_out"] * attribute(golden, components=normal) ** 2
+    squares = golden["meta/d_out"] * attribute(golden, normal) ** 2
     close(squares, golden["unit_norm/attributions_sum_of_squares"])
     mask = golden["unit_norm/mask_batch_topk"]
     np.testing.assert_array_equal(masks.batch_topk(squares, golden["meta/topk"]), mask)
@@ -225,8 +232,7 @@ def test_train_step_with_unit_norm(golden):
     after_adamw(state, gradient, golden.matrices("unit_norm/after_adamw"), golden.components)
 
 
-@pytest.mark.parametrize("mode", ["forward", "reverse"])
-def test_train_step_of_the_lp_variant(golden, mode):
+def test_train_step_of_the_lp_variant(golden):
     _, metrics, gradient = run_step(
         golden,
         mask="none",
@@ -235,7 +241,7 @@ def test_train_step_of_the_lp_variant(golden, mode):
         faithfulness_coeff=golden["meta/lp_coeff_param_match"],
         attribution_lp_coeff=golden["meta/lp_coeff_lp_sparsity"],
         simplicity_coeff=golden["meta/lp_coeff_schatten"],
-        attribution_mode=mode,
+        attribution_mode="reverse" if golden.is_tms else "forward",  # the gradient flows through either
     )
     close(metrics["attribution_lp"], golden["loss/lp_sparsity"])
     close(metrics["simplicity"], golden["loss/schatten_lp_mask_p0.9"])

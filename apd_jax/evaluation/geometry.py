@@ -27,7 +27,7 @@ def norm_ratios(component_weights: Float[np.ndarray, "C F d"], target_weights: F
     return _divide(norms, np.broadcast_to(np.linalg.norm(W, axis=-1), norms.shape))
 
 
-def one_to_one(cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "C F"]) -> Int[np.ndarray, F]:
+def one_to_one(cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "C F"]) -> Int[np.ndarray, " F"]:
     """The component of every feature, no component twice, that maximises Σ_f cos · min(norm ratio, 1).
 
     The argmax of the cosine alone is fooled by a tiny column that happens to point the right way, and hides a component that

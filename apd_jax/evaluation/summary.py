@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
-from ml_collections import ConfigDict
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import losses, sparse
 from apd_jax import step as step_lib
 from apd_jax.components import Components
+from apd_jax.config import Config
 from apd_jax.evaluation import geometry, scrub
 from apd_jax.targets.base import Target
 
@@ -49,7 +49,7 @@ class _Model:
     always_on: Array  # [1, C], the mask of none but the components that are always on
 
 
-def evaluate(target: Target, params: PyTree, components: Components, config: ConfigDict) -> Evaluation:
+def evaluate(target: Target, params: PyTree, components: Components, config: Config) -> Evaluation:
     """Measures a decomposition on fresh batches of `target.sample_fn`, on one-hot probes, and on single features swept in value.
 
     Metrics
@@ -120,7 +120,7 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     return Evaluation(metrics, arrays)
 
 
-def _model(target: Target, params: PyTree, components: Components, apd: ConfigDict) -> _Model:
+def _model(target: Target, params: PyTree, components: Components, apd: Config) -> _Model:
     linearised_at = components_lib.total(components, params) if apd.attributions_at == "components" else params
     attribution_fn = target.attribution_fn or target.apply_fn
     return _Model(
@@ -133,7 +133,7 @@ def _model(target: Target, params: PyTree, components: Components, apd: ConfigDi
     )
 
 
-def _mask_fn(apd: ConfigDict, **changes: Any) -> Callable[..., Bool[Array, "B C"]]:
+def _mask_fn(apd: Config, **changes: Any) -> Callable[..., Bool[Array, "B C"]]:
     settings = apd.copy_and_resolve_references()
     settings.update(changes)
     return step_lib.make_mask_fn(settings)
@@ -152,15 +152,13 @@ def _at_rest(model: _Model, target: Target, params: PyTree, components: Componen
         "owner": jnp.argmax(jnp.where(mask & ~model.always_on, attributions, -1.0), axis=1),
         "target_weights": target.feature_weights(params, params),
         "component_weights": jax.vmap(lambda weights: target.feature_weights(params, weights))(components_lib.materialize(components)),
-        "norms": jnp.sqrt(jnp.maximum(sum(components_lib.squared_norms(components).values()), 0)),
+        "norms": jnp.sqrt(jnp.maximum(sum(components_lib.squared_norms(components).values(), jnp.zeros(())), 0)),
         "faithfulness": losses.faithfulness(components, params),
-        "relative_parameter_error": error / sum(jnp.sum(leaf**2) for leaf in leaves.values()),
+        "relative_parameter_error": jnp.asarray(error) / sum(jnp.sum(leaf**2) for leaf in leaves.values()),
     }
 
 
-def _on_batches(
-    model: _Model, target: Target, components: Components, config: ConfigDict, key: PRNGKeyArray, owner: Array
-) -> dict[str, Any]:
+def _on_batches(model: _Model, target: Target, components: Components, config: Config, key: PRNGKeyArray, owner: Array) -> dict[str, Any]:
     """Everything that is measured on the evaluation batches, stacked over them: leaves [num_batches, ...]."""
     key_data, key_masks = jax.random.split(key)
     apd = config.apd

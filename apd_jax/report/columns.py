@@ -17,7 +17,7 @@ LARGEST_PANEL = 1000  # entries; a larger matrix is unreadable as a small panel
 NUM_SHOWN = 10  # features with their neurons one by one
 
 
-def component_order(feature_of_component: Int[np.ndarray, C], attributions: Float[np.ndarray, "F C"]) -> Int[np.ndarray, C]:
+def component_order(feature_of_component: Int[np.ndarray, " C"], attributions: Float[np.ndarray, "F C"]) -> Int[np.ndarray, " C"]:
     """Components by the feature that they serve, the stronger first within one; dead ones (-1) last."""
     dead = feature_of_component < 0
     return np.lexsort((-attributions.max(axis=0), feature_of_component, dead))
@@ -26,8 +26,8 @@ def component_order(feature_of_component: Int[np.ndarray, C], attributions: Floa
 def columns(
     target: Float[np.ndarray, "F d"],
     components: Float[np.ndarray, "C F d"],
-    order: Int[np.ndarray, C],
-    feature_of_component: Int[np.ndarray, C],
+    order: Int[np.ndarray, " C"],
+    feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
     """The figure that suits the sizes: `polygons` in two dimensions, `heat_maps` while small enough to be read, else `difference`."""
     if target.shape[1] == 2:
@@ -40,8 +40,8 @@ def columns(
 def polygons(
     target: Float[np.ndarray, "F 2"],
     components: Float[np.ndarray, "C F 2"],
-    order: Int[np.ndarray, C],
-    feature_of_component: Int[np.ndarray, C],
+    order: Int[np.ndarray, " C"],
+    feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
     """The columns of a network with two hidden dimensions, as lines in the plane."""
     shown, summed = order[:MAX_PANELS], components.sum(axis=0)
@@ -68,8 +68,8 @@ def polygons(
 def heat_maps(
     target: Float[np.ndarray, "F d"],
     components: Float[np.ndarray, "C F d"],
-    order: Int[np.ndarray, C],
-    feature_of_component: Int[np.ndarray, C],
+    order: Int[np.ndarray, " C"],
+    feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
     """The columns as heat maps: the target, the sum and the components, all on the target's scale."""
     shown = order[:MAX_PANELS]
@@ -104,7 +104,7 @@ def _draw_heat(figure: Figure, panels: list[Axes], matrices: list[np.ndarray], t
 
 
 def neuron_contributions(
-    target: Float[np.ndarray, "F n"], components: Float[np.ndarray, "C F n"], component_of_feature: Int[np.ndarray, F]
+    target: Float[np.ndarray, "F n"], components: Float[np.ndarray, "C F n"], component_of_feature: Int[np.ndarray, " F"]
 ) -> Figure:
     """What each neuron carries from a feature's input to its output: in the target, and in the feature's own component."""
     caption = (

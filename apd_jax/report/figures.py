@@ -13,8 +13,8 @@ from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
-from ml_collections import ConfigDict
 
+from apd_jax.config import Config
 from apd_jax.evaluation.geometry import norm_ratios
 from apd_jax.evaluation.summary import Evaluation
 from apd_jax.report import columns, style
@@ -25,7 +25,7 @@ NUM_SWEPT = 8
 
 
 def save_all(
-    folder: Path, target: Target, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: ConfigDict
+    folder: Path, target: Target, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: Config
 ) -> list[Path]:
     """Writes every figure that applies to this target and run as a PNG; the paths, in the order of a report.
 
@@ -60,7 +60,7 @@ def save_all(
 def attributions(
     attributions: Float[np.ndarray, "F C"],
     mask: Bool[np.ndarray, "F C"],
-    order: Int[np.ndarray, C],
+    order: Int[np.ndarray, " C"],
     norm_ratio: Float[np.ndarray, "C F"],
 ) -> Figure:
     """Which component answers for which feature: attributions on one-hot inputs, the top-1 mask, and the weights' norms."""
@@ -83,7 +83,7 @@ def attributions(
     return figure
 
 
-def per_feature_loss(alone: Mapping[str, Float[np.ndarray, F]], active: Mapping[str, Float[np.ndarray, F]], topk: float) -> Figure:
+def per_feature_loss(alone: Mapping[str, Float[np.ndarray, " F"]], active: Mapping[str, Float[np.ndarray, " F"]], topk: float) -> Figure:
     """Loss to the label by feature: the target's own beside the sparse model's.
 
     Args:
@@ -121,7 +121,7 @@ def _dots(axes: Axes, series: Mapping[tuple[str, str, str], np.ndarray], order: 
     style.legend(axes)
 
 
-def responses(values: Float[np.ndarray, V], outputs: Mapping[str, Float[np.ndarray, "V F"]], num_features: int = NUM_SWEPT) -> Figure:
+def responses(values: Float[np.ndarray, " V"], outputs: Mapping[str, Float[np.ndarray, "V F"]], num_features: int = NUM_SWEPT) -> Figure:
     """Output of a feature while its own input is swept and all others are 0, for features spread evenly over all.
 
     Args:
@@ -155,7 +155,7 @@ def responses(values: Float[np.ndarray, V], outputs: Mapping[str, Float[np.ndarr
     return figure
 
 
-def scrub(losses: Mapping[str, Float[np.ndarray, n]]) -> Figure:
+def scrub(losses: Mapping[str, Float[np.ndarray, " n"]]) -> Figure:
     """Histograms of the loss per example with the components of inactive features switched at random.
 
     Args:

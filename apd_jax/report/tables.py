@@ -61,7 +61,7 @@ def results_table(metrics: Mapping[str, float | int], minutes: float | None = No
 
 
 def components_table(
-    components: Components, firing_rates: Float[np.ndarray, C] | None, feature_of_component: Int[np.ndarray, C] | None
+    components: Components, firing_rates: Float[np.ndarray, " C"] | None, feature_of_component: Int[np.ndarray, " C"] | None
 ) -> Table:
     """One row per component: norm and effective rank of every leaf, firing rate (share of examples), and the feature it serves.
 
@@ -75,16 +75,16 @@ def components_table(
     table.add_column("component", justify="right")
     for name in norms:
         table.add_column(f"{name}\nnorm (rank)", justify="right", no_wrap=True)
-    evaluated = firing_rates is not None and feature_of_component is not None
-    if evaluated:
+    known = None if firing_rates is None or feature_of_component is None else (firing_rates, feature_of_component)
+    if known:
         table.add_column("firing rate", justify="right")
         table.add_column("feature", justify="right")
     for c in range(components.num_components):
-        leaves = [f"{norms[name][c]:.3g} ({ranks[name][c]})" for name in norms]
-        alive = not evaluated or feature_of_component[c] >= 0
-        if evaluated:
-            leaves += [f"{firing_rates[c]:.4f}", str(feature_of_component[c]) if alive else "dead"]
-        table.add_row(str(c), *leaves, style=None if alive else "dim")
+        cells = [f"{norms[name][c]:.3g} ({ranks[name][c]})" for name in norms]
+        alive = known is None or known[1][c] >= 0
+        if known:
+            cells += [f"{known[0][c]:.4f}", str(known[1][c]) if alive else "dead"]
+        table.add_row(str(c), *cells, style=None if alive else "dim")
     return table
 
 

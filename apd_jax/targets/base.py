@@ -17,8 +17,6 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from apd_jax.errors import InputError
 
-Config = Any  # an ml_collections.ConfigDict, whose own annotations make every field a union of all types
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -48,7 +46,7 @@ class Target:
         """One input per feature: the feature alone, at `probe_value`."""
         return self.probe_value * jnp.eye(self.num_features)
 
-    def num_active_fn(self, x: Float[Array, "B F"]) -> Int[Array, B]:
+    def num_active_fn(self, x: Float[Array, "B F"]) -> Int[Array, " B"]:
         """How many features are truly active (nonzero) in each example."""
         return jnp.sum(x != 0, axis=1, dtype=jnp.int32)
 

@@ -13,9 +13,10 @@ import optax
 from jaxtyping import PyTree
 
 from apd_jax.components import path_name
+from apd_jax.config import Config
 from apd_jax.errors import InputError
 from apd_jax.schedules import learning_rate
-from apd_jax.targets.base import Config, Target, at_least_one
+from apd_jax.targets.base import Target, at_least_one
 
 STEPS_PER_CALL = 100
 

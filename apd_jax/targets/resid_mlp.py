@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from apd_jax.config import Config
 from apd_jax.errors import InputError
-from apd_jax.targets.base import Config, Target, at_least_one, feature_sampler, identity, one_of
+from apd_jax.targets.base import Target, at_least_one, feature_sampler, identity, one_of
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 EMBEDDINGS = ("random", "identity")
