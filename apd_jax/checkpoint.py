@@ -19,7 +19,7 @@ log.setLevel(logging.WARNING)  # whatever level the root logger is set to
 
 def open_manager(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager:
     """The checkpoints of one run; `keep` newest ones are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True)
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True)
     return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
 
 

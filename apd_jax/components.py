@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax.errors import InputError
 
@@ -291,7 +291,7 @@ def singular_values(components: Components) -> dict[str, Float[Array, "C r"]]:
     return {name: jnp.linalg.svd(f.U @ f.V, compute_uv=False) for name, f in components.factors.items()}
 
 
-def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str, Float[Array, " C"]]:
+def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str, Int[Array, " C"]]:
     """Number of singular values above `tolerance` times the largest one of the leaf over *all* components.
 
     Relative to the leaf, not to the component: a dead component has rank 0.
