@@ -1,4 +1,7 @@
-"""Orbax checkpoints of a TrainState: asynchronous, atomic, a few kept, and a torn one skipped."""
+"""Orbax checkpoints of a TrainState: asynchronous, atomic, a few kept, and a torn one skipped.
+
+The state is the same on all devices, so one process writes and reads it, and a run goes on with any number of them.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +22,15 @@ log.setLevel(logging.WARNING)  # whatever level the root logger is set to
 
 def open_manager(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager:
     """The checkpoints of one run; `keep` newest ones are kept."""
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=True, enable_async_checkpointing=True, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager(epath.Path(folder).absolute(), options=options)
+    folder = epath.Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return _manager(folder, max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
+
+
+def _manager(folder: epath.Path, **options: Any) -> ocp.CheckpointManager:
+    """One that this process uses alone, whether or not there are others."""
+    alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone, **options))
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
@@ -56,7 +66,7 @@ def read(folder: epath.PathLike) -> tuple[dict[int, int], int, dict[str, Any]]:
     folder = epath.Path(folder).absolute()
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
-    with contextlib.closing(ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True))) as manager:
+    with contextlib.closing(_manager(folder, read_only=True)) as manager:
         found = _newest_readable(manager, ocp.args.StandardRestore())
         if found is None:
             raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")

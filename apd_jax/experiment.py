@@ -6,6 +6,7 @@ evaluation.npz and figures/. Every stage takes up what it finds there.
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import resource
@@ -34,17 +35,16 @@ from apd_jax.targets.base import Target
 
 
 def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
-    """All stages; each goes on from what the workdir already holds.
+    """All stages; each goes on from what the workdir already holds. Of several processes, only process 0 touches the workdir.
 
     Raises:
       InputError: a setting, or a workdir that cannot be used. Interrupted: by a signal, with a checkpoint saved.
     """
     folder = epath.Path(workdir)
     config_lib.validate(config.apd)
-    parallel.check_batch(config.apd.batch_size, jax.local_device_count())
+    parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
     target = targets.build(config.target, config.apd.batch_size)
-    _claim(folder, config)
-    params = _target_params(target, config, folder)
+    params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
     decomposition = decompose(
         target.apply_fn,
         params,
@@ -56,7 +56,7 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
         num_active_fn=target.num_active_fn,
         workdir=folder,
     )
-    _report(config, folder, params, decomposition.components, console)
+    parallel.from_primary(lambda: _report(config, folder, params, decomposition.components, console))
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:
@@ -64,7 +64,7 @@ def evaluate(workdir: epath.PathLike, console: Console) -> None:
     folder = epath.Path(workdir)
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
-    params = weights.load(_target_path(folder), jax.eval_shape(target.init_fn, jax.random.key(0)))
+    params = weights.load(_target_path(folder), _shapes(target))
     problem = train.Problem(target.apply_fn, params, target.sample_fn, select=target.select, uses=target.uses)
     step, components = train.restore_components(problem, config.apd, folder)
     if step < config.apd.num_steps:
@@ -82,7 +82,7 @@ def inspect(workdir: epath.PathLike, console: Console) -> None:
     components = components_lib.from_raw(state["components"]["tree"])
     for i, one in enumerate(_instances(components)):
         saved = _arrays_path(folder, i)
-        arrays = np.load(saved) if saved.exists() else {}
+        arrays = np.load(io.BytesIO(saved.read_bytes())) if saved.exists() else {}  # numpy opens local paths only
         console.print(tables.components_table(one, arrays.get("firing_rates"), arrays.get("feature_of_component")))
     if not _arrays_path(folder, 0).exists():
         console.print("Firing rates and features come with the evaluation, at the end of the run or by --mode=evaluate.")
@@ -133,14 +133,18 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def _shapes(target: Target) -> PyTree:
+    return jax.eval_shape(target.init_fn, jax.random.key(0))
+
+
 def _target_path(folder: epath.Path) -> epath.Path:
     return folder / "target" / "params.npz"
 
 
 def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree:
     """The target's weights: those in the workdir, else a given file's, else freshly trained; in the workdir afterwards."""
-    path = _target_path(folder)
-    like = jax.eval_shape(target.init_fn, jax.random.key(0))
+    _claim(folder, config)
+    path, like = _target_path(folder), _shapes(target)
     if path.exists():
         return weights.load(path, like)
     if config.target.weights_path:

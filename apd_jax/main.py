@@ -16,7 +16,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 from rich.console import Console
 
-from apd_jax import experiment
+from apd_jax import experiment, parallel
 from apd_jax.errors import InputError, Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
@@ -25,17 +25,18 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "inspect"], "ev
 
 
 def main(argv: Sequence[str]) -> None:
-    if len(argv) > 1:
-        _refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
-    if not _WORKDIR.value:
-        _refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
     logging.set_verbosity(logging.ERROR)  # orbax tells every file it writes; our own warnings have a logger of their own
-    console = Console(width=None if sys.stdout.isatty() else 140)
     try:
+        parallel.initialize()
+        console = Console(width=None if sys.stdout.isatty() else 140, quiet=not parallel.is_primary())
+        if len(argv) > 1:
+            _refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
+        if not _WORKDIR.value:
+            _refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
         if _MODE.value == "evaluate":
-            experiment.evaluate(_WORKDIR.value, console)
+            parallel.from_primary(lambda: experiment.evaluate(_WORKDIR.value, console))
         elif _MODE.value == "inspect":
-            experiment.inspect(_WORKDIR.value, console)
+            parallel.from_primary(lambda: experiment.inspect(_WORKDIR.value, console))
         elif _CONFIG.value is None:
             _refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py.")
         else:
@@ -43,7 +44,8 @@ def main(argv: Sequence[str]) -> None:
     except InputError as error:
         _refuse(str(error))
     except Interrupted as stop:
-        print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
+        if parallel.is_primary():
+            print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
         sys.exit(128 + stop.signum)
 
 
@@ -70,7 +72,8 @@ def _sentence(error: Exception) -> str:
 
 
 def _refuse(sentence: str) -> None:
-    print(f"apd_jax: {sentence}", file=sys.stderr)
+    if parallel.is_primary():  # the others have the same to say
+        print(f"apd_jax: {sentence}", file=sys.stderr)
     sys.exit(2)
 
 

@@ -10,7 +10,7 @@
 
 The factored routes run the unmodified function through quax: a decomposed leaf is replaced by an array-like value that
 knows how to be multiplied, under a vmap over examples. Any use of a leaf other than a matrix product materialises κ(x_b)
-for that leaf only.
+for that leaf only; weights stacked for a `lax.scan` over layers materialise all leaves.
 
 Shapes: B examples, C components, S slots, r rows that one example brings to a matrix product (1, or its positions).
 """
@@ -66,19 +66,22 @@ def apply(
     if mask.shape != fitting:
         raise InputError(f"mask has shape {mask.shape}, but examples and components ask for {fitting}.")
     leaves = components_lib.decomposed_leaves(components, params)
+    dispatchable = bool(slots) and mask.dtype == jnp.bool_
     if route == "auto":
         tiny = all(leaf.size <= _TINY_LEAF for leaf in leaves.values())
-        route = "materialize" if tiny else "dispatch" if slots and mask.dtype == jnp.bool_ else "masked"
+        route = "materialize" if tiny else "dispatch" if dispatchable else "masked"
+    if route not in ("materialize", "masked", "dispatch") or (route == "dispatch" and not dispatchable):
+        raise InputError(
+            f"sparse route {route!r} cannot take a {mask.dtype} mask with slots = {slots}; "
+            "choose auto, materialize, masked, or dispatch (which needs a bool mask and slots)."
+        )
     if route == "materialize":
         return _materialized(apply_fn, params, components, mask, x)
-    if route == "masked":
-        return _factored(apply_fn, params, components, mask, x, None)
-    if route == "dispatch" and slots and mask.dtype == jnp.bool_:
-        return _factored(apply_fn, params, components, mask, x, _make_plan(mask, min(slots, mask.shape[0])))
-    raise InputError(
-        f"sparse route {route!r} cannot take a {mask.dtype} mask with slots = {slots}; "
-        "choose auto, materialize, masked, or dispatch (which needs a bool mask and slots)."
-    )
+    plan = _make_plan(mask, min(slots, mask.shape[0])) if route == "dispatch" and slots else None
+    try:
+        return _factored(apply_fn, params, components, mask, x, plan)
+    except _ScannedLeafError:
+        return _materialized(apply_fn, params, components, mask, x)
 
 
 def slots_for(k: float, batch_size: int, num_components: int) -> int:
@@ -136,6 +139,10 @@ def _factored(apply_fn, params, components, mask, x, plan):
     return _per_example(quax.quaxify(apply_fn), params_of, mask, x)
 
 
+class _ScannedLeafError(Exception):
+    """A `lax.scan` over stacked weights took a slice of κ(x_b): of its factors, that is, which means something else."""
+
+
 class _Kappa(quax.ArrayValue):
     """κ(x_b) for one leaf, as masked factors: what the target's function sees in place of the weight."""
 
@@ -147,12 +154,18 @@ class _Kappa(quax.ArrayValue):
     def aval(self):
         return jax.core.ShapedArray(self.factors.shape, self.kind)
 
+    def _check(self):
+        if self.mask.ndim != 1:
+            raise _ScannedLeafError
+
     def materialise(self):
+        self._check()
         kept = self.factors.U * self.mask[:, None, None].astype(self.factors.U.dtype)
         return components_lib.leaf_total(dataclasses.replace(self.factors, U=kept)).astype(self.kind)
 
     def multiply(self, x: Float[Array, "r d"], contracted: int) -> Float[Array, "r e"]:
         """x κ (contracted = 0) or x κᵀ (contracted = 1)."""
+        self._check()
         U, V = self.factors.U, self.factors.V
         if contracted == 1:
             U, V = jnp.swapaxes(V, 1, 2), jnp.swapaxes(U, 1, 2)

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
+from rich.console import Console
 
 from apd_jax import checkpoint, parallel
 from apd_jax import components as components_lib
@@ -42,13 +43,16 @@ class Problem:
 def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list[dict[str, Any]]]:
     """Trains components until `config.num_steps`, going on from the newest checkpoint in `workdir` if there is one.
 
+    Of several processes every one must call this, with the same arguments; only process 0 touches `workdir`, and only its rows go
+    back to before a resume.
+
     Returns: the components (with a leading axis of instances if there are several) and the logged rows.
     Raises:
       InputError: settings, sampler or checkpoints that do not fit. NonFiniteError: a loss is not finite.
       Interrupted: SIGINT or SIGTERM came; a checkpoint is saved (only with a workdir, otherwise signals are left alone).
     """
     config_lib.validate(config)
-    devices = jax.local_devices()
+    devices = parallel.global_devices()
     parallel.check_batch(config.batch_size, len(devices))
     _check_sampler(problem, config)
 
@@ -59,18 +63,21 @@ def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = No
         manager = metrics_log = None
         start = 0
         if workdir is not None:
-            manager = stack.enter_context(
-                contextlib.closing(checkpoint.open_manager(epath.Path(workdir) / "checkpoints", config.keep_checkpoints))
-            )
-            if restored := checkpoint.restore_latest(manager, state):
-                start, state = restored
-            metrics_log = stack.enter_context(contextlib.closing(MetricsLog(workdir, start)))
-            log_rows = metrics_log.rows
+            if parallel.is_primary():
+                folder = epath.Path(workdir) / "checkpoints"
+                manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(folder, config.keep_checkpoints)))
+            initial = (0, state)
+            start, state = parallel.from_primary(lambda: checkpoint.restore_latest(manager, state) or initial, like=initial)
+            start = int(start)
+            if parallel.is_primary():
+                metrics_log = stack.enter_context(contextlib.closing(MetricsLog(workdir, start)))
+                log_rows = metrics_log.rows
         if start < config.num_steps:
             state = parallel.replicate(state, devices)
             params = jax.tree.map(jnp.asarray, problem.params)
-            display = stack.enter_context(ProgressDisplay("decomposition", config.num_steps))
-            interrupted = stack.enter_context(_caught_signals() if manager else contextlib.nullcontext([]))
+            console = Console(stderr=True, quiet=not parallel.is_primary())
+            display = stack.enter_context(ProgressDisplay("decomposition", config.num_steps, console=console))
+            caught = stack.enter_context(_caught_signals() if workdir is not None else contextlib.nullcontext([]))
             programs: dict[int, Callable] = {}
             while start < config.num_steps:
                 length = min(config.steps_per_call, config.num_steps - start)
@@ -89,11 +96,13 @@ def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = No
                 )
                 previous, start = start, start + length
                 due = start // config.checkpoint_every_steps > previous // config.checkpoint_every_steps
-                if manager and (due or interrupted or start == config.num_steps):
+                signum = parallel.largest(caught[0] if caught else 0)  # whichever process was told to stop, all do, and here
+                if manager and (due or signum or start == config.num_steps):
                     checkpoint.save(manager, start, parallel.unreplicate(state))
-                if interrupted and manager:
-                    manager.wait_until_finished()
-                    raise Interrupted(start, interrupted[0])
+                if signum:
+                    if manager:
+                        manager.wait_until_finished()
+                    raise Interrupted(start, signum)
             state = parallel.unreplicate(state)
     return _finished(state.components, config), log_rows
 
