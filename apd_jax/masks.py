@@ -70,15 +70,23 @@ def _largest(keys, index, num, count):
     return (num > 0) & (above | (tied & (place >= _kth_largest(place, missing, count))))
 
 
+def _check_k(k: Any, C: int) -> None:
+    if isinstance(k, int | float) and not 0 <= k <= C:
+        raise InputError(f"k, the number of active components per example, must lie in [0, C = {C}]; got {k}.")
+
+
 def topk(attributions: Float[Array, "B C"], k: Any) -> Bool[Array, "B C"]:
     """The k largest of every row.
 
     Args:
-      k: an integer, or an integer array [B] (a count per example); may be traced. Clipped to C.
+      k: an integer in [0, C], or an integer array [B] (a count per example), which is clipped to C; may be traced.
     Returns: mask with exactly k True per row; ties go to the lower component.
+    Raises:
+      InputError: a Python k below 0 or above C.
     Cost: some tens of counting passes over the scores, no sort.
     """
     B, C = attributions.shape
+    _check_k(k, C)
     index = jnp.broadcast_to(jnp.arange(C, dtype=jnp.uint32), (B, C))
     num = jnp.minimum(jnp.broadcast_to(jnp.asarray(k, jnp.int32), (B,))[:, None], C)
     return _largest(_ordered_bits(attributions), index, num, lambda flags: jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32))
@@ -96,8 +104,7 @@ def batch_topk(attributions: Float[Array, "B C"], k: Any, *, axis_name: str | No
     Cost: some tens of counting passes over the scores, no sort; with axis_name as many scalar psums.
     """
     B, C = attributions.shape
-    if isinstance(k, (int, float)) and not 0 <= k <= C:
-        raise InputError(f"k (mean active components per example) must lie in [0, C = {C}]; got {k}.")
+    _check_k(k, C)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
     return batch_largest(attributions, num_kept(k, B * devices), axis_name=axis_name)
 
