@@ -98,5 +98,50 @@ def decompose(
     """
     params = jax.tree.map(jnp.asarray, params)
     problem = train.Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses)
+    check_function(problem)
     components, history = train.fit(problem, config, workdir=workdir)
     return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history)
+
+
+def check_function(problem: train.Problem) -> None:
+    """Checks that apply_fn returns what the method can work with, by shapes alone: nothing is computed.
+
+    Raises:
+      InputError: apply_fn fails on params and a batch; its output is not a floating array (or (array, {name: array})) with the
+        batch's leading size; or it does not depend on a leaf that is to be decomposed.
+    """
+    x = jax.eval_shape(problem.sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
+    names = components_lib.selected_paths(problem.params, problem.select)
+    try:
+        jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"apply_fn fails on params and a batch of sample_fn: {reason}") from error
+    out, hidden = step_lib.split_result(result)
+    if not isinstance(hidden, Mapping):
+        raise InputError(f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}.")
+    for what, array in {"its output": out, **{f"activation {name!r}": h for name, h in hidden.items()}}.items():
+        if not isinstance(array, jax.ShapeDtypeStruct) or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"apply_fn must return a floating array, or (array, {{name: array}}); {what} is {array}.")
+        if sizes != {array.shape[:1]}:
+            raise InputError(
+                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the inputs lead with {sorted(sizes)}."
+            )
+    leaf_names = [components_lib.path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]]
+    reaching = _reaching_outputs(jaxpr.jaxpr)
+    unused = [name for name, var in zip(leaf_names, jaxpr.jaxpr.invars, strict=False) if name in names and var not in reaching]
+    if unused:
+        raise InputError(
+            f"the output of apply_fn does not depend on params leaf {unused[0]!r}; pass the weights as its first argument, "
+            "not by closure, or leave that leaf out of `select`."
+        )
+
+
+def _reaching_outputs(jaxpr: Any) -> set[Any]:
+    """The variables that some output may depend on; an inner jaxpr counts as needing all its inputs."""
+    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return needed

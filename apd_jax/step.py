@@ -177,7 +177,7 @@ def scan_steps(step: Callable, num_steps: int) -> Callable:
     return many
 
 
-def split_result(result: Any) -> tuple[Array, dict[str, Array]]:
+def split_result(result: Any) -> tuple[Any, Any]:
     """(outputs, hidden) of an `apply_fn` result; hidden is empty when it returns outputs only."""
     return result if isinstance(result, tuple) else (result, {})
 
