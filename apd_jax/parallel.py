@@ -51,16 +51,18 @@ def initialize() -> None:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would take SIGTERM away from `train.fit`, and from everything else
-    jax.distributed.initialize(**where)
+    jax.distributed.initialize(**where, shutdown_timeout_seconds=60)  # they end together, unless one has failed
     sys.excepthook = _leave_at_once
 
 
 def _leave_at_once(*exception: Any) -> None:
     """A process that crashes must not wait for the others at exit: they wait for it in the step."""
-    sys.__excepthook__(*exception)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(1)
+    try:
+        sys.__excepthook__(*exception)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(1)
 
 
 def is_primary() -> bool:
@@ -86,7 +88,7 @@ def from_primary(fn: Callable[[], Any], like: PyTree = None) -> Any:
       fn: called on process 0 only; may use files and local devices.
       like: pytree with the shapes and dtypes of what it returns.
     Raises:
-      InputError: on every process, if fn raised one.
+      What fn raised, on process 0. On the others InputError if it was one, otherwise RuntimeError.
     """
     if not jax.distributed.is_initialized():
         return fn()
@@ -94,12 +96,12 @@ def from_primary(fn: Callable[[], Any], like: PyTree = None) -> Any:
     if is_primary():
         try:
             value = fn()
-        except InputError as caught:
+        except BaseException as caught:  # nor may the others go on waiting after a Ctrl-C
             error = caught
     # Not by a collective of the devices, which would give up waiting sooner.
     ocp.multihost.get_barrier_sync_fn()(key=f"apd_jax_{next(_wait_number)}", timeout_ms=1000 * _LONGEST_WAIT_S)
-    if largest(int(error is not None)):
-        raise error or InputError("process 0 has refused the run; its message says why.")
+    if outcome := largest(0 if error is None else 1 if isinstance(error, InputError) else 2):
+        raise error or (InputError if outcome == 1 else RuntimeError)("process 0 has stopped; its message says why.")
     return jax.tree.map(jnp.asarray, multihost_utils.broadcast_one_to_all(value))
 
 

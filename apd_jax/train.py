@@ -100,8 +100,7 @@ def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = No
                 if manager and (due or signum or start == config.num_steps):
                     checkpoint.save(manager, start, parallel.unreplicate(state))
                 if signum:
-                    if manager:
-                        manager.wait_until_finished()
+                    parallel.from_primary(manager.wait_until_finished if manager else lambda: None)
                     raise Interrupted(start, signum)
             state = parallel.unreplicate(state)
     return _finished(state.components, config), log_rows

@@ -4,7 +4,10 @@ Also what several test files share: the golden arrays of the released implementa
 decomposition is known, and the command line, in this process or in its own.
 """
 
+import atexit
 import os
+import shutil
+import tempfile
 
 # Before jax is imported. One thread per device keeps two test processes from fighting over two cores; programs here run once or
 # twice, so compiling them fast matters more than running them fast.
@@ -15,6 +18,11 @@ _XLA_FLAGS = (
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
+# Every test process and every command it starts share their compiled programs, for this session only.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="apd_jax_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 import jaxtyping
 
@@ -22,9 +30,11 @@ jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
 
 import dataclasses
 import importlib
+import inspect
 import math
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +49,11 @@ from ml_collections import ConfigDict
 from apd_jax import components as components_lib
 from apd_jax import default_config, targets
 from apd_jax.components import Components, Factors
+from apd_jax.step import TrainState
+
+# jax also builds these pytree nodes from stand-ins (abstract shapes, one copy per device): what their fields hold is not checked.
+for node in (Factors, Components, TrainState):
+    node.__init__ = inspect.unwrap(node.__init__)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -51,7 +66,9 @@ GOLDEN_NAMES = ("tms_small", "tms_5_2", "tms_id", "resid1_small", "resid2_small"
 def close(actual: Any, expected: Any, tolerance: float = 1e-5, err_msg: str = "") -> None:
     """Equal up to `tolerance` of the largest expected entry."""
     expected = np.asarray(expected)
-    np.testing.assert_allclose(actual, expected, rtol=0, atol=tolerance * max(np.max(np.abs(expected), initial=0.0), 1e-12), err_msg=err_msg)
+    np.testing.assert_allclose(
+        actual, expected, rtol=0, atol=tolerance * max(np.max(np.abs(expected), initial=0.0), 1e-12), err_msg=err_msg
+    )
 
 
 def make_config(**fields: Any) -> ConfigDict:
@@ -170,19 +187,12 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def cli_env(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The environment of a person at a shell: one device, compiled programs kept from one process to the next."""
-    cache = tmp_path_factory.mktemp("compiled")
-    more = {"PYTHONPATH": str(ROOT), "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
-    return {**os.environ, "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false", **more}
-
-
-@pytest.fixture(scope="session")
-def start_cli(cli_env: dict[str, str]) -> Callable[..., subprocess.Popen]:
-    """Starts `python -m apd_jax.main ...` in its own process."""
+def start_cli() -> Callable[..., subprocess.Popen]:
+    """Starts `python -m apd_jax.main ...` in its own process, by default with one device."""
 
     def start(*args: str, devices: int = 1) -> subprocess.Popen:
-        env = cli_env | {"XLA_FLAGS": f"{cli_env['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"}
+        flags = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}"
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
         command = [sys.executable, "-m", "apd_jax.main", *map(str, args)]
         return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
@@ -207,16 +217,19 @@ def main_here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
 
     def run(*args: str) -> Finished:
         monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["main", *map(str, args)])  # where ml_collections looks for overrides
         for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "mode")]:
             delattr(flags.FLAGS, name)
         sys.modules.pop("apd_jax.main", None)  # its flags are defined anew
         main = importlib.import_module("apd_jax.main")
         code = 0
         capsys.readouterr()
-        try:
-            main.main(main._parse(["main", *map(str, args)]))
-        except SystemExit as stop:
-            code = stop.code
+        with warnings.catch_warnings():  # under Python 3.11 ml_collections loads a config file by a deprecated call
+            warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
+            try:
+                main.main(main._parse(sys.argv))
+            except SystemExit as stop:
+                code = stop.code
         return Finished(code, *capsys.readouterr())
 
     return run

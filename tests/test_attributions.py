@@ -62,29 +62,36 @@ def by_jacobian(apply_fn, params, comps, x):
     return jnp.sqrt(jnp.mean(dot**2, axis=2)).T
 
 
-@pytest.mark.parametrize("chunk_bytes", [None, 1, 600])
-@pytest.mark.parametrize("mode", ["auto", "forward", "reverse"])
-def test_against_the_jacobian(network, mode, chunk_bytes, monkeypatch):
+def test_against_the_jacobian(network, monkeypatch):
     apply_fn, params, comps, x = network
-    if chunk_bytes:  # 1: one component or example at a time; 600: a few, with a shorter rest where there is no divisor
-        monkeypatch.setitem(attributions._CHUNK_BYTES, "cpu", chunk_bytes)
-    close(jax.jit(lambda: attributions.gradient(apply_fn, params, comps, x, mode=mode))(), by_jacobian(apply_fn, params, comps, x))
+
+    def every_way():
+        results = {}
+        for chunk_bytes in (2**20, 1, 600):  # all at once; one component or example at a time; a few, the rest shorter where none divides
+            monkeypatch.setitem(attributions._CHUNK_BYTES, "cpu", chunk_bytes)
+            for mode in ("auto", "forward", "reverse"):
+                results[f"{mode}, {chunk_bytes}"] = attributions.gradient(apply_fn, params, comps, x, mode=mode)
+        return results
+
+    expected = jax.jit(lambda: by_jacobian(apply_fn, params, comps, x))()
+    for way, measured in jax.jit(every_way)().items():
+        close(measured, expected, err_msg=way)
 
 
 def test_against_finite_differences_in_float64(network):
     apply_fn, params, comps, x = network
     with jax.enable_x64(True):
         params, comps, x = jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64)), (params, comps, x))
-        measured = attributions.gradient(apply_fn, params, comps, x)
+        measured = jax.jit(lambda: attributions.gradient(apply_fn, params, comps, x))()
         assert measured.dtype == jnp.float64
         weights, h = components.materialize(comps), 1e-6
 
         def at(scale, c):
             moved = {n: params[n] if P is None else params[n] + scale * P[c] for n, P in weights.items()}
-            return np.asarray(attributions.outputs(apply_fn(moved, x))).reshape(x.shape[0], -1)
+            return attributions.outputs(apply_fn(moved, x)).reshape(x.shape[0], -1)
 
-        slopes = np.stack([(at(h, c) - at(-h, c)) / (2 * h) for c in range(6)], axis=1)
-    close(measured, np.sqrt((slopes**2).mean(2)), 1e-8)
+        slopes = jax.jit(lambda: jnp.stack([(at(h, c) - at(-h, c)) / (2 * h) for c in range(6)], axis=1))()
+    close(measured, np.sqrt((np.asarray(slopes) ** 2).mean(2)), 1e-8)
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse"])
@@ -97,28 +104,31 @@ def test_squared_has_finite_gradients_where_it_is_zero(mode):
     def loss(comps: Components):
         return jnp.sum(attributions.gradient_squared(apply_fn, params, comps, x, mode=mode))
 
-    gradient = jax.grad(loss)(dead)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(dead)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
     # Directional derivative along the components themselves: A² is quadratic in (U, V) jointly of degree 4 along U -> tU, V -> tV.
     along = sum(jnp.sum(g * c) for g, c in zip(jax.tree.leaves(gradient), jax.tree.leaves(dead), strict=True))
-    np.testing.assert_allclose(along, 4 * loss(dead), rtol=1e-4)
+    np.testing.assert_allclose(along, 4 * value, rtol=1e-4)
 
 
-def test_ablation_is_the_real_change_and_the_gradient_its_first_order(network):
+def test_ablation_is_the_real_change(network):
     apply_fn, params, comps, x = network
-    whole = components.total(comps, params)
     out = lambda p: attributions.outputs(apply_fn(p, x)).reshape(x.shape[0], -1)  # noqa: E731
-    expected = []
-    for c in range(6):
-        without = components.weighted_sum(comps, params, jnp.ones(6).at[c].set(0.0))
-        expected.append(jnp.sqrt(jnp.mean((out(whole) - out(without)) ** 2, axis=1)))
-    close(attributions.ablation(apply_fn, params, comps, x), jnp.stack(expected, axis=1))
+
+    @jax.jit
+    def both():
+        whole = out(components.total(comps, params))
+        without = [out(components.weighted_sum(comps, params, jnp.ones(6).at[c].set(0.0))) for c in range(6)]
+        expected = jnp.stack([jnp.sqrt(jnp.mean((whole - part) ** 2, axis=1)) for part in without], axis=1)
+        return attributions.ablation(apply_fn, params, comps, x), expected
+
+    close(*both())
 
 
 def test_pentagon_by_hand(pentagon):
-    # Feature f alone: only P_f touches it. With both uses of W in relu(W Wᵀ x + b), moving W_f by P_f changes output f by 2·|W_f|² = 2 and its
-    # neighbours (whose pre-activation 0.009 is above 0) by cos 72° each, through the first use; a neighbour's P_c changes
-    # the neighbour's own output by cos 72°, through the second. All other outputs are off. sqrt of the mean over 5 outputs:
+    # Feature f alone, in relu(W Wᵀ x + b). Moving W_f by P_f = W_f moves output f by 2·|W_f|² = 2 (both uses), and those of its two
+    # neighbours, which are just on at 0.009, by cos 72° (first use). A neighbour's own P moves that neighbour's output by cos 72°
+    # (second use). All other outputs are off. The square root of the mean over 5 outputs:
     cos = np.cos(2 * np.pi / 5)
     own, neighbour = np.sqrt((2**2 + 2 * cos**2) / 5), np.sqrt(cos**2 / 5)
     ring = np.roll(np.eye(5), 1, 0) + np.roll(np.eye(5), -1, 0)
@@ -129,8 +139,9 @@ def test_pentagon_by_hand(pentagon):
 def test_vmaps_over_instances(network):
     apply_fn, params, comps, x = network
     several = jax.tree.map(lambda a: jnp.stack([a, 2 * a]), comps)
-    both = jax.vmap(lambda c: attributions.gradient(apply_fn, params, c, x))(several)
-    close(both[0], attributions.gradient(apply_fn, params, comps, x))
+    one = lambda c: attributions.gradient(apply_fn, params, c, x)  # noqa: E731
+    both = jax.jit(jax.vmap(one))(several)
+    close(both[0], jax.jit(one)(comps))
     close(both[1], 4 * both[0])  # twice U and twice V
 
 

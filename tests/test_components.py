@@ -136,7 +136,9 @@ def test_unit_norm_and_its_gradient_projection():
         assert jnp.array_equal(g.V, gradient.factors[name].V)
     # By hand: u = (0.6, 0.8), g = (1, 1): g·u = 1.4, g - 1.4 u = (0.16, -0.12).
     one = lib.Components({"w": lib.Factors(jnp.array([[[0.6], [0.8]]]), jnp.ones((1, 1, 1)), shape=(2, 1))})
-    np.testing.assert_allclose(lib.project_U_gradient(jax.tree.map(jnp.ones_like, one), one).factors["w"].U[0, :, 0], [0.16, -0.12], atol=1e-6)
+    np.testing.assert_allclose(
+        lib.project_U_gradient(jax.tree.map(jnp.ones_like, one), one).factors["w"].U[0, :, 0], [0.16, -0.12], atol=1e-6
+    )
 
 
 def test_is_a_pytree_for_jit_grad_vmap_and_optax():

@@ -52,7 +52,9 @@ def test_refused(fields, message):
     assert message in str(caught.value)
 
 
-@pytest.mark.parametrize("fields", [{"topk": 10.0}, {"topk": 0.01}, {"mask": "none", "topk": 1.5}, {"mask": "topk", "topk": 3.0}, {"rank": 1}])
+@pytest.mark.parametrize(
+    "fields", [{"topk": 10.0}, {"topk": 0.01}, {"mask": "none", "topk": 1.5}, {"mask": "topk", "topk": 3.0}, {"rank": 1}]
+)
 def test_accepted(fields):
     lib.validate(make_config(**fields))
 

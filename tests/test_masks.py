@@ -114,9 +114,7 @@ def test_devices_agree_also_on_ties(devices):
 def test_shard_map_agrees_with_pmap():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     spec = PartitionSpec("data")
-    program = jax.jit(
-        jax.shard_map(lambda a: masks.batch_topk(a, 1.28, axis_name="data"), mesh=mesh, in_specs=spec, out_specs=spec)
-    )
+    program = jax.jit(jax.shard_map(lambda a: masks.batch_topk(a, 1.28, axis_name="data"), mesh=mesh, in_specs=spec, out_specs=spec))
     for scores in SCORES.values():
         np.testing.assert_array_equal(program(jnp.asarray(scores)), reference(scores, 10))
 
