@@ -7,6 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -30,7 +33,11 @@ def open_manager(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager
 def _manager(folder: epath.Path, **options: Any) -> ocp.CheckpointManager:
     """One that this process uses alone, whether or not there are others."""
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
-    return ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone, **options))
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone, **options),
+        item_handlers=ocp.StandardCheckpointHandler(),  # else orbax guesses the layout from the newest step, which may be torn
+    )
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
@@ -78,7 +85,8 @@ def _newest_readable(manager: ocp.CheckpointManager, args: Any) -> tuple[int, An
     steps = sorted(manager.all_steps(), reverse=True)
     for step in steps:
         try:
-            return step, manager.restore(step, args=args)
+            with _abandoned_reads_unheard():
+                return step, manager.restore(step, args=args)
         except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
             reason = " ".join(str(error).split())[:200]
             log.warning("checkpoint %d in %s cannot be read (%s); trying the one before.", step, manager.directory, reason)
@@ -87,6 +95,20 @@ def _newest_readable(manager: ocp.CheckpointManager, args: Any) -> tuple[int, An
             f"none of the checkpoints {steps} in {manager.directory} can be read; delete that folder to start the decomposition again."
         )
     return None
+
+
+@contextlib.contextmanager
+def _abandoned_reads_unheard() -> Iterator[None]:
+    """When one of orbax's parallel reads fails, the others report to an event loop that is gone, each with a traceback."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda args: None if "Event loop is closed" in str(args.exc_value) else hook(args)
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)  # for the last of them
+        raise
+    finally:
+        sys.unraisablehook = hook
 
 
 def _bytes(path: epath.Path) -> int:

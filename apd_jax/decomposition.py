@@ -13,11 +13,13 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
-from apd_jax import sparse, train
+from apd_jax import config as config_lib
+from apd_jax import parallel, sparse, train
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.config import Config
 from apd_jax.errors import InputError
+from apd_jax.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,13 +94,17 @@ def decompose(
       attribution_fn: the same function as apply_fn (outputs only), with products of weights associated so that its
         tangents are cheaper. None: apply_fn.
       num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
-      workdir: folder for checkpoints, metrics.jsonl and TensorBoard scalars. The same call then resumes. None: nothing is written.
+      workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same call then resumes. None: nothing
+        is written.
     Raises:
       InputError: anything that does not fit, in one sentence.
     """
     params = jax.tree.map(jnp.asarray, params)
     problem = train.Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses)
     check_function(problem)
+    if workdir is not None:
+        config_lib.validate(config)
+        parallel.from_primary(lambda: claim(workdir, config))
     components, history = train.fit(problem, config, workdir=workdir)
     return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history)
 

@@ -10,14 +10,11 @@ import io
 import json
 import math
 import resource
-from collections.abc import Mapping
-from typing import Any
 
 import jax
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 from rich.console import Console
 
 from apd_jax import checkpoint, parallel, targets, train
@@ -25,13 +22,12 @@ from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
-from apd_jax.decomposition import decompose
-from apd_jax.errors import InputError
 from apd_jax.evaluation import summary
 from apd_jax.progress import ProgressDisplay, read_rows
 from apd_jax.report import figures, tables
 from apd_jax.targets import pretrain, weights
 from apd_jax.targets.base import Target
+from apd_jax.workdir import claim, load_config
 
 
 def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
@@ -45,18 +41,8 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
     target = targets.build(config.target, config.apd.batch_size)
     params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
-    decomposition = decompose(
-        target.apply_fn,
-        params,
-        target.sample_fn,
-        config.apd,
-        select=target.select,
-        uses=target.uses,
-        attribution_fn=target.attribution_fn,
-        num_active_fn=target.num_active_fn,
-        workdir=folder,
-    )
-    parallel.from_primary(lambda: _report(config, folder, params, decomposition.components, console))
+    components, _ = train.fit(_problem(target, params), config.apd, workdir=folder)
+    parallel.from_primary(lambda: _report(config, folder, params, components, console))
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:
@@ -65,8 +51,7 @@ def evaluate(workdir: epath.PathLike, console: Console) -> None:
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
-    problem = train.Problem(target.apply_fn, params, target.sample_fn, select=target.select, uses=target.uses)
-    step, components = train.restore_components(problem, config.apd, folder)
+    step, components = train.restore_components(_problem(target, params), config.apd, folder)
     if step < config.apd.num_steps:
         console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
     _report(config, folder, params, components, console)
@@ -88,49 +73,10 @@ def inspect(workdir: epath.PathLike, console: Console) -> None:
         console.print("Firing rates and features come with the evaluation, at the end of the run or by --mode=evaluate.")
 
 
-def load_config(folder: epath.Path) -> Config:
-    """The config that a run was started with.
-
-    Raises:
-      InputError: the folder is not a workdir, or its config.json is damaged.
-    """
-    path = folder / "config.json"
-    try:
-        return ConfigDict(json.loads(path.read_text())).lock()
-    except FileNotFoundError:
-        raise InputError(f"{folder} holds no config.json; give --workdir a folder that a run was started in.") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path} is damaged ({error}); restore it, or start a new workdir.") from None
-
-
-def _claim(folder: epath.Path, config: Config) -> None:
-    """Makes the workdir, or checks that it belongs to this very config."""
-    wanted = json.loads(json.dumps(config.to_dict()))
-    if (folder / "config.json").exists():
-        there = _flat(load_config(folder).to_dict())
-        given = _flat(wanted)
-        if changed := [name for name in sorted(there | given) if there.get(name, "absent") != given.get(name, "absent")]:
-            differences = "; ".join(
-                f"{name} is {there.get(name, 'absent')!r} there and {given.get(name, 'absent')!r} here" for name in changed
-            )
-            raise InputError(
-                f"workdir {folder} belongs to another config: {differences}. Use another --workdir, or the config that it was started with."
-            )
-        return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        unfinished = folder / ".config.json.unfinished"
-        unfinished.write_text(json.dumps(wanted, indent=2))
-        unfinished.rename(folder / "config.json")
-    except OSError as error:
-        raise InputError(f"workdir {folder} cannot be written ({error.strerror}); choose another --workdir.") from None
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return out
+def _problem(target: Target, params: PyTree) -> train.Problem:
+    return train.Problem(
+        target.apply_fn, params, target.sample_fn, target.attribution_fn, target.num_active_fn, select=target.select, uses=target.uses
+    )
 
 
 def _shapes(target: Target) -> PyTree:
@@ -143,7 +89,7 @@ def _target_path(folder: epath.Path) -> epath.Path:
 
 def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree:
     """The target's weights: those in the workdir, else a given file's, else freshly trained; in the workdir afterwards."""
-    _claim(folder, config)
+    claim(folder, config)
     path, like = _target_path(folder), _shapes(target)
     if path.exists():
         return weights.load(path, like)

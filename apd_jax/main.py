@@ -47,6 +47,9 @@ def main(argv: Sequence[str]) -> None:
         if parallel.is_primary():
             print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
         sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:  # outside the decomposition itself
+        print("Stopped; the same command goes on from what the workdir holds.", file=sys.stderr)
+        sys.exit(130)
 
 
 def _parse(argv: Sequence[str]) -> list[str]:

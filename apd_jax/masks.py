@@ -29,9 +29,10 @@ def num_kept(k: Any, batch_size: int) -> Any:
 
 
 def _ordered_bits(scores: Float[Array, "*s"]) -> UInt32[Array, "*s"]:
-    """uint32 keys in the order of the float32 scores, for either sign; a NaN with positive sign sorts highest."""
-    bits = lax.bitcast_convert_type(scores.astype(jnp.float32) + 0.0, jnp.uint32)  # + 0.0 folds -0.0 into 0.0
+    """uint32 keys in the order of the float32 scores, for either sign; -0 equals 0, a NaN with positive sign sorts highest."""
     sign = jnp.uint32(1 << 31)
+    bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
+    bits = jnp.where(bits == sign, jnp.uint32(0), bits)  # -0: not by adding 0.0, which XLA leaves out or flushes denormals with
     return jnp.where(bits >= sign, ~bits, bits | sign)
 
 

@@ -70,8 +70,11 @@ class MetricsLog:
 
     def append(self, row: Mapping[str, Any]) -> None:
         self.rows.append(dict(row))
-        with self._path.open("a") as file:
-            file.write(json.dumps(dict(row)) + "\n")
+        if "://" in str(self._path):  # cloud storage cannot append
+            self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        else:
+            with self._path.open("a") as file:
+                file.write(json.dumps(dict(row)) + "\n")
         for name, value in row.items():
             if name != "step" and isinstance(value, float):
                 self._board.add_scalar(name, value, row["step"])

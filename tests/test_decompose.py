@@ -111,3 +111,16 @@ def test_select_and_uses():
 
 def test_public_names():
     assert all(hasattr(apd_jax, name) for name in apd_jax.__all__)
+
+
+def test_a_workdir_of_other_settings_is_refused(tmp_path):
+    params = {"w": jnp.ones((3, 2))}
+
+    def run(**fields):
+        config = make_config(num_components=2, num_steps=2, batch_size=4, steps_per_call=1, **fields)
+        return apd_jax.decompose(lambda p, x: x @ p["w"], params, lambda key, step: jnp.ones((4, 3)), config, workdir=tmp_path)
+
+    first = run()
+    np.testing.assert_array_equal(run().components.factors["w"].U, first.components.factors["w"].U)  # resumed at its end
+    with pytest.raises(InputError, match=r"schatten_p is 0.9 there and 1.0 here"):
+        run(schatten_p=1.0)

@@ -6,9 +6,9 @@ Shapes: C components, F features, d the length of a feature's weight vector, V i
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Int
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -25,8 +25,8 @@ NUM_SWEPT = 8
 
 
 def save_all(
-    folder: Path, target: Target, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: Config
-) -> list[Path]:
+    folder: epath.PathLike, target: Target, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: Config
+) -> list[epath.Path]:
     """Writes every figure that applies to this target and run as a PNG; the paths, in the order of a report.
 
     Args:
@@ -50,10 +50,12 @@ def save_all(
         figures["scrub"] = scrub({name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")})
     if history:
         figures["losses"] = losses(history)
+    folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():
-        figure.savefig(paths[name])
+        with paths[name].open("wb") as file:  # matplotlib itself only opens local paths
+            figure.savefig(file)
     return list(paths.values())
 
 

@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import PurePath
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from etils import epath
 from jaxtyping import PyTree
 
 from apd_jax.components import path_name
 from apd_jax.errors import InputError
 
 
-def _write_npz(arrays: Mapping[str, Any], path: Path) -> None:
-    with path.open("wb") as file:  # an open file: given a path, numpy would append its own extension
-        np.savez(file, **arrays)
+def _to_npz(arrays: Mapping[str, Any]) -> bytes:
+    file = io.BytesIO()
+    np.savez(file, **arrays)
+    return file.getvalue()
 
 
-def _read_npz(path: Path) -> dict[str, np.ndarray]:
-    with np.load(path, allow_pickle=False) as file:
+def _from_npz(content: bytes) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as file:
         return dict(file)
 
 
-_FORMATS = {".npz": (_read_npz, _write_npz), ".safetensors": (safetensors.numpy.load_file, safetensors.numpy.save_file)}
+# By way of bytes, since the libraries only open local paths.
+_FORMATS = {".npz": (_from_npz, _to_npz), ".safetensors": (safetensors.numpy.load, safetensors.numpy.save)}
 
 
 def save(path: str | os.PathLike[str], params: PyTree) -> None:
@@ -36,9 +40,9 @@ def save(path: str | os.PathLike[str], params: PyTree) -> None:
     Raises:
       InputError: the extension is neither .npz nor .safetensors.
     """
-    path, (_, write) = Path(path), _format(path)
+    path, (_, encode) = epath.Path(path), _format(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    write({path_name(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}, unfinished)
+    unfinished.write_bytes(encode({path_name(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}))
     unfinished.replace(path)
 
 
@@ -49,9 +53,9 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
       InputError: one sentence naming file and leaf: another extension, an unreadable file, a name too few or too many, another shape,
         a value that is not a finite number.
     """
-    path, (read, _) = Path(path), _format(path)
+    path, (decode, _) = epath.Path(path), _format(path)
     try:
-        arrays = read(path)
+        arrays = decode(path.read_bytes())
     except Exception as error:  # zip, header, dtype and system errors of two formats: for the user all are one
         raise InputError(f"weights file {path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
     wanted = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(like)[0]}
@@ -80,6 +84,6 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
 
 def _format(path: str | os.PathLike[str]):
     try:
-        return _FORMATS[Path(path).suffix]
+        return _FORMATS[PurePath(path).suffix]
     except KeyError:
         raise InputError(f"weights file {path} must end in .npz or .safetensors.") from None

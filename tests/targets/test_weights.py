@@ -62,7 +62,7 @@ def test_unreadable_files_are_refused(tmp_path, extension, content):
     path = tmp_path / f"target{extension}"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(ValueError, match="cannot be read: .+") as error:
+    with pytest.raises(ValueError, match=r"cannot be read: .+") as error:
         weights.load(path, LIKE)
     assert "\n" not in str(error.value)
 

@@ -1,0 +1,61 @@
+"""A run's folder belongs to one config, which stands in it as config.json."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from apd_jax.config import Config
+from apd_jax.errors import InputError
+
+
+def claim(workdir: epath.PathLike, config: Config) -> None:
+    """Makes the workdir with its config.json, or checks that it belongs to this very config.
+
+    Raises:
+      InputError: it belongs to another config (the differing fields are named), or cannot be written.
+    """
+    folder = epath.Path(workdir)
+    wanted = json.loads(json.dumps(config.to_dict()))
+    if (folder / "config.json").exists():
+        there, here = _flat(load_config(folder).to_dict()), _flat(wanted)
+        absent = "absent"
+        if changed := [name for name in sorted(there | here) if there.get(name, absent) != here.get(name, absent)]:
+            differences = "; ".join(f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here" for name in changed)
+            raise InputError(
+                f"workdir {folder} belongs to another config: {differences}. Use another workdir, or the config that it was started with."
+            )
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        unfinished = folder / ".config.json.unfinished"
+        unfinished.write_text(json.dumps(wanted, indent=2))
+        unfinished.rename(folder / "config.json")
+    except OSError as error:
+        raise InputError(f"workdir {folder} cannot be written ({error.strerror}); choose another workdir.") from None
+
+
+def load_config(workdir: epath.PathLike) -> Config:
+    """The config that a run was started with; no config file is executed.
+
+    Raises:
+      InputError: the folder is not a workdir, or its config.json is damaged.
+    """
+    path = epath.Path(workdir) / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except FileNotFoundError:
+        raise InputError(f"{workdir} holds no config.json; give the workdir of a run that was started.") from None
+    except json.JSONDecodeError as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or start a new workdir.") from None
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return out
