@@ -101,6 +101,7 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     }
     arrays = {
         "feature_weights_target": rest["target_weights"],
+        "feature_weights_sum": rest["sum_weights"],  # of the summed model: not the components' sum where they are products of weights
         "feature_weights_components": rest["component_weights"],
         "attributions_one_hot": rest["attributions"],
         "mask_one_hot": rest["mask"],
@@ -151,6 +152,7 @@ def _at_rest(model: _Model, target: Target, params: PyTree, components: Componen
         "mask": mask,
         "owner": jnp.argmax(jnp.where(mask & ~model.always_on, attributions, -1.0), axis=1),
         "target_weights": target.feature_weights(params, params),
+        "sum_weights": target.feature_weights(params, components_lib.total(components, params)),
         "component_weights": jax.vmap(lambda weights: target.feature_weights(params, weights))(components_lib.materialize(components)),
         "norms": jnp.sqrt(jnp.maximum(sum(components_lib.squared_norms(components).values(), jnp.zeros(())), 0)),
         "faithfulness": losses.faithfulness(components, params),

@@ -25,26 +25,28 @@ def component_order(feature_of_component: Int[np.ndarray, " C"], attributions: F
 
 def columns(
     target: Float[np.ndarray, "F d"],
+    summed: Float[np.ndarray, "F d"],
     components: Float[np.ndarray, "C F d"],
     order: Int[np.ndarray, " C"],
     feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
     """The figure that suits the sizes: `polygons` in two dimensions, `heat_maps` while small enough to be read, else `difference`."""
     if target.shape[1] == 2:
-        return polygons(target, components, order, feature_of_component)
+        return polygons(target, summed, components, order, feature_of_component)
     if target.size <= LARGEST_PANEL:
-        return heat_maps(target, components, order, feature_of_component)
-    return difference(target, components)
+        return heat_maps(target, summed, components, order, feature_of_component)
+    return difference(target, summed)
 
 
 def polygons(
     target: Float[np.ndarray, "F 2"],
+    summed: Float[np.ndarray, "F 2"],
     components: Float[np.ndarray, "C F 2"],
     order: Int[np.ndarray, " C"],
     feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
     """The columns of a network with two hidden dimensions, as lines in the plane."""
-    shown, summed = order[:MAX_PANELS], components.sum(axis=0)
+    shown = order[:MAX_PANELS]
     caption = (
         "The weights of every feature as a line in the two hidden dimensions, one colour per feature; open circles mark the target's. "
         "Good: the sum reaches all circles, and each component holds a single line that reaches its circle." + _left_out(order, shown)
@@ -67,6 +69,7 @@ def polygons(
 
 def heat_maps(
     target: Float[np.ndarray, "F d"],
+    summed: Float[np.ndarray, "F d"],
     components: Float[np.ndarray, "C F d"],
     order: Int[np.ndarray, " C"],
     feature_of_component: Int[np.ndarray, " C"],
@@ -78,18 +81,17 @@ def heat_maps(
         "and each component is a single row, of its feature." + _left_out(order, shown)
     )
     figure, panels = _grid(len(shown) + 2, min(10, len(shown) + 2), (1.1, 1.54), caption)
-    _draw_heat(figure, panels, [target, components.sum(axis=0), *components[shown]], _titles(shown, feature_of_component))
+    _draw_heat(figure, panels, [target, summed, *components[shown]], _titles(shown, feature_of_component))
     return figure
 
 
-def difference(target: Float[np.ndarray, "F d"], components: Float[np.ndarray, "C F d"]) -> Figure:
+def difference(target: Float[np.ndarray, "F d"], summed: Float[np.ndarray, "F d"]) -> Figure:
     """The columns of the target, of the sum, and what is between them: for networks whose components are too large to show one by one."""
     caption = (
         "Weights of every feature (rows) over the hidden dimensions or neurons (columns), on one scale. Good: the sum equals the target, "
         "and the difference is blank."
     )
     figure, panels = _grid(3, 3, (3.5, 3.5), caption)
-    summed = components.sum(axis=0)
     _draw_heat(figure, panels, [target, summed, summed - target], ["target", "sum of components", "sum - target"])
     return figure
 
@@ -104,7 +106,10 @@ def _draw_heat(figure: Figure, panels: list[Axes], matrices: list[np.ndarray], t
 
 
 def neuron_contributions(
-    target: Float[np.ndarray, "F n"], components: Float[np.ndarray, "C F n"], component_of_feature: Int[np.ndarray, " F"]
+    target: Float[np.ndarray, "F n"],
+    summed: Float[np.ndarray, "F n"],
+    components: Float[np.ndarray, "C F n"],
+    component_of_feature: Int[np.ndarray, " F"],
 ) -> Figure:
     """What each neuron carries from a feature's input to its output: in the target, and in the feature's own component."""
     caption = (
@@ -126,7 +131,7 @@ def neuron_contributions(
         axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
         axes.set_xticks(range(len(matrix)))
         style.tidy(axes, xlabel="feature", ylabel="neuron contribution", title=title)
-    for axes, matrix, what in ((panels["sum"], components.sum(axis=0), "sum of components"), (panels["scatter"], own, "own component")):
+    for axes, matrix, what in ((panels["sum"], summed, "sum of components"), (panels["scatter"], own, "own component")):
         _against(axes, target, matrix)
         style.tidy(axes, xlabel="target", ylabel=what, title=f"All features: {what}")
     return figure

@@ -34,9 +34,9 @@ def save_all(
     """
     a = evaluation.arrays
     order = columns.component_order(a["feature_of_component"], a["attributions_one_hot"])
-    W, P = a["feature_weights_target"], a["feature_weights_components"]
+    W, total, P = (a[f"feature_weights_{name}"] for name in ("target", "sum", "components"))
     figures = {
-        "columns": columns.columns(W, P, order, a["feature_of_component"]),
+        "columns": columns.columns(W, total, P, order, a["feature_of_component"]),
         "attributions": attributions(a["attributions_one_hot"], a["mask_one_hot"], order, norm_ratios(P, W)),
         "per_feature_loss": per_feature_loss(
             {name: a[f"per_feature_loss_{name}"] for name in ("target", "top1", "none")},
@@ -46,7 +46,7 @@ def save_all(
         "responses": responses(a["sweep_values"], {name: a[f"sweep_{name}"] for name in ("label", "target", "top1")}),
     }
     if target.monosemantic_fn is not None:
-        figures["neuron_contributions"] = columns.neuron_contributions(W, P, a["component_of_feature"])
+        figures["neuron_contributions"] = columns.neuron_contributions(W, total, P, a["component_of_feature"])
         figures["scrub"] = scrub({name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")})
     if history:
         figures["losses"] = losses(history)

@@ -25,6 +25,7 @@ def make_arrays(d, *, scrub=False):
     names = ("topk", "scrubbed", "antiscrubbed", "random", "zero", "monosemantic")
     return {
         "feature_weights_target": draw(F, d) - 0.5,
+        "feature_weights_sum": draw(F, d) - 0.5,
         "feature_weights_components": draw(C, F, d) - 0.5,
         "attributions_one_hot": draw(F, C),
         "mask_one_hot": np.eye(F, C, dtype=bool),
@@ -79,10 +80,10 @@ def test_component_order():
 @pytest.mark.parametrize(("draw", "d"), [(columns.polygons, 2), (columns.heat_maps, 4)])
 def test_columns_show_target_sum_and_components_in_order(draw, d):
     arrays = make_arrays(d)
-    target, components, order = arrays["feature_weights_target"], arrays["feature_weights_components"], np.array([4, 2, 3, 0, 1])
-    figure = draw(target, components, order, FEATURE_OF_COMPONENT)
+    weights, order = [arrays[f"feature_weights_{name}"] for name in ("target", "sum", "components")], np.array([4, 2, 3, 0, 1])
+    figure = draw(*weights, order, FEATURE_OF_COMPONENT)
     assert isinstance(figure, Figure)
-    assert drawn_texts(columns.columns(target, components, order, FEATURE_OF_COMPONENT)) == drawn_texts(figure)  # the one chosen for d
+    assert drawn_texts(columns.columns(*weights, order, FEATURE_OF_COMPONENT)) == drawn_texts(figure)  # the one chosen for d
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["target", "sum", "4: feature 0", "2: feature 0", "3: feature 1", "0: feature 2", "1: dead"]
     assert "Good:" in drawn_texts(figure)
@@ -90,17 +91,18 @@ def test_columns_show_target_sum_and_components_in_order(draw, d):
 
 def test_large_columns_show_the_difference():
     target = np.ones((40, 30), np.float32)
-    figure = columns.columns(target, np.stack([target, 0.5 * target]), np.arange(2), np.array([0, 1]))
+    figure = columns.columns(target, 1.5 * target, np.stack([target, 0.5 * target]), np.arange(2), np.array([0, 1]))
     shown = [axes.images[0].get_array() for axes in figure.axes if axes.images]
-    np.testing.assert_allclose(shown[2], 0.5)  # 1 + 0.5 - 1
+    np.testing.assert_allclose(shown[2], 0.5)  # 1.5 - 1
 
 
 def test_polygon_lines_end_at_the_weights():
     arrays = make_arrays(2)
-    figure = columns.polygons(arrays["feature_weights_target"], arrays["feature_weights_components"], np.arange(C), FEATURE_OF_COMPONENT)
+    weights = [arrays[f"feature_weights_{name}"] for name in ("target", "sum", "components")]
+    figure = columns.polygons(*weights, np.arange(C), FEATURE_OF_COMPONENT)
     sum_panel = figure.axes[1]
     ends = [line.get_xydata()[1] for line in sum_panel.lines if len(line.get_xydata()) == 2 and line.get_linestyle() == "-"][:F]
-    np.testing.assert_allclose(ends, arrays["feature_weights_components"].sum(axis=0), rtol=1e-6)
+    np.testing.assert_allclose(ends, arrays["feature_weights_sum"], rtol=1e-6)
 
 
 def test_attributions_are_reordered():
@@ -149,7 +151,8 @@ def test_loss_curves_show_the_logged_losses():
 def test_neuron_contributions_pair_each_feature_with_its_own_component():
     components = np.arange(2 * 3 * 4, dtype=np.float32).reshape(2, 3, 4)
     target = np.ones((3, 4), np.float32)
-    figure = columns.neuron_contributions(target, components, np.array([1, 0, 1]))
+    figure = columns.neuron_contributions(target, 2 * target, components, np.array([1, 0, 1]))
     panels = {axes.get_title(): axes for axes in figure.axes}
     own = panels["All features: own component"].lines[1].get_ydata()
     np.testing.assert_allclose(own, np.concatenate([components[1, 0], components[0, 1], components[1, 2]]))
+    np.testing.assert_allclose(panels["All features: sum of components"].lines[1].get_ydata(), 2)
