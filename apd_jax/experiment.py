@@ -118,7 +118,7 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "minutes_decomposition": minutes,
-        "peak_rss_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_rss_gib": max(_peak_rss_gib(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
     }
     instances = _instances(components)
     results = []
@@ -137,6 +137,12 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
     more = {"instances": results} if len(results) > 1 else {}
     (folder / "evaluation.json").write_text(json.dumps({**mean, **provenance, **more}, indent=2))
     console.print(f"Figures: {folder / 'figures'}   Metrics: {folder / 'evaluation.json'}", soft_wrap=True)
+
+
+def _peak_rss_gib(folder: epath.Path) -> float:
+    """What an earlier process of this run needed."""
+    path = folder / "evaluation.json"
+    return json.loads(path.read_text())["peak_rss_gib"] if path.exists() else 0.0
 
 
 def _arrays_path(folder: epath.Path, instance: int) -> epath.Path:
