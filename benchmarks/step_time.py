@@ -165,17 +165,28 @@ def time_setting(name: str) -> dict[str, Any]:
     }
 
 
-def table_of(rows: list[dict[str, Any]]) -> Table:
-    table = Table(title=f"Time of a train step on {rows[0]['num_devices']} x {rows[0]['device']}")
-    parts = list(rows[0]["parts_ms"])
-    for column in ("setting", "ms/step", "original ms", "times faster", "at equal peak", "compile s", "peak GiB", "GFLOP/s peak", *parts):
-        table.add_column(column, justify="left" if column == "setting" else "right")
+def tables_of(rows: list[dict[str, Any]]) -> list[Table]:
+    whole = Table(title=f"Time of a train step on {rows[0]['num_devices']} x {rows[0]['device']}")
+    numbers = {
+        "ms per step": "ms_per_step",
+        "original": "original_ms_per_step",
+        "times faster": "times_faster",
+        "at equal matmul peak": "times_faster_at_equal_matmul_peak",
+        "peak GiB": "peak_rss_gib",
+        "original GiB": "original_peak_rss_gib",
+        "compile s": "compile_s",
+        "matmul GFLOP/s": "matmul_gflops",
+    }
+    parts = Table(title="Share of each part, timed alone")
+    for table, columns in ((whole, numbers), (parts, rows[0]["parts_ms"])):
+        table.add_column("setting", no_wrap=True)
+        for column in columns:
+            table.add_column(column, justify="right")
     for row in rows:
-        whole = sum(row["parts_ms"].values())
-        numbers = ("ms_per_step", "original_ms_per_step", "times_faster", "times_faster_at_equal_matmul_peak", "compile_s", "peak_rss_gib")
-        shares = [f"{row['parts_ms'][part] / whole:.0%}" for part in parts]
-        table.add_row(row["setting"], *(f"{row[n]:.3g}" for n in numbers), f"{row['matmul_gflops']:.0f}", *shares)
-    return table
+        whole.add_row(row["setting"], *(f"{row[name]:.3g}" for name in numbers.values()))
+        total = sum(row["parts_ms"].values())
+        parts.add_row(row["setting"], *(f"{ms / total:.0%}" for ms in row["parts_ms"].values()))
+    return [whole, parts]
 
 
 def main(argv) -> None:
@@ -194,7 +205,7 @@ def main(argv) -> None:
         if _JSON.value:
             Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
             Path(_JSON.value).write_text(json.dumps(rows, indent=2))
-    Console(width=180).print(table_of(rows))
+    Console(width=None if sys.stdout.isatty() else 120).print(*tables_of(rows))
 
 
 if __name__ == "__main__":
