@@ -42,17 +42,18 @@ def one_to_one(cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "
     return owner
 
 
-def scores(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> dict[str, float | int]:
-    r"""How well the components match the features.
+def per_feature(
+    component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]
+) -> dict[str, Float[np.ndarray, " F"]]:
+    r"""How well the components match each feature f.
 
-    mmcs = mean_f max_c cos(P_{c,f}, W_f)        ml2r = mean_f ‖P_{c*,f}‖ / ‖W_f‖, c* that argmax        (APD, section 3.1)
+    mmcs = max_c cos(P_{c,f}, W_f)        ml2r = ‖P_{c*,f}‖ / ‖W_f‖, c* that argmax        (APD, section 3.1)
 
     Returns:
       mmcs, ml2r: as in the paper; both best at 1.
-      mmcs_one_to_one, ml2r_one_to_one: the same with c* from `one_to_one`; a feature left over counts 0 in both.
-      num_features: F.
-      num_features_owned: features whose one-to-one component has them as its main feature (the longest of its F vectors), with
-        cosine >= OWNED_COSINE and norm ratio >= OWNED_NORM_RATIO.
+      mmcs_one_to_one, ml2r_one_to_one: the same with c* from `one_to_one`; 0 for a feature left over.
+      owned: 1 where the one-to-one component has f as its main feature (the longest of its F vectors), with
+        cosine >= OWNED_COSINE and norm ratio >= OWNED_NORM_RATIO; else 0.
     Cost: C·F·d, and an assignment of order max(C, F)³ on the host.
     """
     cosine, ratio = cosines(component_weights, target_weights), norm_ratios(component_weights, target_weights)
@@ -64,13 +65,20 @@ def scores(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[
     main_feature = np.linalg.norm(component_weights, axis=-1).argmax(axis=1)
     owned = assigned & (main_feature[owner] == features) & (own_cosine >= OWNED_COSINE) & (own_ratio >= OWNED_NORM_RATIO)
     return {
-        "mmcs": float(cosine[best, features].mean()),
-        "ml2r": float(ratio[best, features].mean()),
-        "mmcs_one_to_one": float(own_cosine.mean()),
-        "ml2r_one_to_one": float(own_ratio.mean()),
-        "num_features": len(features),
-        "num_features_owned": int(owned.sum()),
+        "mmcs": cosine[best, features],
+        "ml2r": ratio[best, features],
+        "mmcs_one_to_one": own_cosine,
+        "ml2r_one_to_one": own_ratio,
+        "owned": owned.astype(np.float64),
     }
+
+
+def scores(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> dict[str, float | int]:
+    """The means of `per_feature` over features, and num_features, num_features_owned."""
+    each = per_feature(component_weights, target_weights)
+    owned = each.pop("owned")
+    means = {name: float(values.mean()) for name, values in each.items()}
+    return {**means, "num_features": len(owned), "num_features_owned": int(owned.sum())}
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:

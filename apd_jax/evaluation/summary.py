@@ -103,6 +103,9 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
         "feature_weights_target": rest["target_weights"],
         "feature_weights_sum": rest["sum_weights"],  # of the summed model: not the components' sum where they are products of weights
         "feature_weights_components": rest["component_weights"],
+        **{
+            f"{name}_of_feature": values for name, values in geometry.per_feature(rest["component_weights"], rest["target_weights"]).items()
+        },
         "attributions_one_hot": rest["attributions"],
         "mask_one_hot": rest["mask"],
         "component_of_feature": rest["owner"],

@@ -33,6 +33,14 @@ def test_scores():
     assert scores == pytest.approx(expected)
 
 
+def test_per_feature_is_what_scores_averages():
+    each = geometry.per_feature(COMPONENTS, TARGET)
+    expected = {"mmcs": [1, 1], "ml2r": [0.1, 0.75], "mmcs_one_to_one": [0.8, 1], "ml2r_one_to_one": [1, 0.75], "owned": [0, 1]}
+    assert set(each) == set(expected)
+    for name, values in expected.items():
+        np.testing.assert_allclose(each[name], values, atol=1e-7, err_msg=name)
+
+
 def test_one_component_for_two_features():
     # One component holds both features, feature 1 fully and feature 0 by 0.9. It can be counted once: (0 + 1)/2.
     scores = geometry.scores(np.array([[[0.9, 0.0], [0.0, 2.0]]], np.float32), TARGET)
