@@ -118,6 +118,9 @@ def validate(config: Config) -> None:
     ):
         if not 0 <= config[field] < float("inf"):
             raise InputError(f"{field} must be a finite number of at least 0; got {config[field]}.")
+    terms = ("faithfulness", "minimality", "hidden_reconstruction", "simplicity", "attribution_lp")
+    if not any(config[f"{term}_coeff"] > 0 for term in terms):
+        raise InputError(f"all loss coefficients are 0; set at least one of {', '.join(f'{term}_coeff' for term in terms)}.")
     for field in ("learning_rate", "init_scale", "schatten_p", "attribution_lp_p"):
         if not 0 < config[field] < float("inf"):
             raise InputError(f"{field} must be a finite number above 0; got {config[field]}.")

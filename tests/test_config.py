@@ -63,3 +63,9 @@ def test_accepted(fields):
 def test_every_coefficient_and_duration_is_checked(field):
     with pytest.raises(InputError, match=rf"^{field} must be"):
         lib.validate(make_config(**{field: -1}))
+
+
+def test_a_run_without_any_loss_is_refused():
+    terms = ("faithfulness", "minimality", "hidden_reconstruction", "simplicity", "attribution_lp")
+    with pytest.raises(InputError, match="all loss coefficients are 0"):
+        lib.validate(make_config(**{f"{term}_coeff": 0.0 for term in terms}))
