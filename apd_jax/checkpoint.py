@@ -56,16 +56,18 @@ def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> tuple[int, P
     Raises:
       InputError: there are checkpoints, but none can be read.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    found = _newest_readable(manager, ocp.args.StandardRestore(abstract))
+    found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)))
     if found is not None:
         for torn in [step for step in manager.all_steps() if step > found[0]]:
             manager.delete(torn)
     return found
 
 
-def read(folder: epath.PathLike) -> tuple[dict[int, int], int, dict[str, Any]]:
-    """What a checkpoint folder holds, without knowing the network: {step: bytes on disk}, the newest readable step, its arrays.
+def read(folder: epath.PathLike, like: PyTree = None) -> tuple[dict[int, int], int, Any]:
+    """What a checkpoint folder holds: {step: bytes on disk}, the newest readable step, its state. Changes nothing: a run may be writing.
+
+    Args:
+      like: as in `restore_latest`; None gives nested dicts of arrays, without knowing the network.
 
     Raises:
       InputError: no such folder, no checkpoint in it, or none that can be read.
@@ -74,11 +76,15 @@ def read(folder: epath.PathLike) -> tuple[dict[int, int], int, dict[str, Any]]:
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
     with contextlib.closing(_manager(folder, read_only=True)) as manager:
-        found = _newest_readable(manager, ocp.args.StandardRestore())
+        found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)))
         if found is None:
             raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
         sizes = {step: _bytes(folder / str(step)) for step in manager.all_steps()}
     return dict(sorted(sizes.items())), *found
+
+
+def _abstract(like: PyTree) -> PyTree:
+    return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
 
 
 def _newest_readable(manager: ocp.CheckpointManager, args: Any) -> tuple[int, Any] | None:

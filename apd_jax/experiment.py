@@ -42,7 +42,7 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     target = targets.build(config.target, config.apd.batch_size)
     params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
     components, _ = train.fit(_problem(target, params), config.apd, workdir=folder)
-    parallel.from_primary(lambda: _report(config, folder, params, components, console))
+    parallel.from_primary(lambda: _report(config, folder, params, components, config.apd.num_steps, console))
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:
@@ -54,7 +54,7 @@ def evaluate(workdir: epath.PathLike, console: Console) -> None:
     step, components = train.restore_components(_problem(target, params), config.apd, folder)
     if step < config.apd.num_steps:
         console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
-    _report(config, folder, params, components, console)
+    _report(config, folder, params, components, step, console)
 
 
 def inspect(workdir: epath.PathLike, console: Console) -> None:
@@ -105,16 +105,16 @@ def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree
     return params
 
 
-def _report(config: Config, folder: epath.Path, params: PyTree, components: Components, console: Console) -> None:
+def _report(config: Config, folder: epath.Path, params: PyTree, components: Components, step: int, console: Console) -> None:
     """Evaluation, its files, the figures, and the table on the screen."""
     target = targets.build(config.target, config.evaluation.batch_size)
-    history = read_rows(folder / "metrics.jsonl")
+    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
     # Every logged row stands for the steps since the row before, at the speed of its own call.
     steps = np.diff([0] + [row["step"] for row in history])
     minutes = float(sum(n * row["seconds_per_step"] for n, row in zip(steps, history, strict=True))) / 60
     provenance = {
         "seed": config.apd.seed,
-        "step": history[-1]["step"] if history else 0,
+        "step": step,
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "minutes_decomposition": minutes,

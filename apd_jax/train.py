@@ -112,13 +112,9 @@ def restore_components(problem: Problem, config: Config, workdir: epath.PathLike
     Raises:
       InputError: there is none.
     """
-    folder = epath.Path(workdir) / "checkpoints"
     like = jax.eval_shape(lambda: _build(problem, config, *jax.random.split(jax.random.key(config.seed)))[0])
-    with contextlib.closing(checkpoint.open_manager(folder, config.keep_checkpoints)) as manager:
-        found = checkpoint.restore_latest(manager, like)
-    if found is None:
-        raise InputError(f"{folder} holds no checkpoint yet; run the training first.")
-    return found[0], _finished(found[1].components, config)
+    _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like)
+    return step, _finished(state.components, config)
 
 
 def _finished(components: Components, config: Config) -> Components:

@@ -72,8 +72,17 @@ def _never(params, x):
 
 
 def test_restoring_without_a_checkpoint_is_refused(tmp_path):
-    with pytest.raises(InputError, match="holds no checkpoint yet; run the training first"):
+    with pytest.raises(InputError, match="does not exist; let the run write its first checkpoint"):
         train.restore_components(make_problem(), config_of(), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_restoring_leaves_what_a_running_training_is_writing(tmp_path):
+    train.fit(make_problem(), config_of(), workdir=tmp_path)
+    unfinished = tmp_path / "checkpoints" / "99.orbax-checkpoint-tmp"
+    unfinished.mkdir()
+    assert train.restore_components(make_problem(), config_of(), tmp_path)[0] == 12
+    assert unfinished.is_dir()
 
 
 @pytest.mark.parametrize("num_instances", [1, 2])
