@@ -119,7 +119,6 @@ def init(
     select: Select = None,
     uses: Mapping[str, int] | None = None,
     init_scale: float = 1.0,
-    dtype: Any = None,
 ) -> Components:
     r"""Random components, small on purpose.
 
@@ -151,11 +150,10 @@ def init(
         d_in, d_out = matrix_shape(leaf.shape)
         m = rank or min(d_in, d_out)
         key_u, key_v = jax.random.split(jax.random.fold_in(rng, chosen.index(name)))
-        kind = dtype or leaf.dtype
 
         def draw(key, a, b):
             std = init_scale * math.sqrt(2 / ((num_components + 1) * a * b))
-            return std * jax.random.normal(key, (num_components, a, b), kind)
+            return std * jax.random.normal(key, (num_components, a, b), leaf.dtype)
 
         return Factors(draw(key_u, d_in, m), draw(key_v, m, d_out), shape=tuple(leaf.shape), uses=uses.get(name, 1))
 

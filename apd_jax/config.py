@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from ml_collections import config_dict
 
 from apd_jax import schedules
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, one_of
 
 Config = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
@@ -83,10 +82,7 @@ def validate(config: Config) -> None:
         "schedule": schedules.KINDS,
     }
     for field, allowed in choices.items():
-        if config[field] not in allowed:
-            near = difflib.get_close_matches(str(config[field]), allowed, n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else ""
-            raise InputError(f"{field} = {config[field]!r} is not one of {', '.join(allowed)}.{hint}")
+        one_of(field, config[field], allowed)
     for field in (
         "num_components",
         "num_instances",

@@ -1,5 +1,10 @@
 """Errors that are the caller's to mend: one sentence that says what, where and what to do."""
 
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
 
 class InputError(ValueError):
     """A value, file or folder given by the user does not fit. The command line prints it without a traceback."""
@@ -15,3 +20,16 @@ class Interrupted(Exception):
     def __init__(self, step: int, signum: int):
         super().__init__(f"interrupted at step {step}")
         self.step, self.signum = step, signum
+
+
+def one_of(what: str, value: str, known: Iterable[str]) -> str:
+    """`value`, if it is one of the known.
+
+    Raises:
+      InputError: it is not; the sentence lists the known and names the nearest.
+    """
+    known = tuple(known)
+    if value in known:
+        return value
+    near = difflib.get_close_matches(value, known, n=1)
+    raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}." + (f" Did you mean {near[0]!r}?" if near else ""))

@@ -76,8 +76,10 @@ class MetricsLog:
             with self._path.open("a") as file:
                 file.write(json.dumps(dict(row)) + "\n")
         for name, value in row.items():
-            if name != "step" and isinstance(value, float):
-                self._board.add_scalar(name, value, row["step"])
+            if name != "step":
+                named = {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}  # by instance
+                for tag, scalar in named.items():
+                    self._board.add_scalar(tag, scalar, row["step"])
 
     def close(self) -> None:
         self._board.close()

@@ -14,8 +14,7 @@ Reproduces: the scrubbing losses of the APD paper. Minutes, devices and seeds: t
 from ml_collections import ConfigDict
 
 from apd_jax.config import default_config
-from apd_jax.errors import InputError
-from apd_jax.targets.base import one_of
+from apd_jax.errors import InputError, one_of
 
 LAYERS = {"1layer": 1, "2layer": 2, "3layer": 3}
 MODIFIERS = ("long", "clean", "smoke")

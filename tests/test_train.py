@@ -59,6 +59,13 @@ def test_workdir_files(tmp_path):
     np.testing.assert_array_equal(restored.factors["w"].V, components.factors["w"].V)
 
 
+def test_tensorboard_gets_every_loss_of_every_instance(tmp_path, monkeypatch):
+    seen = set()
+    monkeypatch.setattr("tensorboardX.SummaryWriter.add_scalar", lambda self, tag, value, step: seen.add((tag, step)))
+    train.fit(make_problem(), config_of(num_instances=2), workdir=tmp_path)
+    assert {(f"{name}/{i}", 12) for name in ("total", "faithfulness", "minimality", "simplicity") for i in (0, 1)} <= seen
+
+
 def test_a_finished_run_only_returns(tmp_path):
     first = train.fit(make_problem(), config_of(), workdir=tmp_path)
     problem = make_problem()

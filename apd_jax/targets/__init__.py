@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from apd_jax.config import Config
+from apd_jax.errors import one_of
 from apd_jax.targets import resid_mlp, tms
-from apd_jax.targets.base import Target, one_of
+from apd_jax.targets.base import Target
 
 BUILDERS = {"tms": tms.build, "resid_mlp": resid_mlp.build}
 

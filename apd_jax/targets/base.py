@@ -6,9 +6,8 @@ Shapes: B examples, F features, d the length of the vector that a feature's trut
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -78,19 +77,6 @@ def feature_sampler(batch_size: int, num_features: int, probability: float, *, s
 def identity(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "n m"]:
     """The identity, as an initialiser of a fixed matrix."""
     return jnp.eye(*shape)
-
-
-def one_of(what: str, value: str, known: Iterable[str]) -> str:
-    """`value`, if it is one of the known.
-
-    Raises:
-      InputError: it is not; the sentence lists the known and names the nearest.
-    """
-    known = tuple(known)
-    if value in known:
-        return value
-    near = difflib.get_close_matches(value, known, n=1)
-    raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}." + (f" Did you mean {near[0]!r}?" if near else ""))
 
 
 def at_least_one(**sizes: int) -> None:

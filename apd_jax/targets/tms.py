@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.config import Config
-from apd_jax.targets.base import Target, at_least_one, feature_sampler, identity, one_of
+from apd_jax.errors import one_of
+from apd_jax.targets.base import Target, at_least_one, feature_sampler, identity
 
 HIDDEN = ("none", "identity", "rotation")
 
