@@ -19,6 +19,7 @@ from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.config import Config
 from apd_jax.errors import InputError
+from apd_jax.problem import Problem, check_function
 from apd_jax.workdir import claim
 
 
@@ -26,7 +27,7 @@ from apd_jax.workdir import claim
 class Decomposition:
     """A network's components, with what is needed to run them. Several instances: see `instance`."""
 
-    problem: train.Problem
+    problem: Problem
     components: Components
     config: Config
     history: Sequence[Mapping[str, Any]]  # the logged rows: step, losses
@@ -40,7 +41,11 @@ class Decomposition:
 
     def mask(self, x: PyTree) -> Bool[Array, "B C"]:
         """Which components are kept on each example of this batch, as in training."""
-        return step_lib.make_mask_fn(self.config, num_active_fn=self.problem.num_active_fn)(self.attributions(x), x)
+        return self.mask_of(self.attributions(x), x)
+
+    def mask_of(self, attributions: Float[Array, "B C"], x: PyTree) -> Bool[Array, "B C"]:
+        """The same, from attributions that are known already."""
+        return step_lib.make_mask_fn(self.config, num_active_fn=self.problem.num_active_fn)(attributions, x)
 
     def sparse_output(self, x: PyTree, mask: Bool[Array, "B C"] | Float[Array, "B C"] | None = None) -> Any:
         """What apply_fn returns with only the kept components (or those of a given mask)."""
@@ -100,54 +105,10 @@ def decompose(
       InputError: anything that does not fit, in one sentence.
     """
     params = jax.tree.map(jnp.asarray, params)
-    problem = train.Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses)
+    problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses)
     check_function(problem)
     if workdir is not None:
         config_lib.validate(config)
         parallel.from_primary(lambda: claim(workdir, config))
     components, history = train.fit(problem, config, workdir=workdir)
     return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history)
-
-
-def check_function(problem: train.Problem) -> None:
-    """Checks that apply_fn returns what the method can work with, by shapes alone: nothing is computed.
-
-    Raises:
-      InputError: apply_fn fails on params and a batch; its output is not a floating array (or (array, {name: array})) with the
-        batch's leading size; or it does not depend on a leaf that is to be decomposed.
-    """
-    x = jax.eval_shape(problem.sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
-    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
-    names = components_lib.selected_paths(problem.params, problem.select)
-    try:
-        jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
-    except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"apply_fn fails on params and a batch of sample_fn: {reason}") from error
-    out, hidden = step_lib.split_result(result)
-    if not isinstance(hidden, Mapping):
-        raise InputError(f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}.")
-    for what, array in {"its output": out, **{f"activation {name!r}": h for name, h in hidden.items()}}.items():
-        if not isinstance(array, jax.ShapeDtypeStruct) or not jnp.issubdtype(array.dtype, jnp.floating):
-            raise InputError(f"apply_fn must return a floating array, or (array, {{name: array}}); {what} is {array}.")
-        if sizes != {array.shape[:1]}:
-            raise InputError(
-                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the inputs lead with {sorted(sizes)}."
-            )
-    leaf_names = [components_lib.path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]]
-    reaching = _reaching_outputs(jaxpr.jaxpr)
-    unused = [name for name, var in zip(leaf_names, jaxpr.jaxpr.invars, strict=False) if name in names and var not in reaching]
-    if unused:
-        raise InputError(
-            f"the output of apply_fn does not depend on params leaf {unused[0]!r}; pass the weights as its first argument, "
-            "not by closure, or leave that leaf out of `select`."
-        )
-
-
-def _reaching_outputs(jaxpr: Any) -> set[Any]:
-    """The variables that some output may depend on; an inner jaxpr counts as needing all its inputs."""
-    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
-    return needed

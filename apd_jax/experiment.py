@@ -20,9 +20,9 @@ from rich.console import Console
 from apd_jax import checkpoint, parallel, targets, train
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
+from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
-from apd_jax.evaluation import summary
 from apd_jax.progress import ProgressDisplay, read_rows
 from apd_jax.report import figures, tables
 from apd_jax.targets import pretrain, weights
@@ -41,7 +41,7 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
     target = targets.build(config.target, config.apd.batch_size)
     params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
-    components, _ = train.fit(_problem(target, params), config.apd, workdir=folder)
+    components, _ = train.fit(target.problem(params), config.apd, workdir=folder)
     parallel.from_primary(lambda: _report(config, folder, params, components, config.apd.num_steps, console))
 
 
@@ -51,7 +51,7 @@ def evaluate(workdir: epath.PathLike, console: Console) -> None:
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
-    step, components = train.restore_components(_problem(target, params), config.apd, folder)
+    step, components = train.restore_components(target.problem(params), config.apd, folder)
     if step < config.apd.num_steps:
         console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
     _report(config, folder, params, components, step, console)
@@ -73,12 +73,6 @@ def inspect(workdir: epath.PathLike, console: Console) -> None:
         console.print("Firing rates and features come with the evaluation, at the end of the run or by --mode=evaluate.")
 
 
-def _problem(target: Target, params: PyTree) -> train.Problem:
-    return train.Problem(
-        target.apply_fn, params, target.sample_fn, target.attribution_fn, target.num_active_fn, select=target.select, uses=target.uses
-    )
-
-
 def _shapes(target: Target) -> PyTree:
     return jax.eval_shape(target.init_fn, jax.random.key(0))
 
@@ -95,6 +89,8 @@ def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree
         return weights.load(path, like)
     if config.target.weights_path:
         params = weights.load(config.target.weights_path, like)
+    elif target.loss_fn is None:
+        params = jax.jit(target.init_fn)(jax.random.key(config.target.seed))
     else:
         with ProgressDisplay("target", config.target.pretrain.num_steps) as display:
             params, history = pretrain.pretrain(target, config.target, progress=lambda step, _, values: display.update(step, values))
@@ -123,15 +119,20 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
     instances = _instances(components)
     results = []
     for i, one in enumerate(instances):
-        evaluation = summary.evaluate(target, params, one, config)
+        evaluation = evaluation_lib.evaluate(target, params, one, config)
         results.append(evaluation.metrics)
         with _arrays_path(folder, i).open("wb") as file:
             np.savez_compressed(file, **evaluation.arrays)
         name = "figures" if len(instances) == 1 else f"figures/instance_{i}"
         rows = [{key: value[i] if isinstance(value, list) else value for key, value in row.items()} for row in history]
-        figures.save_all(folder / name, target, evaluation, rows, config)
+        figures.save_all(folder / name, evaluation, rows, config)
         console.print(
-            tables.results_table(evaluation.metrics, minutes, title=f"{folder.name}" + (f", instance {i}" if len(instances) > 1 else ""))
+            tables.results_table(
+                evaluation.metrics,
+                minutes,
+                labels=evaluation.labels,
+                title=f"{folder.name}" + (f", instance {i}" if len(instances) > 1 else ""),
+            )
         )
     mean = {key: float(np.mean([result[key] for result in results])) for key in results[0]} if len(results) > 1 else results[0]
     more = {"instances": results} if len(results) > 1 else {}

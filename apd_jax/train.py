@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import signal
 import threading
 import time
@@ -14,30 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import PyTree
 from rich.console import Console
 
 from apd_jax import checkpoint, parallel
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import step as step_lib
-from apd_jax.components import Components, Select
+from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.errors import InputError, Interrupted, NonFiniteError
+from apd_jax.problem import Problem
 from apd_jax.progress import MetricsLog, ProgressDisplay
-
-
-@dataclasses.dataclass(frozen=True)
-class Problem:
-    """All that the method knows of a network. See `apd_jax.decompose` for the fields."""
-
-    apply_fn: Callable
-    params: PyTree
-    sample_fn: Callable
-    attribution_fn: Callable | None = None
-    num_active_fn: Callable | None = None
-    select: Select = None
-    uses: Mapping[str, int] | None = None
 
 
 def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list[dict[str, Any]]]:

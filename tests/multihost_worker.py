@@ -13,6 +13,7 @@ import numpy as np
 
 from apd_jax import default_config, masks, parallel, train
 from apd_jax.errors import InputError, Interrupted
+from apd_jax.problem import Problem
 
 TIED_SCORES = np.random.default_rng(0).integers(0, 3, (8, 5)).astype(np.float32)  # three values: the cut lies among ties
 
@@ -28,7 +29,7 @@ def make_problem(num_steps: int) -> tuple:
     config = default_config()
     config.update({"num_components": 4, "topk": 1.1, "batch_size": 16, "num_steps": num_steps, "init_scale": 3.0, "learning_rate": 1e-2})
     config.update({"steps_per_call": 4, "log_every_steps": 1, "checkpoint_every_steps": 8})
-    return train.Problem(lambda params, x: jax.nn.relu(x @ params["W"]), params, sample_fn), config
+    return Problem(lambda params, x: jax.nn.relu(x @ params["W"]), params, sample_fn), config
 
 
 def signal_at(step: int) -> None:

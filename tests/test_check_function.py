@@ -39,6 +39,6 @@ def test_refused(apply_fn, select, sentence):
 
 
 def test_a_leaf_used_inside_jit_counts_as_used():
-    from apd_jax import decomposition, train
+    from apd_jax.problem import Problem, check_function
 
-    decomposition.check_function(train.Problem(jax.jit(linear), PARAMS, sample, select="W"))
+    check_function(Problem(jax.jit(linear), PARAMS, sample, select="W"))

@@ -14,6 +14,7 @@ from conftest import make_config
 
 from apd_jax import checkpoint, progress, train
 from apd_jax.errors import Interrupted
+from apd_jax.problem import Problem
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)}
 
@@ -22,7 +23,7 @@ def sample_fn(key, step):
     return jax.random.normal(jax.random.fold_in(key, step), (8, 4))
 
 
-PROBLEM = train.Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn)
+PROBLEM = Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn)
 
 
 def rows_of(workdir):

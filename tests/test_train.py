@@ -10,6 +10,7 @@ from conftest import make_config
 
 from apd_jax import checkpoint, train
 from apd_jax.errors import InputError, NonFiniteError
+from apd_jax.problem import Problem
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)}
 
@@ -18,7 +19,7 @@ def make_problem(batch_size=8, **more):
     def sample_fn(key, step):
         return jax.random.normal(jax.random.fold_in(key, step), (batch_size, 4))
 
-    return train.Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn, **more)
+    return Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn, **more)
 
 
 def config_of(**fields):
@@ -69,7 +70,7 @@ def test_tensorboard_gets_every_loss_of_every_instance(tmp_path, monkeypatch):
 def test_a_finished_run_only_returns(tmp_path):
     first = train.fit(make_problem(), config_of(), workdir=tmp_path)
     problem = make_problem()
-    again = train.fit(train.Problem(_never, problem.params, problem.sample_fn), config_of(), workdir=tmp_path)
+    again = train.fit(Problem(_never, problem.params, problem.sample_fn), config_of(), workdir=tmp_path)
     assert again[1] == first[1]
     np.testing.assert_array_equal(again[0].factors["w"].U, first[0].factors["w"].U)
 
@@ -98,7 +99,7 @@ def test_not_finite_names_step_and_term_and_keeps_the_last_good_checkpoint(tmp_p
     def sample_fn(key, step):
         return jnp.where(step == 8, jnp.inf, 1.0) * jax.random.normal(jax.random.fold_in(key, step), (8, 4))
 
-    problem = train.Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn)
+    problem = Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn)
     with pytest.raises(NonFiniteError) as caught:
         train.fit(problem, config_of(num_instances=num_instances), workdir=tmp_path)
     assert str(caught.value).startswith("training stopped at step 9: not finite: minimality")

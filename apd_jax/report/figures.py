@@ -15,24 +15,38 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from apd_jax.config import Config
+from apd_jax.evaluation.general import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
-from apd_jax.evaluation.summary import Evaluation
 from apd_jax.report import columns, style
-from apd_jax.targets.base import Target
+from apd_jax.targets.base import Panel
 
 LOSS_NAMES = ("total", "faithfulness", "minimality", "simplicity", "hidden_reconstruction", "attribution_lp")
 NUM_SWEPT = 8
 
 
 def save_all(
-    folder: epath.PathLike, target: Target, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: Config
+    folder: epath.PathLike, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: Config
 ) -> list[epath.Path]:
-    """Writes every figure that applies to this target and run as a PNG; the paths, in the order of a report.
+    """Writes every figure that this evaluation has the arrays for as a PNG; the paths, in the order of a report.
 
     Args:
       history: rows of the training log: "step", and losses by name. May be empty.
     """
-    a = evaluation.arrays
+    figures = _feature_figures(evaluation.arrays, config) if "attributions_one_hot" in evaluation.arrays else {}
+    figures |= {name: panel(one) for name, one in evaluation.panels.items()}
+    if history:
+        figures["losses"] = losses(history)
+    folder = epath.Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = {name: folder / f"{name}.png" for name in figures}
+    for name, figure in figures.items():
+        with paths[name].open("wb") as file:  # matplotlib itself only opens local paths
+            figure.savefig(file)
+    return list(paths.values())
+
+
+def _feature_figures(a: Mapping[str, np.ndarray], config: Config) -> dict[str, Figure]:
+    """Those of a target with one input and one output per feature."""
     order = columns.component_order(a["feature_of_component"], a["attributions_one_hot"])
     W, total, P = (a[f"feature_weights_{name}"] for name in ("target", "sum", "components"))
     figures = {
@@ -45,18 +59,37 @@ def save_all(
         ),
         "responses": responses(a["sweep_values"], {name: a[f"sweep_{name}"] for name in ("label", "target", "top1")}),
     }
-    if target.monosemantic_fn is not None:
+    scrubs = {name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")}
+    if scrubs:
         figures["neuron_contributions"] = columns.neuron_contributions(W, total, P, a["component_of_feature"])
-        figures["scrub"] = scrub({name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")})
-    if history:
-        figures["losses"] = losses(history)
-    folder = epath.Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    paths = {name: folder / f"{name}.png" for name in figures}
-    for name, figure in figures.items():
-        with paths[name].open("wb") as file:  # matplotlib itself only opens local paths
-            figure.savefig(file)
-    return list(paths.values())
+        figures["scrub"] = scrub(scrubs)
+    return figures
+
+
+def panel(shown: Panel) -> Figure:
+    """A heat map or lines, as a target describes them."""
+    if shown.matrix is not None:
+        rows, width = shown.matrix.shape
+        figure = style.new_figure(min(4 + 0.25 * width, 14), min(2.4 + 0.22 * rows, 10), shown.caption)
+        axes = figure.subplots()
+        image = style.heat(axes, shown.matrix, signed=bool((shown.matrix < 0).any()))
+        for names, ticks in ((shown.rows, axes.set_yticks), (shown.columns, axes.set_xticks)):
+            if names:
+                ticks(range(len(names)), list(names))
+        if len(shown.columns) > 12 or max(map(len, shown.columns), default=0) > 3:
+            axes.tick_params(axis="x", labelrotation=90)
+        style.colorbar(figure, image, axes, shown.unit)
+    else:
+        figure = style.new_figure(8.0, 4.6, shown.caption)
+        axes = figure.subplots()
+        x = np.arange(len(next(iter(shown.lines.values())))) if shown.x is None else shown.x
+        looks = ("-", "--", ":", "-.")
+        for i, (label, values) in enumerate(shown.lines.items()):
+            color = style.PALETTE[i % len(style.PALETTE)]
+            axes.plot(x, values, looks[i // len(style.PALETTE) % len(looks)], color=color, label=label, marker="o" if len(x) < 30 else "")
+        style.legend(axes)
+    style.tidy(axes, xlabel=shown.xlabel, ylabel=shown.ylabel, title=shown.title)
+    return figure
 
 
 def attributions(

@@ -22,9 +22,10 @@ _RESULTS = {
     "top1_share": ("share of features that one component serves", "1"),
     "faithfulness": ("faithfulness loss", "0"),
     "relative_parameter_error": ("|target - sum|² / |target|²", "0"),
-    "minimality_topk": ("MSE to the target, mask of training", "0"),
-    "minimality_top1": ("MSE to the target, top-1", "0"),
-    "minimality_all": ("MSE to the target, all components", "0"),
+    "minimality_topk": ("distance to the target, mask of training", "0"),
+    "minimality_top1": ("distance to the target, top-1", "0"),
+    "minimality_all": ("distance to the target, all components", "0"),
+    "minimality_none": ("distance to the target, no component", "large"),
     "hidden_reconstruction": ("hidden reconstruction loss", "0"),
     "simplicity": ("simplicity loss", "small"),
     "scrub_topk": ("scrubbing: batch top-k", "0"),
@@ -35,15 +36,23 @@ _RESULTS = {
     "scrub_monosemantic": ("scrubbing: monosemantic baseline", "above scrubbed"),
     "num_alive_components": ("alive components", ""),
     "num_dead_components": ("dead components", ""),
+    "total_rank": ("effective rank of the alive components, summed", "small"),
     "mean_active_components": ("active components per example", "k"),
 }
 _OUT_OF = {"num_features_owned": "num_features", "num_alive_components": "num_components"}
 
 
-def results_table(metrics: Mapping[str, float | int], minutes: float | None = None, *, title: str = "Results") -> Table:
+def results_table(
+    metrics: Mapping[str, float | int],
+    minutes: float | None = None,
+    *,
+    labels: Mapping[str, str] | None = None,
+    title: str = "Results",
+) -> Table:
     """The metrics of an evaluation, one a row, with what good looks like. Metrics without a row of their own are left out.
 
     Args:
+      labels: {metric: what it says and what is good}, of metrics that this target alone has; they come first.
       metrics: `Evaluation.metrics`.
       minutes: wall-clock time of the run.
     """
@@ -51,6 +60,8 @@ def results_table(metrics: Mapping[str, float | int], minutes: float | None = No
     table.add_column("metric")
     table.add_column("value", justify="right")
     table.add_column("good", style="dim")
+    for name, label in (labels or {}).items():
+        table.add_row(label, number(metrics[name]), "")
     for name, (label, good) in _RESULTS.items():
         if name in metrics:
             whole = f" of {metrics[_OUT_OF[name]]}" if name in _OUT_OF else ""

@@ -7,36 +7,72 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax.errors import InputError
+from apd_jax.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What one figure of a target shows: a matrix as a heat map, or lines over x. The caption says what good looks like."""
+
+    title: str
+    caption: str
+    xlabel: str
+    ylabel: str
+    matrix: np.ndarray | None = None  # [rows, columns], drawn from 0 up, or around 0 if it has negative entries
+    unit: str = ""  # of the matrix's entries
+    rows: Sequence[str] = ()  # names of the matrix's rows; () numbers them
+    columns: Sequence[str] = ()
+    x: np.ndarray | None = None  # [n], for lines
+    lines: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)  # {label: [n]}
+
+
+@dataclasses.dataclass(frozen=True)
+class Score:
+    """How a decomposition compares with what is known of its target."""
+
+    metrics: dict[str, float | int]  # flat, by the names that `evaluation.json` shall have
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)  # {metric: what it says and what is good}, for the table
+    panels: dict[str, Panel] = dataclasses.field(default_factory=dict)  # {file name: figure}
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """A target network as pure functions; everything the decomposition, the evaluation and the pretraining need.
-
-    Outputs of a target have one entry per feature. Samplers are pure functions of `rng` and `step`.
-    """
+    """A target network as pure functions. Samplers are pure functions of `rng` and `step`."""
 
     name: str
-    num_features: int  # F
-    init_fn: Callable[..., Any]  # key -> params
-    apply_fn: Callable[..., Any]  # (params, x [B, F]) -> (outputs [B, F], {name: hidden activations [B, width]})
-    attribution_fn: Callable[..., Any] | None  # (params, x) -> outputs: the same function, cheap in its tangents; None: use apply_fn
-    loss_fn: Callable[..., Any]  # (params, x) -> scalar that pretraining minimises
-    label_fn: Callable[..., Any]  # x -> [B, F], what the target is trained to output
+    init_fn: Callable[..., Any]  # key -> params: fresh weights, or the finished network where there is no loss_fn
+    apply_fn: Callable[..., Any]  # (params, x) -> outputs [B, ...], or (outputs, {name: hidden activations [B, ...]})
     sample_fn: Callable[..., Any]  # (rng, step) -> x, a batch for the decomposition
-    pretrain_sample_fn: Callable[..., Any]  # (rng, step) -> x, a batch for pretraining
-    feature_weights: Callable[..., Any]  # (target params, weights like params) -> [F, d], row f the weights that serve feature f
     select: tuple[str, ...]  # glob patterns over dotted paths: the decomposed leaves
-    uses: dict[str, int]  # {dotted path: times the forward pass uses the leaf} where it is not 1
+    attribution_fn: Callable[..., Any] | None = None  # (params, x) -> outputs: the same function, cheap in its tangents; None: apply_fn
+    loss_fn: Callable[..., Any] | None = None  # (params, batch) -> scalar that pretraining minimises; None: built, not trained
+    pretrain_sample_fn: Callable[..., Any] | None = None  # (rng, step) -> batch for loss_fn
+    uses: Mapping[str, int] = dataclasses.field(default_factory=dict)  # {dotted path: times the forward pass uses the leaf} where not 1
     frozen: tuple[str, ...] = ()  # glob patterns: leaves that pretraining leaves as they were drawn
+    num_active_fn: Callable[..., Any] | None = None  # x -> [B], how many features are truly active
+    score_fn: Callable[..., Score] | None = None  # (Decomposition, key) -> Score, against what is known of this target
+
+    def problem(self, params: PyTree) -> Problem:
+        """The decomposition of these weights, as `apd_jax.train.fit` takes it."""
+        return Problem(self.apply_fn, params, self.sample_fn, self.attribution_fn, self.num_active_fn, select=self.select, uses=self.uses)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FeatureTarget(Target):
+    """A target whose inputs and outputs have one entry per feature: x [B, F] -> [B, F]."""
+
+    num_features: int  # F
+    label_fn: Callable[..., Any]  # x -> [B, F], what the target is trained to output
+    feature_weights: Callable[..., Any]  # (target params, weights like params) -> [F, d], row f the weights that serve feature f
     probe_value: float = 1.0
     monosemantic_fn: Callable[..., Any] | None = None  # x -> [B, F], what one neuron per feature would give, for as many as there are
 
@@ -45,9 +81,10 @@ class Target:
         """One input per feature: the feature alone, at `probe_value`."""
         return self.probe_value * jnp.eye(self.num_features)
 
-    def num_active_fn(self, x: Float[Array, "B F"]) -> Int[Array, " B"]:
-        """How many features are truly active (nonzero) in each example."""
-        return jnp.sum(x != 0, axis=1, dtype=jnp.int32)
+
+def num_nonzero(x: Float[Array, "B F"]) -> Int[Array, " B"]:
+    """How many features are active (nonzero) in each example."""
+    return jnp.sum(x != 0, axis=1, dtype=jnp.int32)
 
 
 def sparse_features(key: PRNGKeyArray, batch_size: int, num_features: int, probability: float, *, signed: bool) -> Float[Array, "B F"]:

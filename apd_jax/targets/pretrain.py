@@ -34,7 +34,8 @@ def pretrain(target: Target, config: Config, *, progress: Callable[..., Any] | N
       InputError: a setting is out of range, or the loss or a weight is no longer finite; the sentence names the step.
     Cost: one XLA call per 100 steps, data drawn inside it.
     """
-    settings = config.pretrain
+    loss_fn, sample_fn, settings = target.loss_fn, target.pretrain_sample_fn, config.pretrain
+    assert loss_fn is not None and sample_fn is not None, f"{target.name} is built, not trained"
     at_least_one(num_steps=settings.num_steps)
     key_init, key_data = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(target.init_fn)(key_init)
@@ -46,7 +47,7 @@ def pretrain(target: Target, config: Config, *, progress: Callable[..., Any] | N
 
     def step(state, index):
         params, optimizer_state = state
-        loss, gradient = jax.value_and_grad(target.loss_fn)(params, target.pretrain_sample_fn(key_data, index))
+        loss, gradient = jax.value_and_grad(loss_fn)(params, sample_fn(key_data, index))
         updates, optimizer_state = optimizer.update(gradient, optimizer_state, params)
         return (optax.apply_updates(params, updates), optimizer_state), loss
 

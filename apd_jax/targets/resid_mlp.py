@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.config import Config
 from apd_jax.errors import InputError, one_of
-from apd_jax.targets.base import Target, at_least_one, feature_sampler, identity
+from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
 
 ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 EMBEDDINGS = ("random", "identity")
@@ -106,7 +106,7 @@ def labels(x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     return x + nn.relu(x)
 
 
-def build(config: Config, batch_size: int) -> Target:
+def build(config: Config, batch_size: int) -> FeatureTarget:
     """The ResidMLP target of `config` (fields: configs/resid_mlp.py).
 
     Raises:
@@ -128,7 +128,7 @@ def build(config: Config, batch_size: int) -> Target:
     def monosemantic_fn(x: Array):
         return jnp.where(jnp.arange(F)[None, :] < L * M, labels(x), x)
 
-    return Target(
+    return FeatureTarget(
         name="resid_mlp",
         num_features=F,
         init_fn=functools.partial(init, model),
@@ -139,6 +139,7 @@ def build(config: Config, batch_size: int) -> Target:
         sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=True),
         pretrain_sample_fn=feature_sampler(config.pretrain.batch_size, F, config.feature_probability, signed=True),
         feature_weights=lambda params, weights: neuron_contributions(params, weights, L),
+        num_active_fn=num_nonzero,
         select=("mlp_in_*", "mlp_out_*"),
         uses={},
         frozen=("W_E", "W_U"),

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.config import Config
 from apd_jax.errors import one_of
-from apd_jax.targets.base import Target, at_least_one, feature_sampler, identity
+from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
 
 HIDDEN = ("none", "identity", "rotation")
 
@@ -62,7 +62,7 @@ def contracted(params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     return nn.relu(x @ (through @ W.T) + params["b"][None, :])
 
 
-def build(config: Config, batch_size: int) -> Target:
+def build(config: Config, batch_size: int) -> FeatureTarget:
     """The TMS target of `config` (fields: configs/tms.py).
 
     Raises:
@@ -75,7 +75,7 @@ def build(config: Config, batch_size: int) -> Target:
     def apply_fn(params: PyTree, x: Array):
         return model.apply({"params": params}, x)
 
-    return Target(
+    return FeatureTarget(
         name="tms",
         num_features=F,
         init_fn=lambda key: model.init(key, jnp.zeros((1, F)))["params"],
@@ -86,6 +86,7 @@ def build(config: Config, batch_size: int) -> Target:
         sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=False),
         pretrain_sample_fn=feature_sampler(config.pretrain.batch_size, F, config.feature_probability, signed=False),
         feature_weights=lambda params, weights: weights["W"],
+        num_active_fn=num_nonzero,
         select=("W",) if hidden == "none" else ("W", "hidden"),
         uses={"W": 2},
         frozen=() if hidden == "none" else ("hidden",),

@@ -6,10 +6,10 @@ import pytest
 from matplotlib.figure import Figure
 from ml_collections import ConfigDict
 
-from apd_jax import targets
 from apd_jax.evaluation import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
 from apd_jax.report import columns, figures
+from apd_jax.targets.base import Panel
 
 F, C, V = 3, 5, 7
 FEATURE_OF_COMPONENT = np.array([2, -1, 0, 1, 0])
@@ -39,15 +39,6 @@ def make_arrays(d, *, scrub=False):
     }
 
 
-def make_target(name):
-    config = {"name": name, "num_features": F, "feature_probability": 0.1, "pretrain": {"batch_size": 1}}
-    if name == "tms":
-        config |= {"d_hidden": 2, "hidden": "none"}
-    else:
-        config |= {"d_resid": 4, "num_layers": 1, "d_mlp": 2, "activation": "relu", "embedding": "random", "use_bias": False}
-    return targets.build(ConfigDict(config), 4)
-
-
 def drawn_texts(figure):
     """Every title, label, legend and caption of a figure."""
     return " ".join(text.get_text() for text in figure.findobj(lambda artist: hasattr(artist, "get_text")))
@@ -63,7 +54,7 @@ def drawn_texts(figure):
 )
 def test_save_all(tmp_path, name, d, history, extra):
     arrays = make_arrays(d, scrub=name == "resid_mlp")
-    paths = figures.save_all(tmp_path / "figures", make_target(name), Evaluation({}, arrays), history, ConfigDict({"apd": {"topk": 1.28}}))
+    paths = figures.save_all(tmp_path / "figures", Evaluation({}, arrays), history, ConfigDict({"apd": {"topk": 1.28}}))
     assert [path.stem for path in paths] == ["columns", "attributions", "per_feature_loss", "responses", *extra]
     for path in paths:
         pixels = matplotlib.image.imread(path)
@@ -156,3 +147,11 @@ def test_neuron_contributions_pair_each_feature_with_its_own_component():
     own = panels["All features: own component"].lines[1].get_ydata()
     np.testing.assert_allclose(own, np.concatenate([components[1, 0], components[0, 1], components[1, 2]]))
     np.testing.assert_allclose(panels["All features: sum of components"].lines[1].get_ydata(), 2)
+
+
+def test_panels_of_a_target_are_drawn(tmp_path):
+    heat = Panel("Heat", "Good: dark.", "class", "component", matrix=np.eye(2, 3) - 0.5, unit="loss", rows=["a", "b"])
+    lines = Panel("Lines", "Good: flat.", "step", "loss", x=np.arange(3), lines={"one": np.ones(3), "two": np.zeros(3)})
+    paths = figures.save_all(tmp_path, Evaluation({}, {}, {"heat": heat, "lines": lines}), [], ConfigDict())
+    assert [path.name for path in paths] == ["heat.png", "lines.png"]
+    assert "Good: dark." in drawn_texts(figures.panel(heat)) and "two" in drawn_texts(figures.panel(lines))

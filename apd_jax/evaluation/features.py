@@ -1,4 +1,4 @@
-"""All metrics of one decomposition of a target, and the arrays that the figures are drawn from.
+"""A decomposition of a target with one input and one output per feature: its metrics, and the arrays that the figures are drawn from.
 
 Shapes: B examples, C components, F features, V input values. A loss called "per feature" is a mean over all outputs.
 """
@@ -21,20 +21,11 @@ from apd_jax import step as step_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.evaluation import geometry, scrub
-from apd_jax.targets.base import Target
+from apd_jax.evaluation.general import ALIVE_NORM, STREAM, Evaluation
+from apd_jax.targets.base import FeatureTarget
 
-ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
 SERVED_GAIN = 0.75  # a feature is served by its top-1 component if that alone gives more than this part of the target's gain
 SWEEP_VALUES = 41
-_STREAM = 0x7E57  # sets these draws apart from training with the same seed
-
-
-@dataclasses.dataclass(frozen=True)
-class Evaluation:
-    """metrics: flat and JSON-able. arrays: what `apd_jax.report.figures` reads."""
-
-    metrics: dict[str, float | int]
-    arrays: dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +40,7 @@ class _Model:
     always_on: Array  # [1, C], the mask of none but the components that are always on
 
 
-def evaluate(target: Target, params: PyTree, components: Components, config: Config) -> Evaluation:
+def evaluate(target: FeatureTarget, params: PyTree, components: Components, config: Config) -> Evaluation:
     """Measures a decomposition on fresh batches of `target.sample_fn`, on one-hot probes, and on single features swept in value.
 
     Metrics
@@ -71,7 +62,7 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     Cost: num_batches · about ten forward passes (C times that where attributions are taken forward), in three XLA programs.
     """
     apd = config.apd
-    key = jax.random.fold_in(jax.random.key(config.evaluation.seed), _STREAM)
+    key = jax.random.fold_in(jax.random.key(config.evaluation.seed), STREAM)
 
     # Three programs: each needs something of the one before.
     rest = jax.jit(lambda p, c: _at_rest(_model(target, p, c, apd), target, p, c))(params, components)
@@ -124,7 +115,7 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     return Evaluation(metrics, arrays)
 
 
-def _model(target: Target, params: PyTree, components: Components, apd: Config) -> _Model:
+def _model(target: FeatureTarget, params: PyTree, components: Components, apd: Config) -> _Model:
     linearised_at = components_lib.total(components, params) if apd.attributions_at == "components" else params
     attribution_fn = target.attribution_fn or target.apply_fn
     return _Model(
@@ -143,7 +134,7 @@ def _mask_fn(apd: Config, **changes: Any) -> Callable[..., Bool[Array, "B C"]]:
     return step_lib.make_mask_fn(settings)
 
 
-def _at_rest(model: _Model, target: Target, params: PyTree, components: Components) -> dict[str, Array]:
+def _at_rest(model: _Model, target: FeatureTarget, params: PyTree, components: Components) -> dict[str, Array]:
     """What needs no data: the weights, and the attributions of one-hot probes."""
     x = target.probes
     attributions = model.attributions(x)
@@ -163,7 +154,9 @@ def _at_rest(model: _Model, target: Target, params: PyTree, components: Componen
     }
 
 
-def _on_batches(model: _Model, target: Target, components: Components, config: Config, key: PRNGKeyArray, owner: Array) -> dict[str, Any]:
+def _on_batches(
+    model: _Model, target: FeatureTarget, components: Components, config: Config, key: PRNGKeyArray, owner: Array
+) -> dict[str, Any]:
     """Everything that is measured on the evaluation batches, stacked over them: leaves [num_batches, ...]."""
     key_data, key_masks = jax.random.split(key)
     apd = config.apd
@@ -199,7 +192,7 @@ def _on_batches(model: _Model, target: Target, components: Components, config: C
     return jax.lax.map(one, jnp.arange(config.evaluation.num_batches))
 
 
-def _on_sweep(model: _Model, target: Target, values: np.ndarray) -> dict[str, Any]:
+def _on_sweep(model: _Model, target: FeatureTarget, values: np.ndarray) -> dict[str, Any]:
     """One feature at a time. outputs: of the feature itself, [V, F]; losses: to the label, mean over outputs and values, [F]."""
 
     def at(value: Array) -> tuple[dict[str, Array], dict[str, Array]]:

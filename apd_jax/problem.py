@@ -1,0 +1,73 @@
+"""What is to be decomposed: a function, its parameters, its data. All that the method knows of a network."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+
+from apd_jax import components as components_lib
+from apd_jax import step as step_lib
+from apd_jax.components import Select
+from apd_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """See `apd_jax.decompose` for the fields."""
+
+    apply_fn: Callable
+    params: PyTree
+    sample_fn: Callable
+    attribution_fn: Callable | None = None
+    num_active_fn: Callable | None = None
+    select: Select = None
+    uses: Mapping[str, int] | None = None
+
+
+def check_function(problem: Problem) -> None:
+    """Checks that apply_fn returns what the method can work with, by shapes alone: nothing is computed.
+
+    Raises:
+      InputError: apply_fn fails on params and a batch; its output is not a floating array (or (array, {name: array})) with the
+        batch's leading size; or it does not depend on a leaf that is to be decomposed.
+    """
+    x = jax.eval_shape(problem.sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
+    names = components_lib.selected_paths(problem.params, problem.select)
+    try:
+        jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(f"apply_fn fails on params and a batch of sample_fn: {reason}") from error
+    out, hidden = step_lib.split_result(result)
+    if not isinstance(hidden, Mapping):
+        raise InputError(f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}.")
+    for what, array in {"its output": out, **{f"activation {name!r}": h for name, h in hidden.items()}}.items():
+        if not isinstance(array, jax.ShapeDtypeStruct) or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise InputError(f"apply_fn must return a floating array, or (array, {{name: array}}); {what} is {array}.")
+        if sizes != {array.shape[:1]}:
+            raise InputError(
+                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the inputs lead with {sorted(sizes)}."
+            )
+    leaf_names = [components_lib.path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]]
+    reaching = _reaching_outputs(jaxpr.jaxpr)
+    unused = [name for name, var in zip(leaf_names, jaxpr.jaxpr.invars, strict=False) if name in names and var not in reaching]
+    if unused:
+        raise InputError(
+            f"the output of apply_fn does not depend on params leaf {unused[0]!r}; pass the weights as its first argument, "
+            "not by closure, or leave that leaf out of `select`."
+        )
+
+
+def _reaching_outputs(jaxpr: Any) -> set[Any]:
+    """The variables that some output may depend on; an inner jaxpr counts as needing all its inputs."""
+    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return needed
