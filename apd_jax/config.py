@@ -6,16 +6,16 @@ from typing import Any
 
 from ml_collections import config_dict
 
-from apd_jax import schedules
+from apd_jax import attributions, schedules
 from apd_jax.errors import InputError, one_of
 
 Config = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
 MASKS = ("batch_topk", "topk", "exact", "none")
+MASK_PER = ("example", "position")
 ATTRIBUTIONS_AT = ("target", "components")
 MINIMALITY_LOSSES = ("mse", "kl")
 OPTIMIZERS = ("adam", "adamw", "sgd")
-ATTRIBUTION_MODES = ("auto", "forward", "reverse")
 SPARSE_ROUTES = ("auto", "materialize", "masked", "dispatch")
 
 
@@ -35,7 +35,11 @@ def default_config() -> config_dict.ConfigDict:
     c.topk = 1.0  # k, mean active components per example
     c.mask = "batch_topk"  # batch_topk | topk (per example) | exact (as many as truly active features) | none (all kept)
     c.attributions_at = "target"  # target | components: the weights that the gradient is taken at
-    c.attribution_mode = "auto"  # auto | forward | reverse
+    c.attribution = "gradient"  # gradient | integrated_gradient | ablation | activation
+    c.attribution_mode = "auto"  # how gradients are taken: auto | forward | reverse | probe (estimated, for wide outputs)
+    c.attribution_metric = "mse"  # mse | kl (outputs are logits): how a change of the outputs is measured
+    c.num_probes = 8  # random output directions of attribution_mode = "probe"
+    c.mask_per = "example"  # example | position (outputs are [B, T, ...]; every position uses the weights in its own way)
 
     # Losses: coefficient 0 switches a term off.
     c.faithfulness_coeff = 1.0
@@ -77,7 +81,10 @@ def validate(config: Config) -> None:
         "attributions_at": ATTRIBUTIONS_AT,
         "minimality_loss": MINIMALITY_LOSSES,
         "optimizer": OPTIMIZERS,
-        "attribution_mode": ATTRIBUTION_MODES,
+        "attribution": attributions.KINDS,
+        "attribution_mode": attributions.MODES,
+        "attribution_metric": attributions.METRICS,
+        "mask_per": MASK_PER,
         "sparse_route": SPARSE_ROUTES,
         "schedule": schedules.KINDS,
     }
@@ -92,6 +99,7 @@ def validate(config: Config) -> None:
         "log_every_steps",
         "checkpoint_every_steps",
         "keep_checkpoints",
+        "num_probes",
     ):
         if config[field] < 1:
             raise InputError(f"{field} must be at least 1; got {config[field]}.")
@@ -117,6 +125,14 @@ def validate(config: Config) -> None:
     terms = ("faithfulness", "minimality", "hidden_reconstruction", "simplicity", "attribution_lp")
     if not any(config[f"{term}_coeff"] > 0 for term in terms):
         raise InputError(f"all loss coefficients are 0; set at least one of {', '.join(f'{term}_coeff' for term in terms)}.")
+    if config.mask_per == "position" and config.attribution in ("integrated_gradient", "ablation"):
+        raise InputError(
+            f"attribution = {config.attribution!r} has no form per position; use gradient or activation, or mask_per = 'example'."
+        )
+    if config.mask_per == "position" and config.attribution_mode == "forward":
+        raise InputError("attribution_mode = 'forward' has no form per position; use auto, reverse or probe.")
+    if config.attribution_lp_coeff > 0 and config.attribution != "gradient":
+        raise InputError(f"attribution_lp_coeff needs attribution = 'gradient', through which it is trained; got {config.attribution!r}.")
     for field in ("learning_rate", "init_scale", "schatten_p", "attribution_lp_p"):
         if not 0 < config[field] < float("inf"):
             raise InputError(f"{field} must be a finite number above 0; got {config[field]}.")

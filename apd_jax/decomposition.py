@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,6 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, Bool, Float, PyTree
 
-from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import parallel, sparse, train
@@ -19,7 +18,7 @@ from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.config import Config
 from apd_jax.errors import InputError
-from apd_jax.problem import Problem, check_function
+from apd_jax.problem import Problem, check_examples, check_function
 from apd_jax.workdir import claim
 
 
@@ -32,22 +31,22 @@ class Decomposition:
     config: Config
     history: Sequence[Mapping[str, Any]]  # the logged rows: step, losses
 
-    def attributions(self, x: PyTree) -> Float[Array, "B C"]:
-        """A_c(x), in units of the output, where `config.attributions_at` says."""
-        params = self.problem.params
-        at = components_lib.total(self.components, params) if self.config.attributions_at == "components" else params
-        fn = self.problem.attribution_fn or self.problem.apply_fn
-        return attributions_lib.gradient(fn, at, self.components, x, mode=self.config.attribution_mode)
+    def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
+        """A_c(x), in units of the output, of the kind that the config names; per position if it says so."""
+        p = self.problem
+        attribute = step_lib.make_attribution_fn(p.apply_fn, self.config, attribution_fn=p.attribution_fn, valid_fn=p.valid_fn)
+        return jnp.sqrt(attribute(self.components, p.params, x, jax.random.key(self.config.seed)))
 
-    def mask(self, x: PyTree) -> Bool[Array, "B C"]:
-        """Which components are kept on each example of this batch, as in training."""
+    def mask(self, x: PyTree) -> Bool[Array, "B *T C"]:
+        """Which components are kept on each example (or position) of this batch, as in training."""
         return self.mask_of(self.attributions(x), x)
 
-    def mask_of(self, attributions: Float[Array, "B C"], x: PyTree) -> Bool[Array, "B C"]:
+    def mask_of(self, attributions: Float[Array, "B *T C"], x: PyTree) -> Bool[Array, "B *T C"]:
         """The same, from attributions that are known already."""
-        return step_lib.make_mask_fn(self.config, num_active_fn=self.problem.num_active_fn)(attributions, x)
+        choose = step_lib.make_mask_fn(self.config, num_active_fn=self.problem.num_active_fn, valid_fn=self.problem.valid_fn)
+        return choose(attributions, x)
 
-    def sparse_output(self, x: PyTree, mask: Bool[Array, "B C"] | Float[Array, "B C"] | None = None) -> Any:
+    def sparse_output(self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None) -> Any:
         """What apply_fn returns with only the kept components (or those of a given mask)."""
         mask = self.mask(x) if mask is None else mask
         return sparse.apply(self.problem.apply_fn, self.problem.params, self.components, mask, x)
@@ -61,6 +60,19 @@ class Decomposition:
         """P_i as a pytree like params; zeros where params are not decomposed."""
         zeros = jax.tree.map(jnp.zeros_like, self.problem.params)
         return components_lib.weighted_sum(self.components, zeros, jnp.zeros(self.components.num_components).at[i].set(1.0))
+
+    def save(self, path: epath.PathLike) -> None:
+        """Writes this decomposition as a folder of safetensors and JSON: see `apd_jax.storage`."""
+        from apd_jax import storage  # which knows this class
+
+        storage.save(self, path)
+
+    @staticmethod
+    def load(path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any) -> Decomposition:
+        """The decomposition that `save` wrote: see `apd_jax.storage.load` for the arguments."""
+        from apd_jax import storage
+
+        return storage.load(path, apply_fn, params, **more)
 
     def instance(self, i: int) -> Decomposition:
         """One of several decompositions that were trained side by side."""
@@ -76,13 +88,14 @@ class Decomposition:
 def decompose(
     apply_fn: Callable,
     params: PyTree,
-    sample_fn: Callable,
+    sample_fn: Callable | Iterable,
     config: Config,
     *,
     select: Select = None,
     uses: Mapping[str, int] | None = None,
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,
+    valid_fn: Callable | None = None,
     workdir: epath.PathLike | None = None,
 ) -> Decomposition:
     """Splits a trained network's parameters into components that sum to them, few of which are needed on any input.
@@ -91,24 +104,39 @@ def decompose(
       apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden) with hidden a dict of named activations. Example b
         of the output depends on example b of the input alone. `model.apply` of a Flax Linen module is one.
       params: pytree of arrays: a dict, Flax Linen variables, an NNX state.
-      sample_fn: (rng, step) -> x, a batch of `config.batch_size` examples, drawn on the device. Must be pure: a
-        resumed run calls it again with the same arguments.
+      sample_fn: the data, in batches x of `config.batch_size` examples. A function (rng, step) -> x that draws one on the device,
+        pure, since a resumed run calls it again with the same arguments; `apd_jax.data.from_arrays` makes one of arrays in memory.
+        Or any iterable of batches; where it ends it is begun again. A resumed run begins it from its start and drops the batches
+        that were used before, so it is bit-identical if the same batches come again.
       config: from `apd_jax.default_config()`.
       select: glob patterns over dotted leaf paths; None decomposes every floating leaf of two or more axes.
       uses: {leaf path: times the forward pass multiplies with it}, for tied weights; 1 where absent.
       attribution_fn: the same function as apply_fn (outputs only), with products of weights associated so that its
         tangents are cheaper. None: apply_fn.
       num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
+      valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding; the others count in no loss, no
+        attribution and no mask.
       workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same call then resumes. None: nothing
         is written.
     Raises:
       InputError: anything that does not fit, in one sentence.
     """
-    params = jax.tree.map(jnp.asarray, params)
-    problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses)
+    params = jax.tree_util.tree_map_with_path(_array, params)
+    problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses, valid_fn)
     check_function(problem)
+    check_examples(problem)
     if workdir is not None:
         config_lib.validate(config)
         parallel.from_primary(lambda: claim(workdir, config))
     components, history = train.fit(problem, config, workdir=workdir)
     return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history)
+
+
+def _array(path: tuple[Any, ...], leaf: Any) -> Array:
+    try:
+        return jnp.asarray(leaf)
+    except TypeError:
+        raise InputError(
+            f"params leaf {components_lib.path_name(path)!r} is a {type(leaf).__name__}, not an array; "
+            "keep what is not a weight in apply_fn, not in params."
+        ) from None

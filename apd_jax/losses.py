@@ -29,28 +29,46 @@ def faithfulness(components: Components, params: PyTree) -> Float[Array, ""]:
     return jnp.asarray(sum(errors)) / components.num_params
 
 
-def minimality(sparse_out: Float[Array, "B ..."], target_out: Float[Array, "B ..."], kind: str = "mse") -> Float[Array, ""]:
+def minimality(
+    sparse_out: Float[Array, "B ..."],
+    target_out: Float[Array, "B ..."],
+    kind: str = "mse",
+    weights: Float[Array, "B T"] | None = None,
+) -> Float[Array, ""]:
     r"""D(f(θ*, x), f(κ(x), x)): the sparse model's distance from the target, averaged over the batch  (APD eq. 6).
 
     mse: mean over batch and outputs of the squared difference.
-    kl:  mean over batch of KL(softmax(target) ‖ softmax(sparse)) over the last axis, in nats.
+    kl:  mean over batch (and positions) of KL(softmax(target) ‖ softmax(sparse)) over the last axis, in nats.
 
+    Args:
+      weights: of each position of outputs [B, T, ...], with mean 1: 0 for padding.
     Raises:
       InputError: unknown kind.
     """
     if kind == "mse":
-        return jnp.mean((sparse_out - target_out) ** 2)
+        return jnp.mean(weighted((sparse_out - target_out) ** 2, weights))
     if kind == "kl":
         log_p, log_q = jax.nn.log_softmax(target_out), jax.nn.log_softmax(sparse_out)
-        return jnp.mean(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1))
+        return jnp.mean(weighted(jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1), weights))
     raise InputError(f"unknown minimality loss {kind!r}; choose mse or kl.")
 
 
+def weighted(values: Float[Array, "B ..."], weights: Float[Array, "B T"] | None) -> Float[Array, "B ..."]:
+    """values [B, T, ...] times the weights of positions; values without such an axis as they are."""
+    if weights is None or values.shape[:2] != weights.shape:
+        return values
+    return values * weights.reshape(*weights.shape, *[1] * (values.ndim - 2))
+
+
 def hidden_reconstruction(
-    sparse_hidden: Mapping[str, Float[Array, "B ..."]], target_hidden: Mapping[str, Float[Array, "B ..."]]
+    sparse_hidden: Mapping[str, Float[Array, "B ..."]],
+    target_hidden: Mapping[str, Float[Array, "B ..."]],
+    weights: Float[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
     r"""mean_b Σ_l ‖h_l(θ*, x_b) - h_l(κ(x_b), x_b)‖² / Σ_l width_l over the named activations l  (APD appendix A.3).
 
+    Args:
+      weights: as in `minimality`; activations without an axis of positions are taken as they are.
     Raises:
       InputError: the two differ in names, or there are none.
     """
@@ -59,11 +77,11 @@ def hidden_reconstruction(
             f"hidden reconstruction needs apply_fn to return (outputs, {{name: activations}}), alike in both passes; "
             f"got {sorted(sparse_hidden)} and {sorted(target_hidden)}."
         )
-    squares = sum(jnp.sum((sparse_hidden[name] - target_hidden[name]) ** 2) for name in target_hidden)
+    squares = sum(jnp.sum(weighted((sparse_hidden[name] - target_hidden[name]) ** 2, weights)) for name in target_hidden)
     return jnp.asarray(squares) / sum(h.size for h in target_hidden.values())
 
 
-def simplicity(components: Components, mask: Bool[Array, "B C"] | Float[Array, "B C"], schatten_p: float) -> Float[Array, ""]:
+def simplicity(components: Components, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"], schatten_p: float) -> Float[Array, ""]:
     r"""Schatten-p norm of the active components, on their factors  (APD eq. 8).
 
     Σ_l uses_l Σ_b Σ_c Σ_j ( s_c(x_b) ‖U_{c,l}[:, j]‖² ‖V_{c,l}[j, :]‖² )^{p/2} / (N·B),   j over the m rank-one parts
@@ -72,12 +90,13 @@ def simplicity(components: Components, mask: Bool[Array, "B C"] | Float[Array, "
     power for *inactive* pairs too, a constant without gradient (1e-4 per matrix at p = 0.5); here only active pairs count.
 
     Args:
-      mask: bool, or weights s >= 0 (the Lp variant passes the attributions' powers).
+      mask: bool, or weights s >= 0 (the Lp variant passes the attributions' powers); [B, T, C] averages over positions.
     Cost: norms of the factors, once per step: C·m·(d_in + d_out) per leaf (a float mask adds B·C·m).
     """
-    total = 0.0
+    total, mask = 0.0, mask.reshape(-1, mask.shape[-1])
     for f in components.factors.values():
-        squares = jnp.sum(f.U**2, axis=-2) * jnp.sum(f.V**2, axis=-1)  # [C, m]
+        squares = jnp.sum(f.U**2, axis=-2) * jnp.sum(f.V**2, axis=-1)  # [C, *batch, m]
+        squares = squares.reshape(f.num_components, -1)
         if mask.dtype == jnp.bool_:
             active = jnp.sum(mask, axis=0).astype(squares.dtype)
             power = active @ jnp.sum((squares + EPSILON) ** (schatten_p / 2), axis=-1)

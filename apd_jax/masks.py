@@ -93,12 +93,15 @@ def topk(attributions: Float[Array, "B C"], k: Any) -> Bool[Array, "B C"]:
     return _largest(_ordered_bits(attributions), index, num, lambda flags: jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32))
 
 
-def batch_topk(attributions: Float[Array, "B C"], k: Any, *, axis_name: str | None = None) -> Bool[Array, "B C"]:
+def batch_topk(
+    attributions: Float[Array, "B C"], k: Any, *, axis_name: str | None = None, valid: Bool[Array, " B"] | None = None
+) -> Bool[Array, "B C"]:
     """The K = ⌊k·B⌋ largest of the whole batch (APD: "batch top-k"), B counted over all devices.
 
     Args:
       k: mean number of components kept per example, at most C; may be traced.
       axis_name: the mapped device axis that the batch is split over, in order; the mask is then the same as on one device.
+      valid: rows that count (positions that are not padding); the others keep nothing, and B is the number of valid ones.
     Returns: mask with exactly K True; ties go to the lower example, then the lower component.
     Raises:
       InputError: a Python k below 0 or above C.
@@ -106,8 +109,13 @@ def batch_topk(attributions: Float[Array, "B C"], k: Any, *, axis_name: str | No
     """
     B, C = attributions.shape
     _check_k(k, C)
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-    return batch_largest(attributions, num_kept(k, B * devices), axis_name=axis_name)
+    if valid is None:
+        devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        return batch_largest(attributions, num_kept(k, B * devices), axis_name=axis_name)
+    count = jnp.sum(valid, dtype=jnp.int32)
+    count = count if axis_name is None else lax.psum(count, axis_name)
+    num = num_kept(jnp.asarray(k, jnp.float32), count)
+    return batch_largest(jnp.where(valid[:, None], attributions, -jnp.inf), num, axis_name=axis_name) & valid[:, None]
 
 
 def batch_largest(attributions: Float[Array, "B C"], num: Any, *, axis_name: str | None = None) -> Bool[Array, "B C"]:

@@ -17,12 +17,14 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
-from apd_jax import losses, masks, schedules, sparse
+from apd_jax import dispatch, losses, masks, schedules, sparse
 from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.errors import InputError
+from apd_jax.layout import Layout
 
 Metrics = dict[str, Float[Array, ""]]
+_PROBES = 0x960BE  # sets the draws of attribution probes apart from those of the data
 
 
 @jax.tree_util.register_dataclass
@@ -44,19 +46,66 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
 
 
 def init_state(
-    rng: PRNGKeyArray, params: PyTree, config: Config, *, select: components_lib.Select = None, uses: Mapping[str, int] | None = None
+    rng: PRNGKeyArray,
+    params: PyTree,
+    config: Config,
+    *,
+    select: components_lib.Select = None,
+    uses: Mapping[str, int] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
 ) -> TrainState:
     """Step 0 with random components."""
     components = components_lib.init(
-        rng, params, num_components=config.num_components, rank=config.rank, init_scale=config.init_scale, select=select, uses=uses
+        rng,
+        params,
+        num_components=config.num_components,
+        rank=config.rank,
+        init_scale=config.init_scale,
+        select=select,
+        uses=uses,
+        layouts=layouts,
     )
     return TrainState(jnp.zeros((), jnp.int32), components, make_optimizer(config).init(components))
 
 
-def make_mask_fn(config: Config, *, num_active_fn: Callable | None = None, axis_name: str | None = None) -> Callable:
-    """(attributions [B, C], x) -> mask [B, C], bool: which components are kept, as `config.mask` says.
+def make_attribution_fn(
+    apply_fn: Callable, config: Config, *, attribution_fn: Callable | None = None, valid_fn: Callable | None = None
+) -> Callable[..., Float[Array, "B *T C"]]:
+    """(components, params, x, rng) -> A_c(x)² of the kind, metric and mode that `config` names, per example or per position.
 
-    The first `num_always_on` components are always kept and not counted in k.
+    Args:
+      attribution_fn: another form of apply_fn for exact gradients per example; the other kinds look at apply_fn's own products.
+      valid_fn: x -> [B, T], which positions are not padding.
+    """
+    per_position = config.mask_per == "position"
+    exact = config.attribution in ("gradient", "integrated_gradient") and config.attribution_mode != "probe" and not per_position
+    fn = attribution_fn if attribution_fn is not None and exact else apply_fn
+
+    def attribute(components: Components, params: PyTree, x: PyTree, rng: PRNGKeyArray | None = None) -> Float[Array, "B *T C"]:
+        at = components_lib.total(lax.stop_gradient(components), params) if config.attributions_at == "components" else params
+        return attributions_lib.squared(
+            config.attribution,
+            fn,
+            at,
+            components,
+            x,
+            mode=config.attribution_mode,
+            metric=config.attribution_metric,
+            valid=None if valid_fn is None else valid_fn(x),
+            per_position=per_position,
+            num_probes=config.num_probes,
+            rng=rng,
+        )
+
+    return attribute
+
+
+def make_mask_fn(
+    config: Config, *, num_active_fn: Callable | None = None, valid_fn: Callable | None = None, axis_name: str | None = None
+) -> Callable:
+    """(attributions [B, C] or [B, T, C], x) -> mask like them, bool: which components are kept, as `config.mask` says.
+
+    The first `num_always_on` components are always kept and not counted in k. Positions that are padding keep nothing.
 
     Raises:
       InputError: mask = "exact" for a target that does not know how many features are active.
@@ -66,46 +115,50 @@ def make_mask_fn(config: Config, *, num_active_fn: Callable | None = None, axis_
             "mask = 'exact' keeps as many components as features are active, which this target does not tell; use mask = 'batch_topk'."
         )
 
-    def choose(attributions, x) -> Bool[Array, "B C"]:
+    def choose(scores, x, valid) -> Bool[Array, "n C"]:
         if config.mask == "batch_topk":
-            return masks.batch_topk(attributions, config.topk, axis_name=axis_name)
+            return masks.batch_topk(scores, config.topk, axis_name=axis_name, valid=valid)
         if config.mask == "topk":
-            return masks.topk(attributions, int(config.topk))
+            return masks.topk(scores, int(config.topk))
         if config.mask == "exact" and num_active_fn is not None:
             num = jnp.sum(num_active_fn(x), dtype=jnp.int32)
-            return masks.batch_largest(attributions, num if axis_name is None else lax.psum(num, axis_name), axis_name=axis_name)
-        return jnp.ones(attributions.shape, jnp.bool_)
+            return masks.batch_largest(scores, num if axis_name is None else lax.psum(num, axis_name), axis_name=axis_name)
+        return jnp.ones(scores.shape, jnp.bool_)
 
-    def mask_fn(attributions: Float[Array, "B C"], x: PyTree) -> Bool[Array, "B C"]:
+    def mask_fn(attributions: Float[Array, "B *T C"], x: PyTree) -> Bool[Array, "B *T C"]:
         n = config.num_always_on
-        chosen = choose(attributions[:, n:], x)
-        return jnp.concatenate([jnp.ones((chosen.shape[0], n), jnp.bool_), chosen], axis=1)
+        valid = valid_fn(x).reshape(-1) if valid_fn is not None and attributions.ndim == 3 else None
+        chosen = choose(attributions.reshape(-1, attributions.shape[-1])[:, n:], x, valid)
+        mask = jnp.concatenate([jnp.ones((chosen.shape[0], n), jnp.bool_), chosen], axis=1)
+        return (mask if valid is None else mask & valid[:, None]).reshape(attributions.shape)
 
     return mask_fn
 
 
 def make_step(
     apply_fn: Callable,
-    sample_fn: Callable,
+    sample_fn: Callable | None,
     config: Config,
     *,
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,
+    valid_fn: Callable | None = None,
     axis_name: str | None = None,
-) -> Callable[[TrainState, PyTree, PRNGKeyArray], tuple[TrainState, Metrics]]:
-    """The train step `(state, target_params, key) -> (state, metrics)`, pure and ready for jit, scan, vmap or pmap.
+) -> Callable[..., tuple[TrainState, Metrics]]:
+    """The train step `(state, target_params, key, x = None) -> (state, metrics)`, pure and ready for jit, scan, vmap or pmap.
 
     Args:
       apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden).
-      sample_fn: (key, step) -> x, the batch of *all* devices; each device takes its slice of it.
+      sample_fn: (key, step) -> x, the batch of *all* devices; each device takes its slice of it. None: the step is given x.
       attribution_fn: the same function as apply_fn (outputs only), associated so that its tangents are cheaper.
       num_active_fn: x -> [B], number of truly active features (mask = "exact").
+      valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are not padding: the others count nowhere.
       axis_name: the mapped axis over which the batch is split.
     Returns: metrics holds every loss term before its coefficient, their weighted sum `total`, and `mean_active`.
     """
     optimizer = make_optimizer(config)
-    mask_fn = make_mask_fn(config, num_active_fn=num_active_fn, axis_name=axis_name)
-    attribution_fn = attribution_fn or apply_fn
+    mask_fn = make_mask_fn(config, num_active_fn=num_active_fn, valid_fn=valid_fn, axis_name=axis_name)
+    attribute = make_attribution_fn(apply_fn, config, attribution_fn=attribution_fn, valid_fn=valid_fn)
     use_sparse = config.minimality_coeff > 0 or config.hidden_reconstruction_coeff > 0
     use_lp = config.attribution_lp_coeff > 0
     coefficients = {
@@ -116,47 +169,48 @@ def make_step(
         "attribution_lp": config.attribution_lp_coeff,
     }
 
-    def attribute(components, params, x):
-        at = components_lib.total(lax.stop_gradient(components), params) if config.attributions_at == "components" else params
-        return attributions_lib.gradient_squared(attribution_fn, at, components, x, mode=config.attribution_mode)
-
-    def loss_terms(components, params, x, mask) -> Metrics:
+    def loss_terms(components, params, x, mask, rng) -> Metrics:
         terms = {}
+        weights, share = _weights(x, valid_fn, axis_name)
         if config.faithfulness_coeff > 0:
             terms["faithfulness"] = losses.faithfulness(components, params)
         if use_sparse:
             target_out, target_hidden = split_result(apply_fn(params, x))
-            slots = None if config.mask == "none" or config.num_always_on else sparse.slots_for(config.topk, mask.shape[0], mask.shape[1])
+            rows = mask.size // mask.shape[-1]
+            slots = None if config.mask == "none" or config.num_always_on else dispatch.slots_for(config.topk, rows, mask.shape[-1])
             result = sparse.apply(apply_fn, params, components, mask, x, route=config.sparse_route, slots=slots)
             sparse_out, sparse_hidden = split_result(result)
             if config.minimality_coeff > 0:
-                terms["minimality"] = losses.minimality(sparse_out, target_out, config.minimality_loss)
+                terms["minimality"] = losses.minimality(sparse_out, target_out, config.minimality_loss, weights)
             if config.hidden_reconstruction_coeff > 0:
-                terms["hidden_reconstruction"] = losses.hidden_reconstruction(sparse_hidden, target_hidden)
+                terms["hidden_reconstruction"] = losses.hidden_reconstruction(sparse_hidden, target_hidden, weights)
         active = mask
         if use_lp:  # the one variant in which gradients flow through the attributions
-            powers = losses.attribution_lp(attribute(components, params, x), config.attribution_lp_p)
-            terms["attribution_lp"] = jnp.mean(jnp.sum(powers, axis=1))
+            powers = losses.attribution_lp(attribute(components, params, x, rng), config.attribution_lp_p)
+            terms["attribution_lp"] = jnp.mean(losses.weighted(jnp.sum(powers, axis=-1), weights))
             active = powers if config.mask == "none" else mask
         if config.simplicity_coeff > 0:
-            terms["simplicity"] = losses.simplicity(components, active, config.schatten_p)
+            terms["simplicity"] = losses.simplicity(components, active, config.schatten_p) / (share if mask.ndim == 3 else 1)
         return terms
 
-    def step(state: TrainState, params: PyTree, key: PRNGKeyArray) -> tuple[TrainState, Metrics]:
-        x = _local_batch(sample_fn(key, state.step), axis_name)
+    def step(state: TrainState, params: PyTree, key: PRNGKeyArray, x: PyTree = None) -> tuple[TrainState, Metrics]:
+        x = _local_batch(sample_fn(key, state.step) if x is None and sample_fn else x, axis_name)
         components = components_lib.normalize_U(state.components) if config.unit_norm_U else state.components
 
+        rng = None
+        if config.attribution_mode == "probe":
+            rng = _example_keys(jax.random.fold_in(jax.random.fold_in(key, _PROBES), state.step), x, axis_name)
         if config.mask == "none":
-            mask = mask_fn(jnp.zeros((jax.tree.leaves(x)[0].shape[0], config.num_components)), x)
+            mask = mask_fn(jnp.zeros(jax.eval_shape(attribute, components, params, x, rng).shape), x)
         else:
-            mask = mask_fn(attribute(components, params, x), x)
+            mask = mask_fn(attribute(components, params, x, rng), x)
 
         def loss(components):
-            terms = loss_terms(components, params, x, mask)
+            terms = loss_terms(components, params, x, mask, rng)
             return sum(coefficients[name] * term for name, term in terms.items()), terms
 
         (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(components)
-        metrics = {"total": total, **terms, "mean_active": jnp.mean(jnp.sum(mask, axis=1, dtype=jnp.float32))}
+        metrics = {"total": total, **terms, "mean_active": _mean_active(mask, x, valid_fn, axis_name)}
         if axis_name is not None:
             gradient, metrics = lax.pmean((gradient, metrics), axis_name)
         if config.unit_norm_U:
@@ -169,10 +223,13 @@ def make_step(
 
 
 def scan_steps(step: Callable, num_steps: int) -> Callable:
-    """`num_steps` steps in one program: (state, params, key) -> (state, metrics stacked over steps)."""
+    """`num_steps` steps in one program: (state, params, key) -> (state, metrics stacked over steps).
 
-    def many(state, params, key):
-        return lax.scan(lambda state, _: step(state, params, key), state, None, length=num_steps)
+    Batches that are not drawn on the device come as one more argument, leaves [num_steps, B, ...].
+    """
+
+    def many(state, params, key, *batches):
+        return lax.scan(lambda state, x: step(state, params, key, *x), state, batches, length=num_steps)
 
     return many
 
@@ -180,6 +237,29 @@ def scan_steps(step: Callable, num_steps: int) -> Callable:
 def split_result(result: Any) -> tuple[Any, Any]:
     """(outputs, hidden) of an `apply_fn` result; hidden is empty when it returns outputs only."""
     return result if isinstance(result, tuple) else (result, {})
+
+
+def _weights(x: PyTree, valid_fn: Callable | None, axis_name: str | None) -> tuple[Float[Array, "B T"] | None, Any]:
+    """The weight of every position, with mean 1 over all devices, and the share of positions that count."""
+    if valid_fn is None:
+        return None, 1.0
+    valid = valid_fn(x).astype(jnp.float32)
+    share = jnp.mean(valid) if axis_name is None else lax.pmean(jnp.mean(valid), axis_name)
+    share = jnp.maximum(share, 1e-6)
+    return valid / share, share
+
+
+def _mean_active(mask: Bool[Array, "B *T C"], x: PyTree, valid_fn: Callable | None, axis_name: str | None) -> Float[Array, ""]:
+    """Kept components per example, or per position that counts."""
+    share = _weights(x, valid_fn, axis_name)[1] if mask.ndim == 3 else 1.0
+    return jnp.mean(jnp.sum(mask, axis=-1, dtype=jnp.float32)) / share
+
+
+def _example_keys(key: PRNGKeyArray, x: PyTree, axis_name: str | None) -> PRNGKeyArray:
+    """One key per example of the whole batch, so that the draws do not depend on the number of devices."""
+    size = jax.tree.leaves(x)[0].shape[0]
+    first = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    return jax.vmap(lambda b: jax.random.fold_in(key, b))(first + jnp.arange(size))
 
 
 def _local_batch(x: PyTree, axis_name: str | None) -> PyTree:

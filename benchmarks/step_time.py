@@ -27,7 +27,7 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from apd_jax import attributions, losses, parallel, sparse, targets
+from apd_jax import attributions, dispatch, losses, parallel, sparse, targets
 from apd_jax import step as step_lib
 from apd_jax.targets import pretrain
 
@@ -90,7 +90,7 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
     """The step's parts, each alone. A carry multiplied by 1e-30 keeps XLA from moving the work out of the loop."""
     cs, x = state.components, target.sample_fn(key, 0)
     mask_fn, optimizer = step_lib.make_mask_fn(config), step_lib.make_optimizer(config)
-    scores = jax.jit(lambda cs: attributions.gradient_squared(target.attribution_fn, params, cs, x))(cs)
+    scores = jax.jit(lambda cs: attributions.squared("gradient", target.attribution_fn, params, cs, x))(cs)
     mask = mask_fn(scores, x)
     fixed = {"params": params, "x": x, "mask": mask, "target": step_lib.split_result(target.apply_fn(params, x))}
 
@@ -98,7 +98,7 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
         return lambda cs, i, fixed: jax.tree.map(lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs, fixed))
 
     def sparse_loss(cs, fixed):
-        slots = sparse.slots_for(config.topk, *mask.shape)
+        slots = dispatch.slots_for(config.topk, *mask.shape)
         result = sparse.apply(target.apply_fn, fixed["params"], cs, fixed["mask"], fixed["x"], slots=slots)
         (out, hidden), (target_out, target_hidden) = step_lib.split_result(result), fixed["target"]
         loss = losses.minimality(out, target_out)
@@ -107,7 +107,7 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
     def attribute(carry, i, fixed):
         cs, total = carry
         moved = fixed["x"] * (1 + 1e-30 * total[:1, :1])
-        return cs, total + attributions.gradient_squared(target.attribution_fn, fixed["params"], cs, moved)
+        return cs, total + attributions.squared("gradient", target.attribution_fn, fixed["params"], cs, moved)
 
     def update(carry, i, fixed):
         cs, opt_state = carry

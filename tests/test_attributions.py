@@ -102,7 +102,7 @@ def test_squared_has_finite_gradients_where_it_is_zero(mode):
     dead = jax.tree.map(lambda a: a.at[1].set(0.0), comps)
 
     def loss(comps: Components):
-        return jnp.sum(attributions.gradient_squared(apply_fn, params, comps, x, mode=mode))
+        return jnp.sum(attributions.squared("gradient", apply_fn, params, comps, x, mode=mode))
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(dead)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
@@ -147,7 +147,7 @@ def test_vmaps_over_instances(network):
 
 def test_refused(network):
     apply_fn, params, comps, x = network
-    with pytest.raises(InputError, match="unknown attribution mode 'sideways'"):
+    with pytest.raises(InputError, match="unknown attribution_mode 'sideways'"):
         attributions.gradient(apply_fn, params, comps, x, mode="sideways")
     with pytest.raises(InputError, match="differ in structure"):
         attributions.gradient(apply_fn, params | {"more": x}, comps, x)

@@ -22,7 +22,7 @@ def test_defaults_are_valid_and_locked():
         ({"attributions_at": "sum"}, "unknown attributions_at 'sum'; known: target, components."),
         ({"minimality_loss": "mae"}, "unknown minimality_loss 'mae'; known: mse, kl."),
         ({"optimizer": "adamW"}, "unknown optimizer 'adamW'; known: adam, adamw, sgd. Did you mean 'adam"),
-        ({"attribution_mode": "backward"}, "unknown attribution_mode 'backward'; known: auto, forward, reverse."),
+        ({"attribution_mode": "backward"}, "unknown attribution_mode 'backward'; known: auto, forward, reverse, probe."),
         ({"sparse_route": "dispatched"}, "Did you mean 'dispatch'?"),
         ({"schedule": "cosin"}, "unknown schedule 'cosin'; known: constant, linear, cosine, exponential. Did you mean 'cosine'?"),
         ({"num_components": 0}, "num_components must be at least 1; got 0."),

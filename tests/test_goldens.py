@@ -48,7 +48,7 @@ def test_the_network_and_the_component_sum(golden):
 
 
 def test_gradient_attributions(golden):
-    run = lambda fn, mode: attributions.gradient_squared(fn, golden.params, golden.components, golden.x, mode=mode)  # noqa: E731
+    run = lambda fn, mode: attributions.squared("gradient", fn, golden.params, golden.components, golden.x, mode=mode)  # noqa: E731
     fns, modes = (golden.apply_fn, golden.target.attribution_fn), ("forward", "reverse")
     for squared in jax.jit(lambda: [run(fn, mode) for fn in fns for mode in modes])():
         close(np.sqrt(squared), golden["attributions/gradient_sqrt_mean"])
@@ -152,7 +152,7 @@ def test_gradients_of_every_loss(golden):
 def test_lp_variant(golden):
     def terms(components):
         powers = losses.attribution_lp(
-            attributions.gradient_squared(golden.apply_fn, golden.params, components, golden.x), golden["meta/lp_pnorm"]
+            attributions.squared("gradient", golden.apply_fn, golden.params, components, golden.x), golden["meta/lp_pnorm"]
         )
         return powers, jnp.mean(jnp.sum(powers, axis=1))
 

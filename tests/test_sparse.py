@@ -12,7 +12,7 @@ from conftest import close
 from flax import nnx
 
 from apd_jax import components as components_lib
-from apd_jax import sparse
+from apd_jax import dispatch, sparse
 from apd_jax.errors import InputError
 
 B, C = 9, 4
@@ -214,8 +214,8 @@ def test_inputs_may_be_a_pytree():
 
 def test_slots():
     # k·B/C = 1.28·256/130 = 2.52; 2.52 + 6·sqrt(2.52) + 2 = 14.04, to 8 rows: 16. Never more than the batch.
-    assert sparse.slots_for(1.28, 256, 130) == 16
-    assert sparse.slots_for(4.0, 10, 4) == 10
+    assert dispatch.slots_for(1.28, 256, 130) == 16
+    assert dispatch.slots_for(4.0, 10, 4) == 10
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, PRNGKeyArray, PyTree
 
-from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import losses, sparse
 from apd_jax import step as step_lib
@@ -116,11 +115,11 @@ def evaluate(target: FeatureTarget, params: PyTree, components: Components, conf
 
 
 def _model(target: FeatureTarget, params: PyTree, components: Components, apd: Config) -> _Model:
-    linearised_at = components_lib.total(components, params) if apd.attributions_at == "components" else params
-    attribution_fn = target.attribution_fn or target.apply_fn
+    attribute = step_lib.make_attribution_fn(target.apply_fn, apd, attribution_fn=target.attribution_fn)
+    rng = jax.random.key(apd.seed)
     return _Model(
         target=lambda x: target.apply_fn(params, x),
-        attributions=lambda x: attributions_lib.gradient(attribution_fn, linearised_at, components, x, mode=apd.attribution_mode),
+        attributions=lambda x: jnp.sqrt(attribute(components, params, x, rng)),
         sparse=lambda mask, x: sparse.apply(target.apply_fn, params, components, mask, x),
         trained_mask=_mask_fn(apd, mask="topk" if apd.mask == "topk" else "batch_topk"),
         top1=_mask_fn(apd, mask="topk", topk=1.0),
