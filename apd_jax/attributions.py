@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import sparse
@@ -53,7 +53,7 @@ def squared(
     valid: Bool[Array, "B T"] | None = None,
     per_position: bool = False,
     num_probes: int = 8,
-    rng: PRNGKeyArray | None = None,
+    rng: Array | None = None,
 ) -> Float[Array, "B *T C"]:
     """A_c(x)² of any kind; of gradients it has a finite derivative where it is 0, which A_c(x) has not.
 

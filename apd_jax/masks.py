@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, UInt32
 from apd_jax.errors import InputError
 
 
-def num_kept(k: Any, batch_size: int) -> Any:
+def num_kept(k: Any, batch_size: Any) -> Any:
     """K = ⌊k·B⌋, robust to k·B falling a rounding error short of an integer (0.29·100 is 29, not 28).
 
     A Python number gives a Python int, a traced k a traced int32.

@@ -24,6 +24,7 @@ import quax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
+from apd_jax import factored_rules  # noqa: F401, registers what operations do to a Kappa
 from apd_jax.components import Components
 from apd_jax.dispatch import Plan, make_plan
 from apd_jax.errors import InputError

@@ -81,7 +81,7 @@ def make_attribution_fn(
     exact = config.attribution in ("gradient", "integrated_gradient") and config.attribution_mode != "probe" and not per_position
     fn = attribution_fn if attribution_fn is not None and exact else apply_fn
 
-    def attribute(components: Components, params: PyTree, x: PyTree, rng: PRNGKeyArray | None = None) -> Float[Array, "B *T C"]:
+    def attribute(components: Components, params: PyTree, x: PyTree, rng: Array | None = None) -> Float[Array, "B *T C"]:
         at = components_lib.total(lax.stop_gradient(components), params) if config.attributions_at == "components" else params
         return attributions_lib.squared(
             config.attribution,
@@ -255,7 +255,7 @@ def _mean_active(mask: Bool[Array, "B *T C"], x: PyTree, valid_fn: Callable | No
     return jnp.mean(jnp.sum(mask, axis=-1, dtype=jnp.float32)) / share
 
 
-def _example_keys(key: PRNGKeyArray, x: PyTree, axis_name: str | None) -> PRNGKeyArray:
+def _example_keys(key: PRNGKeyArray, x: PyTree, axis_name: str | None) -> Array:
     """One key per example of the whole batch, so that the draws do not depend on the number of devices."""
     size = jax.tree.leaves(x)[0].shape[0]
     first = 0 if axis_name is None else lax.axis_index(axis_name) * size

@@ -1,0 +1,119 @@
+"""The engine on networks of every kind: layouts, routes and attributions against materialised weights and `jax.jacrev`."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from networks import NETWORKS
+
+from apd_jax import attributions, components, factored, layout, masks, sparse
+from apd_jax.layout import Layout
+
+C = 3
+
+
+def setup(name):
+    fn, params, x = NETWORKS[name]()
+    cs = components.init(jax.random.key(0), params, num_components=C, init_scale=4.0, layouts=layout.infer(fn, params, x))
+    return fn, params, x, cs
+
+
+def jacobian_attributions(fn, params, cs, x):
+    """The definition: sqrt(mean_o (J P_c)²), by `jax.jacrev` and a contraction in float64."""
+    jacobian = jax.jacrev(lambda p: attributions.outputs(fn(p, x)))(params)
+    P = components.materialize(cs)
+    total = 0.0
+    for J, p in zip(jax.tree.leaves(jacobian), jax.tree.leaves(P, is_leaf=lambda a: a is None), strict=True):
+        if p is not None:
+            flat = np.asarray(J, np.float64).reshape(J.shape[0], -1, p[0].size)
+            total = total + np.einsum("bop,cp->boc", flat, np.asarray(p, np.float64).reshape(C, -1))
+    return np.sqrt((total**2).mean(axis=1))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_routes_and_attributions_agree(name):
+    fn, params, x, cs = setup(name)
+    loose = 0.05 if name == "half_precision" else 2e-5
+
+    found = jax.jit(lambda cs: {mode: attributions.gradient(fn, params, cs, x, mode=mode) for mode in ("auto", "reverse")})(cs)
+    A = jacobian_attributions(fn, params, cs, x)
+    for mode in ("auto", "reverse"):
+        np.testing.assert_allclose(found[mode], A, atol=loose * A.max(), err_msg=mode)
+    mask = masks.batch_topk(jnp.asarray(A, jnp.float32), 1.5).at[:, 0].set(True)
+
+    def loss(cs, route):
+        return jnp.mean(sparse.apply(fn, params, cs, mask, x, route=route, slots=2) ** 2)
+
+    differentiate = jax.jit(lambda cs: {r: jax.value_and_grad(loss)(cs, r) for r in routes})
+    routes = ("materialize", "auto") if name == "custom_vjp_activation" else ("materialize", "masked", "dispatch")
+    results = differentiate(cs)
+    value, gradient = results["materialize"]
+    largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+    for route in routes[1:]:
+        other, other_gradient = results[route]
+        np.testing.assert_allclose(other, value, rtol=loose, err_msg=route)
+        for a, b in zip(jax.tree.leaves(other_gradient), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=loose * largest, err_msg=route)
+
+
+FORMED = {  # the leaves that have to be formed for every example: no product, convolution or lookup of a plain view
+    "conv_channels_first_depthwise": {"depthwise"},
+    "normalised_weights": {"w"},
+}
+
+
+@pytest.mark.parametrize("name", [name for name in NETWORKS if name != "custom_vjp_activation"])
+def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
+    fn, params, x, cs = setup(name)
+    formed, materialise = set(), factored.Kappa.materialise
+    monkeypatch.setattr(factored.Kappa, "materialise", lambda self: formed.add(self.name) or materialise(self))
+    mask = jnp.ones((jax.tree.leaves(x)[0].shape[0], C), jnp.bool_)
+    whole = sparse.apply(fn, params, cs, mask, x, route="masked")
+    assert formed == FORMED.get(name, set())
+    expected = fn(components.total(cs, params), x)
+    np.testing.assert_allclose(whole, expected, atol=(0.05 if name == "half_precision" else 2e-5) * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("conv_strided_dilated", {"k1": Layout((), (0, 1, 2), (3,)), "w": Layout((), (0,), (1,))}),
+        ("conv_channels_first_depthwise", {"k1": Layout((), (1, 2, 3), (0,))}),
+        ("attention_tied_embedding", {"e": Layout((), (0,), (1,)), "q": Layout((), (0,), (1, 2)), "o": Layout((), (0, 1), (2,))}),
+        ("experts", {"w1": Layout((), (1,), (0, 2)), "w2": Layout((0,), (1,), (2,))}),
+        ("scanned_layers", {"w": Layout((0,), (1,), (2,)), "b": Layout((0,), (), (1,))}),
+        ("layers_by_index", {"w": Layout((0,), (1,), (2,)), "u": Layout((0,), (2,), (1,))}),
+        ("fused_and_reshaped", {"qkv": Layout((), (0,), (1,)), "heads": Layout((), (0,), (1,))}),
+        ("several_axes", {"w": Layout((), (0, 1), (2, 3)), "o": Layout((), (0, 1), (2,))}),
+        ("normalised_weights", {"v": Layout((), (0,), (1,))}),
+    ],
+)
+def test_layouts_are_read_off_the_network(name, expected):
+    found = layout.infer(*NETWORKS[name]())
+    assert {key: found[key] for key in expected} == expected
+    assert "w" not in found or name != "normalised_weights"  # divided by its norm: no view of itself
+
+
+def test_stacked_vectors_are_not_decomposed_unless_asked():
+    fn, params, x = NETWORKS["scanned_layers"]()
+    layouts = layout.infer(fn, params, x)
+    assert components.selected_paths(params, None, layouts) == ["o", "w"]
+    assert components.selected_paths(params, "*", layouts) == ["b", "o", "w"]
+
+
+@pytest.mark.parametrize(("old", "new"), [((2, 3, 4), (6, 4)), ((6, 4), (2, 3, 4)), ((2, 6), (4, 3)), ((1, 4), (4,)), ((), (1, 1))])
+def test_regroup_is_what_reshape_does(old, new):
+    groups = layout.regroup(old, new)
+    assert [i for group, _ in groups for i in group] == list(range(len(old)))
+    assert [i for _, group in groups for i in group] == list(range(len(new)))
+    for left, right in groups:
+        assert np.prod([old[i] for i in left]) == np.prod([new[i] for i in right])
+
+
+def test_fold_and_unfold():
+    for axes in (Layout((), (1, 2), (0,)), Layout((2,), (0,), (1,)), Layout((1,), (), (0, 2))):
+        leaf = jnp.arange(24.0).reshape(2, 3, 4)
+        matrices = layout.unfold(leaf, axes)
+        assert matrices.shape[-2:] == layout.matrix_shape(leaf.shape, axes)
+        np.testing.assert_array_equal(layout.fold(matrices, leaf.shape, axes), leaf)
+        np.testing.assert_array_equal(layout.fold(jnp.stack([matrices] * 2), leaf.shape, axes)[1], leaf)
