@@ -15,7 +15,7 @@ def linear(params, x):
 
 
 def sample(rng, step):
-    return jnp.ones((4, 3))
+    return jax.random.normal(rng, (4, 3))
 
 
 @pytest.mark.parametrize(
@@ -29,6 +29,8 @@ def sample(rng, step):
         (lambda params, x: linear(params, x).T, "W", "keep the batch as first axis"),
         (lambda params, x: linear(params, x).mean(), "W", "keep the batch as first axis"),
         (lambda params, x: x[:, :2] @ params["W"], "W", "fails on params and a batch"),
+        (lambda params, x: linear(params, x - x.mean(0, keepdims=True)), "W", "must treat examples one by one"),
+        (lambda params, x: linear(params, x.reshape(2, 2, 3).reshape(4, 3)), "W", "with a batch of one it fails"),
     ],
 )
 def test_refused(apply_fn, select, sentence):
@@ -36,6 +38,13 @@ def test_refused(apply_fn, select, sentence):
     config.batch_size = 4
     with pytest.raises(InputError, match=sentence):
         apd_jax.decompose(apply_fn, PARAMS, sample, config, select=select)
+
+
+def test_a_leaf_that_is_no_array_is_refused():
+    with pytest.raises(InputError, match="params leaf 'act' is a function, not an array"):
+        apd_jax.decompose(
+            lambda params, x: params["act"](linear(params, x)), PARAMS | {"act": lambda a: a}, sample, apd_jax.default_config()
+        )
 
 
 def test_a_leaf_used_inside_jit_counts_as_used():

@@ -41,9 +41,26 @@ def test_selection_by_pattern_rank_and_uses():
     assert init(select="dense.kernel", rank=9).factors["dense.kernel"].U.shape == (3, 4, 9)
 
 
+def test_options_of_leaves():
+    """A rank of its own, and only some components: the others are 0 there, and training leaves them so."""
+    components = init(select={"conv": {"components": [0, 2]}, "dense.*": {}, "dense.bias": {"rank": 1}}, rank=2)
+    shapes = {name: f.U.shape for name, f in components.factors.items()}
+    assert shapes == {"conv": (3, 12, 2), "dense.bias": (3, 1, 1), "dense.kernel": (3, 4, 2)}
+    optimizer = optax.adam(0.1)
+    gradient = jax.grad(lambda c: sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(lib.total(c, PARAMS)) if leaf.dtype == jnp.float32))
+    updates, _ = optimizer.update(gradient(components), optimizer.init(components), components)
+    for trained in (optax.apply_updates(components, updates), lib.normalize_U(components)):
+        for array in (trained.factors["conv"].U, trained.factors["conv"].V):
+            assert not array[1].any() and array[0].all() and array[2].all()
+        assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(trained))
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        ({"select": {"conv": {"ranks": 2}}}, "unknown option 'ranks' for 'conv'"),
+        ({"select": {"conv": {"components": [3]}}}, "gives 'conv' components outside 0 to 2"),
+        ({"select": {"conv": {"rank": 0}}}, "rank must be at least 1; got 0 for 'conv'"),
         ({"num_components": 0}, "at least 1; got 0"),
         ({"rank": 0}, "at least 1"),
         ({"select": "kernel"}, "'kernel' matches no leaf of params; its leaves: conv, dense.bias"),

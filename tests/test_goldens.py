@@ -59,6 +59,12 @@ def test_ablation_attributions(golden):
     close(attributions.ablation(golden.apply_fn, golden.params, golden.components, golden.x) ** 2, golden["ablation/effect"])
 
 
+def test_activation_attributions(golden):
+    """A tied weight counts both uses; TMS and ResidMLP alike, in the pass with all components."""
+    found = attributions.squared("activation", golden.apply_fn, golden.params, golden.components, golden.x)
+    close(found, golden["attributions/activation"])
+
+
 def test_masks(golden):
     scores = attribute(golden, golden.components)
     k = golden["meta/topk"]
