@@ -65,7 +65,7 @@ class LinenTransformer(nn.Module):
 class LinenRecurrent(nn.Module):
     @nn.compact
     def __call__(self, x):
-        return nn.Dense(10)(nn.RNN(nn.GRUCell(D))(x)[:, -1])
+        return nn.Dense(10)(jnp.asarray(nn.RNN(nn.GRUCell(D))(x))[:, -1])
 
 
 class LinenScanned(nn.Module):
@@ -120,7 +120,7 @@ class NnxRecurrent(nnx.Module):
         self.rnn, self.out = nnx.RNN(nnx.GRUCell(16, D, rngs=rngs)), nnx.Linear(D, 10, rngs=rngs)
 
     def __call__(self, x):
-        return self.out(self.rnn(x)[:, -1])
+        return self.out(jnp.asarray(self.rnn(x))[:, -1])
 
 
 class NnxScanned(nnx.Module):
@@ -186,10 +186,10 @@ def _linen(model: nn.Module, x: Array) -> tuple[Any, Callable]:
 
 def _nnx(model: nnx.Module) -> tuple[Any, Callable]:
     graph, params, rest = nnx.split(model, nnx.Param, ...)
-    return params, lambda params, x: nnx.merge(graph, params, rest)(x)
+    return params, lambda params, x: nnx.merge(graph, params, rest, copy=True)(x)
 
 
-def networks() -> dict[str, tuple[Array, dict[str, Callable]]]:
+def networks() -> dict[str, tuple[Array, dict[str, Callable[[], tuple[Any, Callable]]]]]:
     """{architecture: (inputs, {kind: () -> (params, apply_fn)})}"""
     key = jax.random.key(7)
     inputs = {
@@ -231,7 +231,7 @@ def measure(params: Any, apply_fn: Callable, x: Array) -> list[dict[str, Any]]:
                 "value_error": float(abs(value - oracle[0]) / abs(oracle[0])),
                 "gradient_error": max(jax.tree.leaves(errors)) / largest,
                 "ms": 1e3 * statistics.median(_window(program, cs) for _ in range(WINDOWS)),
-                "temp_mib": program.memory_analysis().temp_size_in_bytes / 2**20,
+                "temp_mib": getattr(program.memory_analysis(), "temp_size_in_bytes", 0) / 2**20,
                 "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
             }
         )
@@ -257,7 +257,8 @@ def main() -> None:
     results = []
     for name, (x, kinds) in networks().items():
         for kind, build in kinds.items() if options.only in name else ():
-            for row in measure(*build(), x):
+            params, apply_fn = build()
+            for row in measure(params, apply_fn, x):
                 results.append({"architecture": name, "kind": kind, **row})
                 errors = [f"{row[e]:.0e}" for e in ("value_error", "gradient_error")]
                 table.add_row(name, kind, f"{row['num_params']:,}", row["route"], *errors, f"{row['ms']:.1f}", f"{row['temp_mib']:.0f}")
