@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from apd_jax.config import Config
 from apd_jax.errors import one_of
-from apd_jax.targets import digits, induction, resid_mlp, tms, tms_coactive
+from apd_jax.targets import digits, induction, linear, resid_mlp, tms, tms_coactive
 from apd_jax.targets.base import Target
 
 BUILDERS = {
     "digits": digits.build,
     "induction": induction.build,
+    "linear": linear.build,
     "resid_mlp": resid_mlp.build,
     "tms": tms.build,
     "tms_coactive": tms_coactive.build,

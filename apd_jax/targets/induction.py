@@ -1,0 +1,249 @@
+"""Induction: an attention-only transformer of two layers that continues a repeated block of random tokens.
+
+x = E[tokens];   x += O_l concat_heads( softmax(Q_l x · K_l x / sqrt(d_head)) V_l x ),  l = 0, 1;   logits = x W_U    (Olsson et al. 2022)
+
+Shapes: B sequences, T positions, V symbols, D the residual width, H heads of width d. Token V begins every sequence, 0..V-1 follow.
+Positions enter by rotary embeddings, so what a head writes does not say where it stands: an absolute embedding is solved as often by
+a pointer ("where did this token stand?", then "what stands one further?") as by a previous-token head.
+
+Data. A sequence is a random order of distinct symbols. With `repeat_probability` its first n, n uniform in [min_block, max_block], are
+repeated to the end; else it goes on, and no symbol comes twice. A position is *determined* if its token came before: the next one
+then follows with certainty, and one can only know it from the previous occurrence. Elsewhere the label is uniform. n varies, or one
+would attend a fixed distance back.
+
+What is to be expected. Sequences without repetition need nothing, those with repetition always need both heads: with a mask per
+example a previous-token head (layer 0) and an induction head (layer 1) are one mechanism, and one component spans both layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from apd_jax import components as components_lib
+from apd_jax.components import Components
+from apd_jax.config import Config
+from apd_jax.decomposition import Decomposition
+from apd_jax.errors import InputError
+from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.digits import CORRELATION_LABELS, alive_components, rank_correlations
+
+NUM_LAYERS = 2
+IN_LAYER = 0.1  # a component is in a layer if more than this part of its norm lies there
+NEEDED = 0.1  # a component carries what falls by more than this part when it is ablated
+MEASURED = ("accuracy", "previous_token_score", "induction_score")
+GOOD_ATTENTION = ("every token of the first block looks at the one before", "tokens that came before look at what followed them")
+LABELS = {
+    "target_accuracy": "accuracy of the target where the next token is determined; 1",
+    "all_accuracy": "accuracy with all components; the target's",
+    "sparse_accuracy": "accuracy with the mask of training; the target's",
+    "sparse_previous_token_score": "attention of the previous-token head with that mask; the target's",
+    "target_previous_token_score": "attention of the previous-token head of the target",
+    "sparse_induction_score": "attention of the induction head with that mask; the target's",
+    "target_induction_score": "attention of the induction head of the target",
+    "num_accuracy_components": "components that cost over 10 % of the accuracy; 1 or 2",
+    "num_previous_token_components": "components that cost over 10 % of the previous-token score; 1",
+    "num_induction_components": "components that cost over 10 % of the induction score; 1",
+    "spans_layers": "share of alive components in both layers",
+    **CORRELATION_LABELS,
+}
+
+
+class InductionTransformer(nn.Module):
+    """Returns logits [B, T, V] and the attention of both layers, attention_l [B, H, T, T] (to, from)."""
+
+    num_symbols: int
+    d_model: int
+    num_heads: int
+    d_head: int
+
+    @nn.compact
+    def __call__(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "B H T T"]]]:
+        project = functools.partial(nn.DenseGeneral, (self.num_heads, self.d_head), use_bias=False)
+        causal = jnp.tril(jnp.ones((1, 1, tokens.shape[1], tokens.shape[1]), jnp.bool_))
+        x = nn.Embed(self.num_symbols + 1, self.d_model, embedding_init=nn.initializers.normal(1.0), name="embed")(tokens)
+        attention = {}
+        for i in range(NUM_LAYERS):
+            Q, K, V = (project(name=f"{kind}_{i}")(x) for kind in ("query", "key", "value"))
+            scores = jnp.einsum("bthd,bshd->bhts", rotate(Q), rotate(K)) / math.sqrt(self.d_head)
+            attention[f"attention_{i}"] = nn.softmax(jnp.where(causal, scores, -1e9))
+            mixed = jnp.einsum("bhts,bshd->bthd", attention[f"attention_{i}"], V)
+            x += nn.DenseGeneral(self.d_model, axis=(-2, -1), use_bias=False, name=f"output_{i}")(mixed)
+        return nn.Dense(self.num_symbols, use_bias=False, name="unembed")(x), attention
+
+
+def rotate(x: Float[Array, "B T H d"]) -> Float[Array, "B T H d"]:
+    """Rotary embedding: pair j of the d entries turned by t·10000^(-2j/d) at position t."""
+    rates = 10_000.0 ** (-jnp.arange(0, x.shape[-1], 2) / x.shape[-1])
+    angles = (jnp.arange(x.shape[1])[:, None] * rates[None])[None, :, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)
+
+
+def sample(
+    key: PRNGKeyArray, batch_size: int, num_symbols: int, min_block: int, max_block: int, repeat_probability: float
+) -> Int[Array, "B T"]:
+    """Sequences of 1 + 2·max_block tokens, as the module's docstring describes them."""
+    key_order, key_length, key_kind = jax.random.split(key, 3)
+    order = jnp.argsort(jax.random.uniform(key_order, (batch_size, num_symbols)), axis=1)
+    length = jax.random.randint(key_length, (batch_size, 1), min_block, max_block + 1)
+    repeated = jax.random.uniform(key_kind, (batch_size, 1)) < repeat_probability
+    place = jnp.arange(2 * max_block)[None]
+    symbols = jnp.take_along_axis(order, jnp.where(repeated, place % length, place), axis=1)
+    return jnp.concatenate([jnp.full((batch_size, 1), num_symbols), symbols], axis=1).astype(jnp.int32)
+
+
+def follows_same(tokens: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
+    """True at (t, s), s <= t, where the token before s is the one at t: s is what an induction head attends to, and holds the answer."""
+    same = tokens[:, :, None] == tokens[:, None, :-1]
+    return jnp.pad(same, ((0, 0), (0, 0), (1, 0))) & jnp.tril(jnp.ones((1, *same.shape[1:2] * 2), jnp.bool_))
+
+
+def determined(tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
+    """Positions whose token came before: from there the next one is known."""
+    return jnp.any(follows_same(tokens), axis=2)
+
+
+def cross_entropy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+    """To the next token where it is determined and to the uniform distribution elsewhere, averaged over all positions but the last."""
+    labels = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
+    labels = jnp.where(determined(tokens)[:, :-1, None], labels, 1 / logits.shape[-1])
+    return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits[:, :-1]), axis=-1))
+
+
+def accuracy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
+    """Share of determined positions whose next token has the largest logit."""
+    known = determined(tokens)[:, :-1]
+    return jnp.sum(known & (jnp.argmax(logits[:, :-1], axis=-1) == tokens[:, 1:])) / jnp.sum(known)
+
+
+def previous_token_scores(attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]) -> Float[Array, " H"]:
+    """Mean attention from t to t-1 where an induction head needs it: in the first block of sequences that repeat."""
+    known = determined(tokens)
+    needed = (~known & jnp.any(known, axis=1, keepdims=True))[:, 2:]
+    to_previous = jnp.diagonal(attention[:, :, 2:, 1:-1], axis1=2, axis2=3)
+    return jnp.sum(to_previous * needed[:, None], axis=(0, 2)) / jnp.sum(needed)
+
+
+def induction_scores(attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]) -> Float[Array, " H"]:
+    """Mean attention from determined positions to those that follow the same token: t - n + 1 for a block of n."""
+    found = jnp.sum(attention * follows_same(tokens)[:, None], axis=(0, 2, 3))
+    return found / jnp.sum(determined(tokens))
+
+
+def layer_shares(components: Components) -> Float[np.ndarray, "C 2"]:
+    """Norm of every component's part in each layer over its whole norm; 0 for a component that is 0."""
+    squares = {name: np.asarray(square) for name, square in components_lib.squared_norms(components).items()}
+    layers = np.stack([sum(square for name, square in squares.items() if f"_{i}." in name) for i in range(NUM_LAYERS)], axis=1)
+    return np.sqrt(layers / np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny))
+
+
+def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callable) -> Score:
+    """What every component does for the two heads, on one batch of the sampler's mixture.
+
+    Metrics
+      {target,sparse,all}_accuracy: on determined positions, by the target, with the mask of training, with all components.
+      {target,sparse}_previous_token_score, _induction_score: of the head of layer 0 (of layer 1) that scores best in the target.
+      num_{accuracy,previous_token,induction}_components: alive components that cost more than NEEDED of it when ablated.
+      spans_layers: share of alive components with more than IN_LAYER of their norm in either layer.
+      attribution_rank_correlation_{kind}: see `digits.rank_correlations`.
+
+    Cost: C + 3 forward passes, and the attributions.
+    """
+    problem, components = decomposition.problem, decomposition.components
+    tokens = sample_fn(key, 0)
+    target, sparse = problem.apply_fn(problem.params, tokens), jax.jit(decomposition.sparse_output)(tokens)
+    previous_head = int(jnp.argmax(previous_token_scores(target[1]["attention_0"], tokens)))
+    induction_head = int(jnp.argmax(induction_scores(target[1]["attention_1"], tokens)))
+
+    def measure(result) -> np.ndarray:
+        logits, attention = result
+        previous = previous_token_scores(attention["attention_0"], tokens)[previous_head]
+        return np.array([accuracy(logits, tokens), previous, induction_scores(attention["attention_1"], tokens)[induction_head]])
+
+    measured = {"target": measure(target), "sparse": measure(sparse), "all": measure(decomposition.ablate([], tokens))}
+    lost = np.stack([measured["all"] - measure(decomposition.ablate([c], tokens)) for c in range(components.num_components)])
+    alive = alive_components(decomposition, tokens)
+    needed = (lost > NEEDED * measured["all"]) & alive[:, None]
+    spans = layer_shares(components).min(axis=1) > IN_LAYER
+    metrics = {f"{who}_{what}": float(value) for who, values in measured.items() for what, value in zip(MEASURED, values, strict=True)}
+    metrics |= {f"num_{what.removesuffix('_score')}_components": int(n) for what, n in zip(MEASURED, needed.sum(axis=0), strict=True)}
+    metrics["spans_layers"] = float(spans[alive].mean()) if alive.any() else 0.0
+    metrics |= rank_correlations(decomposition, tokens, alive)
+
+    example = int(jnp.argmax(jnp.any(determined(tokens), axis=1)))
+    names = ["start", *map(str, tokens[example, 1:].tolist())]
+    shown = {0: ("previous-token", previous_head), 1: ("induction", induction_head)}
+    panels = {
+        f"attention_{i}": Panel(
+            title=f"Layer {i}, the {what} head: target (left) and sparse model (right)",
+            caption=f"Attention on one sequence that repeats, from the token in the row to the token in the column. Good: both halves are "
+            f"alike, and {GOOD_ATTENTION[i]}.",
+            xlabel="from token (twice)",
+            ylabel="at token",
+            matrix=np.concatenate([np.asarray(result[1][f"attention_{i}"][example, head]) for result in (target, sparse)], axis=1),
+            unit="attention",
+            rows=names,
+            columns=names * 2,
+        )
+        for i, (what, head) in shown.items()
+    }
+    order = np.argsort(-lost[:, 0], kind="stable")
+    panels["mechanisms"] = Panel(
+        title="What an ablated component costs",
+        caption="What the model with all components loses when one is taken away. Good: few components cost anything. One that "
+        "costs all three holds the whole mechanism; one that costs a score of its own layer only holds that head.",
+        xlabel="component (ordered by cost in accuracy)",
+        ylabel="",
+        matrix=lost[order].T,
+        unit="loss of accuracy, or of mean attention",
+        rows=["accuracy", "previous-token score", "induction score"],
+        columns=[str(c) for c in order],
+    )
+    return Score(metrics, LABELS, panels)
+
+
+def build(config: Config, batch_size: int) -> Target:
+    """The induction target of `config` (fields: configs/induction.py).
+
+    Raises:
+      InputError: a size below 1, an odd d_head, blocks that the symbols do not suffice for, or a probability outside (0, 1].
+    """
+    V, D, H, d = config.num_symbols, config.d_model, config.num_heads, config.d_head
+    shortest, longest, probability = config.min_block, config.max_block, config.repeat_probability
+    at_least_one(num_symbols=V, d_model=D, num_heads=H, d_head=d, batch_size=batch_size, pretrain_batch_size=config.pretrain.batch_size)
+    if d % 2:
+        raise InputError(f"target.d_head must be even, since rotary embeddings turn pairs; got {d}.")
+    if not 2 <= shortest <= longest or 2 * longest > V:
+        raise InputError(
+            f"target blocks need 2 <= min_block <= max_block <= num_symbols / 2, so that sequences without repetition have distinct "
+            f"symbols; got {shortest}, {longest} and {V} symbols."
+        )
+    if not 0 < probability <= 1:
+        raise InputError(f"target.repeat_probability must lie in (0, 1]; got {probability}.")
+    model = InductionTransformer(V, D, H, d)
+
+    def apply_fn(params: PyTree, tokens: Array):
+        return model.apply({"params": params}, tokens)
+
+    def sampler(batch_size: int):
+        return lambda rng, step: sample(jax.random.fold_in(rng, step), batch_size, V, shortest, longest, probability)
+
+    return Target(
+        name="induction",
+        init_fn=lambda key: model.init(key, jnp.zeros((1, 1 + 2 * longest), jnp.int32))["params"],
+        apply_fn=apply_fn,
+        loss_fn=lambda params, tokens: cross_entropy(apply_fn(params, tokens)[0], tokens),
+        sample_fn=sampler(batch_size),
+        pretrain_sample_fn=sampler(config.pretrain.batch_size),
+        select=("query_*", "key_*", "value_*", "output_*"),
+        score_fn=functools.partial(score, sample_fn=sampler(batch_size)),
+    )

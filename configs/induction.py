@@ -1,0 +1,69 @@
+"""Induction: an attention-only transformer of two layers that continues a repeated block of random tokens.
+
+    python -m apd_jax.main --config=configs/induction.py --workdir=runs/induction
+
+Argument: nothing, or
+    smoke    every stage in seconds on a CPU; the result means nothing
+"""
+
+from ml_collections import ConfigDict
+
+from apd_jax.config import default_config
+from apd_jax.errors import one_of
+
+VARIANTS = ("smoke",)
+
+
+def get_config(arg: str = "") -> ConfigDict:
+    """The experiment `arg`: "" or "smoke".
+
+    Raises:
+      InputError: an unknown variant.
+    """
+    variants = {one_of("induction variant", variant, VARIANTS) for variant in arg.split(",") if variant}
+
+    config = ConfigDict()
+    config.seed = 0  # the run's; the three below follow it unless they are set themselves
+
+    config.target = ConfigDict()
+    config.target.name = "induction"
+    config.target.seed = config.get_oneway_ref("seed")
+    config.target.weights_path = ""  # .npz or .safetensors to load instead of training
+    config.target.num_symbols = 16
+    config.target.min_block = 5
+    config.target.max_block = 8
+    config.target.repeat_probability = 0.5  # of sequences in which induction has something to do
+    config.target.d_model = 48
+    config.target.num_heads = 1
+    config.target.d_head = 48
+    config.target.pretrain = ConfigDict()
+    config.target.pretrain.num_steps = 2000
+    config.target.pretrain.batch_size = 256
+    config.target.pretrain.learning_rate = 3e-3
+    config.target.pretrain.schedule = "cosine"
+    config.target.pretrain.warmup_fraction = 0.05
+    config.target.pretrain.weight_decay = 0.01
+
+    config.apd = default_config()
+    config.apd.seed = config.get_oneway_ref("seed")
+    config.apd.num_components = 10
+    config.apd.topk = 0.5
+    config.apd.attribution_metric = "kl"
+    config.apd.minimality_loss = "kl"
+    config.apd.num_steps = 10_000
+    config.apd.batch_size = 256
+
+    config.evaluation = ConfigDict()
+    config.evaluation.seed = config.get_oneway_ref("seed")
+    config.evaluation.num_batches = 20
+    config.evaluation.batch_size = 256
+
+    if "smoke" in variants:
+        config.target.pretrain.num_steps = 20
+        config.target.pretrain.batch_size = 32
+        config.apd.num_steps = 20
+        config.apd.batch_size = 32
+        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.evaluation.num_batches = 2
+        config.evaluation.batch_size = 32
+    return config.lock()

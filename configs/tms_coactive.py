@@ -1,0 +1,82 @@
+"""TMS with co-active features: one component per group of features that are always active together.
+
+    python -m apd_jax.main --config=configs/tms_coactive.py --workdir=runs/coactive             6 groups of 2 features in 5 dimensions
+    python -m apd_jax.main --config=configs/tms_coactive.py:8x3-10 --workdir=runs/coactive_3    8 groups of 3 in 10
+
+Argument: sizes GxS-H (groups, features in each, hidden dimensions), then, after a comma
+    smoke            every stage in seconds on a CPU; the result means nothing
+"""
+
+import re
+
+from ml_collections import ConfigDict
+
+from apd_jax.config import default_config
+from apd_jax.errors import InputError, one_of
+
+SIZES = ("6x2-5", "8x3-10")  # any other GxS-H has the same settings
+
+
+def get_config(arg: str = "6x2-5") -> ConfigDict:
+    """The experiment `arg`, e.g. "8x3-10" or "6x2-5,smoke".
+
+    Raises:
+      InputError: an unknown variant, or two sizes.
+    """
+    variants = [variant for variant in arg.split(",") if variant]
+    sizes = [variant for variant in variants if re.fullmatch(r"[1-9]\d*x[1-9]\d*-[1-9]\d*", variant)]
+    for variant in variants:
+        if variant not in sizes:
+            one_of("co-active TMS variant (sizes GxS-H or a name)", variant, (*SIZES, "smoke"))
+    if len(sizes) > 1:
+        raise InputError(f"co-active TMS variant {arg!r} names {' and '.join(sizes)}; give one of them.")
+    G, S, H = map(int, re.split("[x-]", (sizes or SIZES)[0]))
+
+    config = ConfigDict()
+    config.seed = 0  # the run's; the three below follow it unless they are set themselves
+
+    config.target = ConfigDict()
+    config.target.name = "tms_coactive"
+    config.target.seed = config.get_oneway_ref("seed")
+    config.target.weights_path = ""  # .npz or .safetensors to load instead of training
+    config.target.num_groups = G
+    config.target.group_size = S
+    config.target.d_hidden = H
+    config.target.group_probability = 0.05
+    config.target.pretrain = ConfigDict()
+    config.target.pretrain.num_steps = 5000
+    config.target.pretrain.batch_size = 1024
+    config.target.pretrain.learning_rate = 5e-3
+    config.target.pretrain.schedule = "linear"
+    config.target.pretrain.warmup_fraction = 0.0
+    config.target.pretrain.weight_decay = 0.01
+
+    # The paper's TMS 40-10, with groups for features.
+    config.apd = default_config()
+    config.apd.seed = config.get_oneway_ref("seed")
+    config.apd.num_components = max(2, round(1.25 * G))
+    config.apd.topk = G / 40
+    config.apd.rank = min(G * S, H) + 1
+    config.apd.num_steps = 20_000
+    config.apd.batch_size = 2048
+    config.apd.learning_rate = 1e-3
+    config.apd.schedule = "cosine"
+    config.apd.warmup_fraction = 0.05
+    config.apd.minimality_coeff = 10.0
+    config.apd.simplicity_coeff = 20.0
+    config.apd.schatten_p = 0.9
+
+    config.evaluation = ConfigDict()
+    config.evaluation.seed = config.get_oneway_ref("seed")
+    config.evaluation.num_batches = 100
+    config.evaluation.batch_size = 256
+
+    if "smoke" in variants:
+        config.target.pretrain.num_steps = 50
+        config.target.pretrain.batch_size = 128
+        config.apd.num_steps = 40
+        config.apd.batch_size = 128
+        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.evaluation.num_batches = 2
+        config.evaluation.batch_size = 64
+    return config.lock()
