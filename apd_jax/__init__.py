@@ -1,8 +1,8 @@
 """Parameter decomposition in JAX: splits a trained network's parameters into components that sum to it."""
 
-from apd_jax import attributions, components, losses, masks, sparse
+from apd_jax import attributions, components, data, losses, masks, sparse
 from apd_jax.components import Components
 from apd_jax.config import default_config
 from apd_jax.decomposition import Decomposition, decompose
 
-__all__ = ["Components", "Decomposition", "attributions", "components", "decompose", "default_config", "losses", "masks", "sparse"]
+__all__ = ["Components", "Decomposition", "attributions", "components", "data", "decompose", "default_config", "losses", "masks", "sparse"]

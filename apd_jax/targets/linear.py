@@ -114,7 +114,7 @@ def score(decomposition: Decomposition, num_blocks: int, block_size: int) -> Sco
             ),
             "norms": Panel(
                 title="Norm of every component, ordered",
-                caption=f"Good: {num_blocks} of norm {block_size**0.5:.2f}, the square root of the block's dimension, and a sharp fall to 0.",
+                caption=f"Good: {num_blocks} of norm {block_size**0.5:.2f} (root of the block's size), and a sharp fall to 0.",
                 xlabel="component (ordered)",
                 ylabel="Frobenius norm",
                 x=np.arange(len(norms)),

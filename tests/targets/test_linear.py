@@ -22,10 +22,10 @@ def test_a_block_diagonal_rotation_on_one_block_at_a_time():
     inside = np.equal.outer(np.arange(6) // 2, np.arange(6) // 2)
     assert not W[~inside].any()
     np.testing.assert_allclose(W @ W.T, np.eye(6), atol=1e-5)
-    x = np.asarray(target.sample_fn(jax.random.key(1), 0))
-    blocks = (x.reshape(64, 3, 2) != 0).any(-1)
+    x = target.sample_fn(jax.random.key(1), jnp.int32(0))
+    blocks = (np.asarray(x).reshape(64, 3, 2) != 0).any(-1)
     assert (blocks.sum(1) == 1).all() and blocks.any(0).all()
-    np.testing.assert_allclose(target.apply_fn(params, x), x @ W, atol=1e-5)
+    np.testing.assert_allclose(target.apply_fn(params, x), np.asarray(x) @ W, atol=1e-5)
 
 
 def scored(P, target, params):
