@@ -7,8 +7,9 @@ from pathlib import Path
 import jax
 import pytest
 
-from apd_jax import targets
+from apd_jax import components, targets
 from apd_jax.config import default_config, validate
+from apd_jax.problem import check_function
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 
@@ -38,6 +39,20 @@ def test_every_variant_is_valid_and_locked(file, arg):
     x = jax.eval_shape(target.sample_fn, jax.random.key(0), 0)
     assert x.shape == (config.apd.batch_size, config.target.num_features)
     assert jax.eval_shape(target.apply_fn, params, x)[0].shape == x.shape
+
+
+OTHERS = [("linear", ""), ("linear", "4x3"), ("linear", "2x2,smoke")]
+
+
+@pytest.mark.parametrize(("file", "arg"), OTHERS)
+def test_targets_that_are_not_made_of_features(file, arg):
+    config = get_config(file, *[arg] if arg else [])
+    assert config.is_locked and set(config.apd) == set(default_config())
+    validate(config.apd)
+    target = targets.build(config.target, config.apd.batch_size)
+    problem = target.problem(target.init_fn(jax.random.key(0)))
+    check_function(problem)
+    assert components.selected_paths(problem.params, problem.select, problem.layouts)
 
 
 @pytest.mark.parametrize(
