@@ -28,6 +28,8 @@ from apd_jax.components import Factors
 from apd_jax.dispatch import Plan, is_lookup, kept_product, read, read_all
 from apd_jax.errors import InputError
 
+_FORMING = 3  # a multiplication that forms κ costs so many of those in a product: it waits for memory (measured on CPU)
+
 
 class NotFactorableError(Exception):
     """A `lax.scan` slices the axis of components of this leaf (its layout was not known): materialise the leaf."""
@@ -41,6 +43,7 @@ class Kappa(quax.ArrayValue):
 
     flavor:  kept         Σ_c s_c P_c
              dense        the same with κ formed wherever it is used: the oracle for masks per position
+             cheaper      kept or dense, whichever takes fewer operations for the rows of one product
              gradient     base + Σ_c s_c P_c at s = 0, with its derivative in s
              activation   base, with Σ ‖rows · P_c‖² over all uses in the place of the derivative in s
     """
@@ -55,6 +58,7 @@ class Kappa(quax.ArrayValue):
     name: str = eqx.field(static=True)
     flavor: str = eqx.field(static=True)
     per_position: bool = eqx.field(static=True)
+    num_examples: int = eqx.field(static=True)  # or positions: all that share a plan
 
     @property
     def num_batch(self) -> int:
@@ -120,9 +124,7 @@ class Kappa(quax.ArrayValue):
                 f"params leaf {self.name!r} is used by more than matrix products and lookups, so it cannot differ between positions; "
                 "leave it out of select, or use mask_per = 'example'."
             )
-        s = self.weights[..., 0, :].astype(U.dtype)
-        kept = jnp.moveaxis(U * s[..., None, None], -3, -2)  # [*b, d, C, m]
-        joint = kept.reshape(*kept.shape[:-2], -1) @ V.reshape(*V.shape[:-3], -1, V.shape[-1])
+        joint = jnp.einsum("...c,...cde->...de", self.weights[..., 0, :].astype(U.dtype), U @ V)  # every P_c once, for all examples
         n = self.num_batch
         value = self._in_order(joint.reshape(*U.shape[:n], *self.U.shape[n + 1 : -1], *self.V.shape[n + 2 :]))
         if self.flavor == "activation":
@@ -140,9 +142,10 @@ class Kappa(quax.ArrayValue):
         num_positions = self.weights.shape[-2]
         rows = rows.reshape(*rows.shape[:n], num_positions, math.prod(free) // num_positions, *rows.shape[n + len(free) :])
         U, V = self.matrices(reading, ins)
-        if self.flavor == "kept":
+        flavor = self._cheaper(rows, U, V) if self.flavor == "cheaper" else self.flavor
+        if flavor == "kept":
             fn, more = kept_product, self.plan
-        elif self.flavor == "dense":
+        elif flavor == "dense":
             fn, more = _dense_product, None
         else:
             rest = "o" if reading == "i" else "i"
@@ -158,6 +161,14 @@ class Kappa(quax.ArrayValue):
         out = out.reshape(*out.shape[:n], *kept, *outs)
         return out if at is None else jnp.moveaxis(out, n, n + at)
 
+    def _cheaper(self, rows: Array, U: Array, V: Array) -> str:
+        """Many rows that share a mask are worth forming its weight for."""
+        C, d, m, e = *U.shape[-3:], V.shape[-1]
+        r = rows.shape[self.num_batch + 1]
+        pairs = C if self.plan is None else self.plan.example.shape[-1] * C / self.num_examples
+        formed = _FORMING * C * d * e + r * d * e
+        return "dense" if not is_lookup(rows) and formed < pairs * r * m * (d + e) else "kept"
+
     def _position_axis(self, free: tuple[int, ...]) -> int | None:
         """Which of the rows' axes are the positions: the one after the batch of one, or the only one of that size."""
         if not self.per_position:
@@ -172,7 +183,9 @@ class Kappa(quax.ArrayValue):
         return hits[0]
 
 
-def kappa(factors: Factors, weights: Array, plan: Plan | None, *, like: Array, name: str, flavor: str, per_position: bool) -> Kappa:
+def kappa(
+    factors: Factors, weights: Array, plan: Plan | None, *, like: Array, name: str, flavor: str, per_position: bool, num_examples: int
+) -> Kappa:
     """The value for one leaf and one example. weights: s, [C] or [p, C]."""
     axes, shape = factors.axes, factors.shape
     b, ins, outs = (tuple(shape[axis] for axis in group) for group in (axes.batch, axes.ins, axes.outs))
@@ -192,6 +205,7 @@ def kappa(factors: Factors, weights: Array, plan: Plan | None, *, like: Array, n
         name=name,
         flavor=flavor,
         per_position=per_position,
+        num_examples=num_examples,
     )
     if flavor in ("gradient", "activation"):
         value = value.replace(base=layout.unfold(like, axes).reshape(value.shape))

@@ -53,7 +53,8 @@ def apply(
         uses the weights in its own way. Then the decomposed leaves must only meet activations that have an axis of the T positions.
       x: pytree of arrays with leading B.
       route: materialize | masked | dispatch (bool masks only) | auto: materialize if every decomposed leaf is tiny, else
-        dispatch if `slots` is given and the mask is bool, else masked. If a factored route cannot run this function at all, auto
+        dispatch if `slots` is given and the mask is bool, else masked, and where many rows of an example share a mask (positions,
+        patches) its weight is formed if that takes fewer operations. If a factored route cannot run this function at all, auto
         falls back to materialize, with a warning.
       slots: S, examples (positions) per component in the dispatch route; see `dispatch.slots_for`.
     Returns: what apply_fn returns, for the whole batch.
@@ -81,10 +82,10 @@ def apply(
         return _materialized(apply_fn, params, components, mask, x)
     rows = mask.reshape(-1, C)
     plan = make_plan(rows, min(slots, rows.shape[0])) if chosen == "dispatch" and slots else None
-    flavor = "dense" if chosen == "materialize" else "kept"
+    flavor = "dense" if chosen == "materialize" else "cheaper" if route == "auto" else "kept"
 
     def one(mask_b, x_b):
-        return substituted(apply_fn, params, components, mask_b, plan, x_b, flavor=flavor)
+        return substituted(apply_fn, params, components, mask_b, plan, x_b, flavor=flavor, num_examples=rows.shape[0])
 
     try:
         return jax.vmap(one)(mask, x)
@@ -98,7 +99,15 @@ def apply(
 
 
 def substituted(
-    apply_fn: Callable, params: PyTree, components: Components, weights: Array, plan: Plan | None, x_b: PyTree, *, flavor: str
+    apply_fn: Callable,
+    params: PyTree,
+    components: Components,
+    weights: Array,
+    plan: Plan | None,
+    x_b: PyTree,
+    *,
+    flavor: str,
+    num_examples: int = 1,
 ) -> Any:
     """apply_fn on one example, with `factored.Kappa` of the given weights [C] or [T, C] for the decomposed leaves."""
     leaves = components_lib.decomposed_leaves(components, params)
@@ -106,7 +115,9 @@ def substituted(
     formed: set[str] = set()
     while True:
         values: dict[str, Any] = {
-            name: kappa(f, weights, plan, like=leaves[name], name=name, flavor=flavor, per_position=weights.ndim == 2)
+            name: kappa(
+                f, weights, plan, like=leaves[name], name=name, flavor=flavor, per_position=weights.ndim == 2, num_examples=num_examples
+            )
             for name, f in components.factors.items()
         }
         values |= {name: values[name].materialise() for name in formed}

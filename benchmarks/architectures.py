@@ -28,7 +28,7 @@ from apd_jax import components, dispatch, layout, masks, sparse
 
 B, C, K = 32, 20, 2.0  # examples, components, kept per example
 WINDOWS, WINDOW_SECONDS = 5, 0.4
-ROUTES = ("materialize", "masked", "dispatch")
+ROUTES = ("materialize", "masked", "dispatch", "auto")
 D, T, VOCAB, LAYERS = 128, 16, 64, 4
 
 

@@ -5,6 +5,8 @@
 
 Argument: sizes GxS-H (groups, features in each, hidden dimensions), then, after a comma
     smoke            every stage in seconds on a CPU; the result means nothing
+Result: 6x2-5 does not come out yet. Of 5 seeds side by side (--config.apd.num_instances=5, target seed 0) 0, 4, 0, 0 and 2 of the 6
+groups are found; in the others components hold parts of several groups.
 """
 
 import re
@@ -51,11 +53,14 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
     config.target.pretrain.warmup_fraction = 0.0
     config.target.pretrain.weight_decay = 0.01
 
-    # The paper's TMS 40-10, with groups for features.
+    # The paper's TMS 40-10 with groups for features, but for three settings, all chosen by the losses:
+    # hidden reconstruction, because to the outputs (of a tied W) a second direction of a component matters in second order only, so
+    # that every component stays at rank 1; half the simplicity, and k = the expected number of active groups, because with the
+    # paper's a single component per *feature* has the lower total loss (0.115 against 0.134 of the truth in 6x2-5).
     config.apd = default_config()
     config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = max(2, round(1.25 * G))
-    config.apd.topk = G / 40
+    config.apd.topk = G * config.target.group_probability
     config.apd.rank = min(G * S, H) + 1
     config.apd.num_steps = 20_000
     config.apd.batch_size = 2048
@@ -63,7 +68,8 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
     config.apd.schedule = "cosine"
     config.apd.warmup_fraction = 0.05
     config.apd.minimality_coeff = 10.0
-    config.apd.simplicity_coeff = 20.0
+    config.apd.hidden_reconstruction_coeff = 10.0
+    config.apd.simplicity_coeff = 10.0
     config.apd.schatten_p = 0.9
 
     config.evaluation = ConfigDict()

@@ -45,7 +45,7 @@ def test_routes_and_attributions_agree(name):
         return jnp.mean(sparse.apply(fn, params, cs, mask, x, route=route, slots=2) ** 2)
 
     differentiate = jax.jit(lambda cs: {r: jax.value_and_grad(loss)(cs, r) for r in routes})
-    routes = ("materialize", "auto") if name == "custom_vjp_activation" else ("materialize", "masked", "dispatch")
+    routes = ("materialize", "auto") if name == "custom_vjp_activation" else ("materialize", "masked", "dispatch", "auto")
     results = differentiate(cs)
     value, gradient = results["materialize"]
     largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from apd_jax.config import Config
 from apd_jax.errors import one_of
-from apd_jax.targets import digits, induction, linear, resid_mlp, tms, tms_coactive
+from apd_jax.targets import digits, gated, induction, linear, resid_mlp, tms, tms_coactive
 from apd_jax.targets.base import Target
 
 BUILDERS = {
     "digits": digits.build,
+    "gated": gated.build,
     "induction": induction.build,
     "linear": linear.build,
     "resid_mlp": resid_mlp.build,

@@ -146,7 +146,7 @@ def score(decomposition: Decomposition, key: Array, *, test: Batch) -> Score:
 
 def panels(decomposition: Decomposition, damage: np.ndarray, firing: np.ndarray, alive: np.ndarray) -> dict[str, Panel]:
     """Damage and firing by class, and the first layer's filters, of the alive components, ordered by the class that keeps them most."""
-    order = [c for c in np.argsort(firing.argmax(axis=0), kind="stable") if alive[c]]
+    order = [int(c) for c in np.argsort(firing.argmax(axis=0), kind="stable") if alive[c]]
     names = [str(c) for c in order]
     kernels = [decomposition.component(c)["conv_0"]["kernel"] for c in order]
     rows = [np.asarray(kernel)[:, :, 0] for kernel in [decomposition.problem.params["conv_0"]["kernel"], *kernels]]  # [3, 3, channels]
@@ -192,7 +192,7 @@ def build(config: Config, batch_size: int) -> Target:
       InputError: a size below 1, or other than one to three convolutions.
     """
     channels = tuple(config.channels)
-    at_least_one(batch_size=batch_size, **{f"channels[{i}]": width for i, width in enumerate(channels)})
+    at_least_one(**{f"channels[{i}]": width for i, width in enumerate(channels)})
     if len(channels) not in (1, 2, 3):
         raise InputError(f"target.channels must name one to three convolutions, since each halves the 8 x 8 pixels; got {channels}.")
     model = ConvNet(channels)
@@ -207,6 +207,7 @@ def build(config: Config, batch_size: int) -> Target:
 
     def sampler(batch_size: int) -> Callable[..., Batch]:
         """Training images drawn with replacement."""
+        at_least_one(batch_size=batch_size)
 
         def draw(rng, step):
             index = jax.random.randint(jax.random.fold_in(rng, step), (batch_size,), 0, len(training["label"]))
@@ -214,13 +215,14 @@ def build(config: Config, batch_size: int) -> Target:
 
         return draw
 
+    pretrain_sample_fn, labelled = sampler(config.pretrain.batch_size), sampler(batch_size)
     return Target(
         name="digits",
         init_fn=lambda key: model.init(key, jnp.zeros((1, 8, 8, 1)))["params"],
         apply_fn=apply_fn,
         loss_fn=loss_fn,
-        sample_fn=lambda rng, step: sampler(batch_size)(rng, step)["image"],
-        pretrain_sample_fn=sampler(config.pretrain.batch_size),
+        sample_fn=lambda rng, step: labelled(rng, step)["image"],
+        pretrain_sample_fn=pretrain_sample_fn,
         select=("*.kernel",),
         score_fn=functools.partial(score, test=test),
     )

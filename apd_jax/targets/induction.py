@@ -219,7 +219,7 @@ def build(config: Config, batch_size: int) -> Target:
     """
     V, D, H, d = config.num_symbols, config.d_model, config.num_heads, config.d_head
     shortest, longest, probability = config.min_block, config.max_block, config.repeat_probability
-    at_least_one(num_symbols=V, d_model=D, num_heads=H, d_head=d, batch_size=batch_size, pretrain_batch_size=config.pretrain.batch_size)
+    at_least_one(num_symbols=V, d_model=D, num_heads=H, d_head=d)
     if d % 2:
         raise InputError(f"target.d_head must be even, since rotary embeddings turn pairs; got {d}.")
     if not 2 <= shortest <= longest or 2 * longest > V:
@@ -234,7 +234,8 @@ def build(config: Config, batch_size: int) -> Target:
     def apply_fn(params: PyTree, tokens: Array):
         return model.apply({"params": params}, tokens)
 
-    def sampler(batch_size: int):
+    def sampler(batch_size: int) -> Callable[..., Int[Array, "B T"]]:
+        at_least_one(batch_size=batch_size)
         return lambda rng, step: sample(jax.random.fold_in(rng, step), batch_size, V, shortest, longest, probability)
 
     return Target(

@@ -183,6 +183,6 @@ def test_a_trained_target_has_every_feature_and_is_evaluated():
     found = evaluation.evaluate(target, params, true, config)
     assert (found.metrics["groups_found"], found.metrics["num_groups"], found.metrics["num_alive_components"]) == (2, 2, 2)
     assert found.metrics["relative_parameter_error"] < 1e-9
-    # k = 2/40 keeps half of the active groups: with the wrong ones, or none, more is lost.
-    assert found.metrics["minimality_topk"] < 0.7 * found.metrics["minimality_none"]
+    # k is the expected number of active groups: little is lost, only where a small batch has more of them.
+    assert found.metrics["minimality_topk"] < 0.3 * found.metrics["minimality_none"]
     assert {"groups", "ranks", "components", "firing"} == set(found.panels)

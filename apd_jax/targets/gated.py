@@ -1,0 +1,257 @@
+"""Hand-coded gated functions: n known functions of one number t, each switched on by a bit of its own  (APD, appendix B).
+
+r = (t, bits, 0);   r += ReLU(r W_in,i + b_in,i) W_out,i for every layer i;   out = last entry of r  ≈  Σ_f bit_f F_f(t)
+F_f(t) = a cos(b t + c) + d sin(e t + f) + g on [0, END]
+
+Nothing is trained. F_f is interpolated between m knots by m neurons that serve no other function; all neurons are dealt out over the
+layers at random. Two ways to keep a neuron at 0 while its bit is off, the config's `gate`:
+  bias     ReLU(t - β - GATE + GATE·bit_f), β its breakpoint: the paper's. The bias is on for every input and is not decomposed. A component
+           with less than half of a neuron's in-weights leaves it shut: it outputs exactly 0, and minimality has no gradient for it.
+  weights  ReLU(β·bit_f - t), and one neuron ReLU(bit_f) for the offset: no bias, so half the weights give a quarter of the output. In
+           and out weights of a neuron have the same norm, so that a neuron's norm says how much it matters.
+The truth P_f is all weights of f's neurons: the columns of W_in (two entries, at t and at bit f) and the rows of W_out (one). Σ_f P_f = θ*.
+
+Shapes: B examples, n functions, C components, m neurons per function, M neurons per layer, D = n + 2 the residual width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from scipy.optimize import linear_sum_assignment
+
+from apd_jax import components as components_lib
+from apd_jax.config import Config
+from apd_jax.decomposition import Decomposition
+from apd_jax.errors import InputError, one_of
+from apd_jax.targets.base import Panel, Score, Target, at_least_one
+
+GATES = ("bias", "weights")
+END = 5.0  # of the interval of t
+GATE = END + 1  # shuts a neuron as long as its breakpoint lies at -1 or above
+MIN_NEURONS = 6  # so that the first breakpoint, one interval below 0, does
+LOW = (-1.0, 0.1, -np.pi, -1.0, 0.1, -np.pi, -1.0)  # of the coefficients a, b, c, d, e, f, g
+HIGH = (1.0, 1.0, np.pi, 1.0, 1.0, np.pi, 1.0)
+SWEEP_VALUES = 51
+FOUND_COSINE, FOUND_NORM = 0.99, 0.1  # a function is found if its component has this cosine with P_f, and a norm this close to its own
+COMPUTED_ERROR = 0.05  # it is computed if that component alone misses less than this part of the function's mean square
+
+
+class GatedMLP(nn.Module):
+    """Returns outputs [B, 1] and, per layer, the neurons' activations [B, M]."""
+
+    num_functions: int
+    num_layers: int
+    d_mlp: int
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B n_plus_1"]) -> tuple[Float[Array, "B 1"], dict[str, Float[Array, "B M"]]]:
+        D, zeros = self.num_functions + 2, nn.initializers.zeros
+        r = jnp.pad(x, ((0, 0), (0, 1)))
+        hidden = {}
+        for i in range(self.num_layers):
+            pre = r @ self.param(f"mlp_in_{i}", zeros, (D, self.d_mlp)) + self.param(f"bias_in_{i}", zeros, (self.d_mlp,))[None, :]
+            hidden[f"mlp_in_{i}"] = nn.relu(pre)
+            r += hidden[f"mlp_in_{i}"] @ self.param(f"mlp_out_{i}", zeros, (self.d_mlp, D))
+        return r[:, -1:], hidden
+
+
+def function_values(coefficients: Float[Array, "n 7"], t: Float[Array, " T"]) -> Float[Array, "n T"]:
+    """F_f(t) of every function: a cos(b t + c) + d sin(e t + f) + g."""
+    a, b, c, d, e, f, g = coefficients.T[:, :, None]
+    return a * jnp.cos(b * t[None] + c) + d * jnp.sin(e * t[None] + f) + g
+
+
+def neurons(coefficients: Float[Array, "n 7"], m: int, gate: str) -> tuple[Float[Array, "n m"], ...]:
+    """Every neuron's weight on t, weight on its bit, bias, and weight to the output, exact at m equally spaced knots."""
+    shape, interval = (len(coefficients), m), END / (m - 1)
+    if gate == "bias":  # rising from left to right; the first breakpoint lies before 0, so that F_f(0) needs no neuron of its own
+        knots = jnp.linspace(0, END, m)
+        slopes = jnp.diff(function_values(coefficients, knots), axis=1, prepend=0) / interval
+        bias = jnp.broadcast_to(-(knots - interval) - GATE, shape)
+        return jnp.ones(shape), jnp.full(shape, GATE), bias, jnp.diff(slopes, axis=1, prepend=0)
+    knots = jnp.linspace(END, 0, m)
+    values = function_values(coefficients, knots)
+    bends = jnp.diff(jnp.diff(values, axis=1) / interval, axis=1, prepend=0)
+    t, bit = jnp.full(m, -1.0).at[0].set(0), jnp.concatenate([jnp.ones(1), knots[:-1]])
+    out = jnp.concatenate([values[:, :1], bends], axis=1)
+    scale = jnp.sqrt(jnp.maximum(jnp.abs(out), 1e-6) / jnp.hypot(t, bit)[None])
+    return scale * t[None], scale * bit[None], jnp.zeros(shape), out / scale
+
+
+def hand_code(key: PRNGKeyArray, num_functions: int, num_layers: int, neurons_per_function: int, gate: str) -> dict[str, Array]:
+    """Draws n functions and writes down the weights that compute them.
+
+    Returns: the weights, and `functions` [n, 7], the coefficients, which no forward pass reads.
+    """
+    n, m = num_functions, neurons_per_function
+    draw_key, deal_key = jax.random.split(key)
+    coefficients = jax.random.uniform(draw_key, (n, 7), minval=jnp.asarray(LOW), maxval=jnp.asarray(HIGH))
+    flat = [weight.reshape(-1) for weight in neurons(coefficients, m, gate)]
+    params: dict[str, Array] = {"functions": coefficients}
+    for i, dealt in enumerate(jax.random.permutation(deal_key, n * m).reshape(num_layers, -1)):
+        t, bit, bias, out = (weight[dealt] for weight in flat)
+        bits = bit[None] * jax.nn.one_hot(dealt // m, n, axis=0)
+        params[f"mlp_in_{i}"] = jnp.concatenate([t[None], bits, jnp.zeros((1, len(t)))])
+        params[f"bias_in_{i}"] = bias
+        params[f"mlp_out_{i}"] = jnp.zeros((len(t), n + 2)).at[:, -1].set(out)
+    return params
+
+
+def truth(params: PyTree, num_layers: int) -> dict[str, Float[Array, "n _ _"]]:
+    """P_f of every function, by leaf: the neurons that read its bit, with all their weights. They sum to the decomposed leaves."""
+    parts = {}
+    for i in range(num_layers):
+        W_in, W_out = params[f"mlp_in_{i}"], params[f"mlp_out_{i}"]
+        owned = W_in[1:-1] != 0  # [n, M]
+        parts |= {f"mlp_in_{i}": W_in[None] * owned[:, None, :], f"mlp_out_{i}": W_out[None] * owned[:, :, None]}
+    return parts
+
+
+def neuron_norms(weights: Mapping[str, Array | np.ndarray], num_layers: int) -> Float[np.ndarray, "parts all_neurons"]:
+    """Norm of every neuron's in and out weights together, in every component (leaves lead with an axis of components)."""
+    parts = [
+        np.hypot(np.linalg.norm(weights[f"mlp_in_{i}"], axis=1), np.linalg.norm(weights[f"mlp_out_{i}"], axis=2)) for i in range(num_layers)
+    ]
+    return np.concatenate(parts, axis=1)
+
+
+def one_bit_inputs(num_functions: int) -> Float[Array, "n T n_plus_1"]:
+    """t swept over [0, END] with exactly one bit on, for every bit."""
+    t = jnp.broadcast_to(jnp.linspace(0, END, SWEEP_VALUES), (num_functions, SWEEP_VALUES))
+    bits = jnp.broadcast_to(jnp.eye(num_functions)[:, None], (num_functions, SWEEP_VALUES, num_functions))
+    return jnp.concatenate([t[:, :, None], bits], axis=2)
+
+
+def score(decomposition: Decomposition, num_functions: int, num_layers: int) -> Score:
+    """Compares components with the true ones; every function has its one, matched by cosine, no component twice.
+
+    Metrics
+      mmcs_functions, ml2r_functions: cosine and norm ratio of the matched component and P_f over all decomposed leaves, averaged.
+      num_functions, functions_found: see FOUND_COSINE, FOUND_NORM. success: 1 if all are found, else 0.
+      functions_computed: see COMPUTED_ERROR. one_bit_error: with exactly one bit on, squared error of the sparse model to the target
+        over the target's square, the component with the largest attribution kept on every input. one_bit_error_own: with the matched one.
+    """
+    n = num_functions
+    components, params, apply_fn = decomposition.components, decomposition.problem.params, decomposition.problem.apply_fn
+    true = {name: np.asarray(part, np.float64) for name, part in truth(params, num_layers).items()}
+    parts = {name: np.asarray(components_lib.materialize(components)[name], np.float64) for name in true}
+    P, T = (np.concatenate([tree[name].reshape(len(tree[name]), -1) for name in true], axis=1) for tree in (parts, true))
+    norms, sizes = np.linalg.norm(P, axis=1), np.linalg.norm(T, axis=1)
+    cosines = P @ T.T / np.maximum(np.outer(norms, sizes), 1e-12)
+    component, function = linear_sum_assignment(cosines, maximize=True)
+    cosine, ratio, own = np.zeros(n), np.zeros(n), np.full(n, -1)
+    own[function] = component
+    cosine[function], ratio[function] = cosines[component, function], norms[component] / sizes[function]
+    found = (cosine >= FOUND_COSINE) & (np.abs(ratio - 1) <= FOUND_NORM)
+
+    x = one_bit_inputs(n)
+    flat = x.reshape(-1, n + 1)
+    C = components.num_components
+
+    def alone(kept: Int[np.ndarray | Array, " N"]) -> Float[np.ndarray, "n T"]:
+        out = decomposition.sparse_output(flat, jnp.asarray(kept)[:, None] == jnp.arange(C)[None])[0]
+        return np.asarray(out).reshape(n, SWEEP_VALUES)
+
+    target = np.asarray(apply_fn(params, flat)[0]).reshape(n, SWEEP_VALUES)
+    own_out = alone(np.repeat(own, SWEEP_VALUES))  # -1, a function left over, keeps none
+    best_out = alone(jnp.argmax(decomposition.attributions(flat), axis=1))
+    square = np.mean(target**2, axis=1)
+    own_error = np.mean((own_out - target) ** 2, axis=1) / np.maximum(square, 1e-12)
+    metrics = {
+        "mmcs_functions": float(cosine.mean()),
+        "ml2r_functions": float(ratio.mean()),
+        "num_functions": n,
+        "functions_found": int(found.sum()),
+        "success": int(found.all()),
+        "functions_computed": int((own_error < COMPUTED_ERROR).sum()),
+        "one_bit_error": float(np.mean((best_out - target) ** 2) / max(np.mean(square), 1e-12)),
+        "one_bit_error_own": float(np.mean((own_out - target) ** 2) / max(np.mean(square), 1e-12)),
+    }
+    labels = {
+        "success": "all functions found (1)",
+        "functions_found": f"functions found, of {n} (all)",
+        "functions_computed": f"functions that their component computes alone, of {n} (all)",
+        "mmcs_functions": "cosine with the function's weights (1)",
+        "ml2r_functions": "norm over that of the function's weights (1)",
+        "one_bit_error": "error with one bit on, best component alone (0)",
+        "one_bit_error_own": "error with one bit on, the function's component alone (0)",
+    }
+
+    exact = np.asarray(function_values(params["functions"], x[0, :, 0]))
+    panels = {
+        f"function_{f}": Panel(
+            title=f"Function {f}",
+            caption="Output with this function's bit on and all others off, against t: of the function itself, of the target that "
+            "interpolates it, and of the component that is matched to it. Good: all three coincide.",
+            xlabel="t",
+            ylabel="output",
+            x=np.asarray(x[f, :, 0]),
+            lines={"function": exact[f], "target": target[f], "its component alone": own_out[f]},
+        )
+        for f in range(n)
+    }
+    true_norms, part_norms = neuron_norms(true, num_layers), neuron_norms(parts, num_layers)
+    order = np.argsort(true_norms.argmax(axis=0), kind="stable")
+    rows = [*component[np.argsort(function)], *(c for c in range(C) if c not in component)]
+    whole = np.maximum(true_norms.sum(axis=0), 1e-12)  # every neuron is in one true component
+    panels["neurons"] = Panel(
+        title="Which component holds which neuron",
+        caption="Norm of every neuron's weights in the true components (top) and in the found ones (below), over its norm in the target. "
+        "Neurons are ordered by function. Good: the lower half repeats the upper one, and what is left over is dark.",
+        xlabel="neuron (ordered by function)",
+        ylabel="",
+        matrix=np.concatenate([true_norms, part_norms[rows]])[:, order] / whole[order],
+        unit="norm of the neuron's weights / norm in the target",
+        rows=[*(f"function {f}" for f in range(n)), *(f"component {c}" for c in rows)],
+    )
+    return Score(metrics, labels, panels)
+
+
+def sampler(batch_size: int, num_functions: int, probability: float) -> Callable[..., Float[Array, "B n_plus_1"]]:
+    """(rng, step) -> x: t uniform in [0, END], every bit on with `probability`.
+
+    Raises:
+      InputError: a batch below 1, or a probability outside (0, 1].
+    """
+    at_least_one(batch_size=batch_size)
+    if not 0 < probability <= 1:
+        raise InputError(f"bit_probability must lie in (0, 1]; got {probability}.")
+
+    def sample_fn(rng: PRNGKeyArray, step: Int[Array, ""] | int) -> Float[Array, "B n_plus_1"]:
+        key_t, key_bits = jax.random.split(jax.random.fold_in(rng, step))
+        t = jax.random.uniform(key_t, (batch_size, 1), maxval=END)
+        bits = jax.random.bernoulli(key_bits, probability, (batch_size, num_functions))
+        return jnp.concatenate([t, bits.astype(t.dtype)], axis=1)
+
+    return sample_fn
+
+
+def build(config: Config, batch_size: int) -> Target:
+    """The gated functions of `config` (fields: configs/gated.py).
+
+    Raises:
+      InputError: a size below 1, too few neurons to shut them all, neurons that the layers cannot share evenly, an unknown gate, or a
+        probability outside (0, 1].
+    """
+    n, L, m, gate = config.num_functions, config.num_layers, config.neurons_per_function, one_of("target.gate", config.gate, GATES)
+    at_least_one(num_functions=n, num_layers=L)
+    if m < MIN_NEURONS:
+        raise InputError(f"neurons_per_function must be at least {MIN_NEURONS}; got {m}.")
+    if n * m % L:
+        raise InputError(f"num_functions · neurons_per_function = {n * m} neurons cannot be shared evenly by num_layers = {L}.")
+    model = GatedMLP(n, L, n * m // L)
+    return Target(
+        name="gated",
+        init_fn=lambda key: hand_code(key, n, L, m, gate),
+        apply_fn=lambda params, x: model.apply({"params": params}, x),
+        sample_fn=sampler(batch_size, n, config.bit_probability),
+        select=("mlp_in_*", "mlp_out_*"),
+        num_active_fn=lambda x: jnp.sum(x[:, 1:] != 0, axis=1, dtype=jnp.int32),
+        score_fn=lambda decomposition, key: score(decomposition, n, L),
+    )
