@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import resource
 
 import jax
@@ -60,12 +59,12 @@ def evaluate(workdir: epath.PathLike, console: Console) -> None:
 def inspect(workdir: epath.PathLike, console: Console) -> None:
     """Prints what the checkpoints of a workdir hold, without running the network."""
     folder = epath.Path(workdir)
-    load_config(folder)
+    config = load_config(folder)
     steps, step, state = checkpoint.read(folder / "checkpoints")
     console.print(f"{folder / 'checkpoints'}: steps " + ", ".join(f"{step} ({size / 2**20:.1f} MiB)" for step, size in steps.items()))
     console.print(tables.tree_table(state, title=f"State at step {step}"))
-    components = components_lib.from_raw(state["components"]["tree"])
-    for i, one in enumerate(_instances(components)):
+    for i, raw in enumerate(_instances(state["components"]["tree"], config)):
+        one = components_lib.from_raw(raw)
         saved = _arrays_path(folder, i)
         arrays = np.load(io.BytesIO(saved.read_bytes())) if saved.exists() else {}  # numpy opens local paths only
         console.print(tables.components_table(one, arrays.get("firing_rates"), arrays.get("feature_of_component")))
@@ -116,7 +115,7 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
         "minutes_decomposition": minutes,
         "peak_rss_gib": max(_peak_rss_gib(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
     }
-    instances = _instances(components)
+    instances = _instances(components, config)
     results = []
     for i, one in enumerate(instances):
         evaluation = evaluation_lib.evaluate(target, params, one, config)
@@ -150,7 +149,7 @@ def _arrays_path(folder: epath.Path, instance: int) -> epath.Path:
     return folder / ("evaluation.npz" if instance == 0 else f"evaluation_{instance}.npz")
 
 
-def _instances(components: Components) -> list[Components]:
-    """Components without an instance axis: one, or as many as were trained side by side."""
-    axes = jax.tree.leaves(components)[0].shape[:-3]
-    return [jax.tree.map(lambda a, i=i: a[i], components) for i in range(math.prod(axes))] if axes else [components]
+def _instances(tree: PyTree, config: Config) -> list[PyTree]:
+    """Without an axis of instances: one, or as many as were trained side by side."""
+    count = config.apd.num_instances
+    return [tree] if count == 1 else [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]

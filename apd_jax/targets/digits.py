@@ -174,12 +174,13 @@ def panels(decomposition: Decomposition, damage: np.ndarray, firing: np.ndarray,
         ),
         "filters": Panel(
             title="Filters of the first convolution",
-            caption="Target (top) and the alive components: 3 x 3 weights of every channel. The components of all rows, dead ones "
-            "included, sum to the target. Good: a component holds a few of the target's filters, not a bit of all.",
+            caption="Target (top) and the alive components: 3 x 3 weights of every channel. With the dead ones they sum to "
+            "the target. Good: a component holds a few of the target's filters, not a bit of all.",
             xlabel="channel",
             ylabel="",
             matrix=np.concatenate(tiles),
             unit="weight",
+            columns=[str(i // 4) if i % 4 == 1 else "" for i in range(tiles[0].shape[1])],
             rows=["target", "", "", "", *(text for name in names for text in (name, "", "", ""))],
         ),
     }

@@ -42,7 +42,9 @@ def save(path: str | os.PathLike[str], params: PyTree) -> None:
     """
     path, (_, encode) = epath.Path(path), _format(path)
     unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_bytes(encode({path_name(p): np.asarray(leaf) for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}))
+    unfinished.write_bytes(
+        encode({path_name(p): np.asarray(leaf, order="C") for p, leaf in jax.tree_util.tree_flatten_with_path(params)[0]})
+    )
     unfinished.replace(path)
 
 

@@ -71,3 +71,10 @@ def test_unreadable_files_are_refused(tmp_path, extension, content):
 def test_other_extensions_are_refused(tmp_path, action):
     with pytest.raises(ValueError, match=r"target.pt must end in .npz or .safetensors"):
         action(tmp_path / "target.pt")
+
+
+def test_transposed_arrays_keep_their_values(tmp_path):
+    """safetensors writes the memory of an array as it lies."""
+    params = {"w": np.arange(6.0, dtype=np.float32).reshape(2, 3).T}
+    weights.save(tmp_path / "w.safetensors", params)
+    np.testing.assert_array_equal(weights.load(tmp_path / "w.safetensors", params)["w"], params["w"])
