@@ -32,7 +32,7 @@ from apd_jax.factored import NotFactorableError, kappa
 
 log = logging.getLogger(__name__)
 
-_TINY_LEAF = 4096  # entries up to which materialising beats factored products (measured on TMS 40-10, CPU)
+_TINY_LEAF = 4096  # entries of a matrix up to which forming all weights beats factored products (measured on TMS 40-10, CPU)
 
 
 def apply(
@@ -52,7 +52,7 @@ def apply(
       mask: which components are kept, or the factor of each (partial ablation): [B, C], or [B, T, C] where every position
         uses the weights in its own way. Then the decomposed leaves must only meet activations that have an axis of the T positions.
       x: pytree of arrays with leading B.
-      route: materialize | masked | dispatch (bool masks only) | auto: materialize if every decomposed leaf is tiny, else
+      route: materialize | masked | dispatch (bool masks only) | auto: materialize if every decomposed leaf is a tiny matrix, else
         dispatch if `slots` is given and the mask is bool, else masked, and where many rows of an example share a mask (positions,
         patches) its weight is formed if that takes fewer operations. If a factored route cannot run this function at all, auto
         falls back to materialize, with a warning.
@@ -71,7 +71,7 @@ def apply(
     dispatchable = bool(slots) and mask.dtype == jnp.bool_
     chosen = route
     if route == "auto":
-        tiny = all(leaf.size <= _TINY_LEAF for leaf in leaves.values()) and not per_position
+        tiny = all(leaf.size <= _TINY_LEAF and leaf.ndim <= 2 for leaf in leaves.values()) and not per_position
         chosen = "materialize" if tiny else "dispatch" if dispatchable else "masked"
     if chosen not in ("materialize", "masked", "dispatch") or (chosen == "dispatch" and not dispatchable):
         raise InputError(
