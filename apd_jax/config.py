@@ -11,7 +11,7 @@ from apd_jax.errors import InputError, one_of
 
 Config = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
-MASKS = ("batch_topk", "topk", "exact", "none")
+MASKS = ("batch_topk", "topk", "threshold", "exact", "none")
 MASK_PER = ("example", "position")
 ATTRIBUTIONS_AT = ("target", "components")
 MINIMALITY_LOSSES = ("mse", "kl")
@@ -33,7 +33,8 @@ def default_config() -> config_dict.ConfigDict:
 
     # Attributions and mask.
     c.topk = 1.0  # k, mean active components per example
-    c.mask = "batch_topk"  # batch_topk | topk (per example) | exact (as many as truly active features) | none (all kept)
+    c.mask = "batch_topk"  # batch_topk | topk (per example) | threshold | exact (as many as truly active features) | none (all kept)
+    c.threshold = 0.0  # of mask = "threshold": components with an attribution above it are kept; in units of the output
     c.attributions_at = "target"  # target | components: the weights that the gradient is taken at
     c.attribution = "gradient"  # gradient | integrated_gradient | ablation | activation
     c.attribution_mode = "auto"  # how gradients are taken: auto | forward | reverse | probe (estimated, for wide outputs)
@@ -47,6 +48,7 @@ def default_config() -> config_dict.ConfigDict:
     c.minimality_loss = "mse"  # mse | kl (outputs are logits)
     c.hidden_reconstruction_coeff = 0.0
     c.simplicity_coeff = 1.0
+    c.simplicity_coeff_final = config_dict.placeholder(float)  # where the coefficient ends, in equal factors per step; None: constant
     c.schatten_p = 0.9
     c.attribution_lp_coeff = 0.0  # the paper's alternative without top-k; use with mask = "none"
     c.attribution_lp_p = 0.9
@@ -112,6 +114,13 @@ def validate(config: Config) -> None:
         raise InputError(f"topk must be above 0 and at most {choosable}, the number of components to choose from; got {config.topk}.")
     if config.mask == "topk" and config.topk != int(config.topk):
         raise InputError(f"topk must be a whole number when mask = 'topk' (per example); got {config.topk}.")
+    if config.threshold < 0:
+        raise InputError(f"threshold must be at least 0; got {config.threshold}.")
+    if config.simplicity_coeff_final is not None and not (config.simplicity_coeff > 0 and 0 < config.simplicity_coeff_final < float("inf")):
+        raise InputError(
+            "simplicity_coeff and simplicity_coeff_final must both be above 0 for one to become the other; "
+            f"got {config.simplicity_coeff} and {config.simplicity_coeff_final}."
+        )
     for field in (
         "faithfulness_coeff",
         "minimality_coeff",

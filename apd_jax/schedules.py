@@ -41,3 +41,10 @@ def learning_rate(kind: str, peak: float, num_steps: int, warmup_fraction: float
     if warmup_steps == 0:
         return decay
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
+
+
+def geometric(first: float, last: float | None, num_steps: int) -> optax.Schedule:
+    """From `first` to `last` in equal factors: first^(1-t) · last^t with t = step / (num_steps - 1); `first` throughout if last is None."""
+    if last is None:
+        return optax.constant_schedule(first)
+    return lambda step: first * (last / first) ** (jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1))

@@ -120,6 +120,8 @@ def make_mask_fn(
             return masks.batch_topk(scores, config.topk, axis_name=axis_name, valid=valid)
         if config.mask == "topk":
             return masks.topk(scores, int(config.topk))
+        if config.mask == "threshold":
+            return scores > config.threshold
         if config.mask == "exact" and num_active_fn is not None:
             num = jnp.sum(num_active_fn(x), dtype=jnp.int32)
             return masks.batch_largest(scores, num if axis_name is None else lax.psum(num, axis_name), axis_name=axis_name)
@@ -165,9 +167,9 @@ def make_step(
         "faithfulness": config.faithfulness_coeff,
         "minimality": config.minimality_coeff,
         "hidden_reconstruction": config.hidden_reconstruction_coeff,
-        "simplicity": config.simplicity_coeff,
         "attribution_lp": config.attribution_lp_coeff,
     }
+    simplicity_coeff = schedules.geometric(config.simplicity_coeff, config.simplicity_coeff_final, config.num_steps)
 
     def loss_terms(components, params, x, mask, rng) -> Metrics:
         terms = {}
@@ -203,11 +205,13 @@ def make_step(
         if config.mask == "none":
             mask = mask_fn(jnp.zeros(jax.eval_shape(attribute, components, params, x, rng).shape), x)
         else:
-            mask = mask_fn(attribute(components, params, x, rng), x)
+            squares = attribute(components, params, x, rng)
+            mask = mask_fn(jnp.sqrt(squares) if config.mask == "threshold" else squares, x)  # the others ask for the order only
 
         def loss(components):
             terms = loss_terms(components, params, x, mask, rng)
-            return sum(coefficients[name] * term for name, term in terms.items()), terms
+            now = coefficients | {"simplicity": simplicity_coeff(state.step)}
+            return sum(now[name] * term for name, term in terms.items()), terms
 
         (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(components)
         metrics = {"total": total, **terms, "mean_active": _mean_active(mask, x, valid_fn, axis_name)}
@@ -237,6 +241,11 @@ def scan_steps(step: Callable, num_steps: int) -> Callable:
 def split_result(result: Any) -> tuple[Any, Any]:
     """(outputs, hidden) of an `apply_fn` result; hidden is empty when it returns outputs only."""
     return result if isinstance(result, tuple) else (result, {})
+
+
+def position_weights(x: PyTree, valid_fn: Callable | None) -> Float[Array, "B T"] | None:
+    """The weight of every position, with mean 1: 0 for padding. None where all count."""
+    return _weights(x, valid_fn, None)[0]
 
 
 def _weights(x: PyTree, valid_fn: Callable | None, axis_name: str | None) -> tuple[Float[Array, "B T"] | None, Any]:

@@ -31,12 +31,22 @@ from apd_jax.progress import MetricsLog, ProgressDisplay
 from apd_jax.step import TrainState
 
 
-def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list[dict[str, Any]]]:
+def fit(
+    problem: Problem,
+    config: Config,
+    *,
+    workdir: epath.PathLike | None = None,
+    components: Components | None = None,
+    title: str = "decomposition",
+) -> tuple[Components, list[dict[str, Any]]]:
     """Trains components until `config.num_steps`, going on from the newest checkpoint in `workdir` if there is one.
 
     Of several processes every one must call this, with the same arguments; only process 0 touches `workdir`, and only its rows go
     back to before a resume.
 
+    Args:
+      components: where to begin (with the leading axis of instances, if there are several) instead of at random.
+      title: of the progress display.
     Returns: the components (with a leading axis of instances if there are several) and the logged rows.
     Raises:
       InputError: settings, data or checkpoints that do not fit. NonFiniteError: a loss is not finite.
@@ -47,6 +57,8 @@ def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = No
     parallel.check_batch(config.batch_size, len(devices))
     _check_batch_size(problem, config)
     state, key, step = _build(problem, config, *jax.random.split(jax.random.key(config.seed)))
+    if components is not None:
+        state = dataclasses.replace(state, components=components)
     with _resumed(workdir, config, state) as (start, state, record):
         if start < config.num_steps:
             params = jax.tree.map(jnp.asarray, problem.params)
@@ -54,7 +66,7 @@ def fit(problem: Problem, config: Config, *, workdir: epath.PathLike | None = No
             calls = data.calls(problem.sample_fn, start, config.num_steps, config.steps_per_call)
             run = lambda state, num_steps, batches: program(num_steps)(state, params, key, *batches)  # noqa: E731
             with _caught_signals() if workdir is not None else contextlib.nullcontext([]) as caught:
-                state = _train(run, parallel.replicate(state, devices), start, calls, config, record, caught)
+                state = _train(run, parallel.replicate(state, devices), start, calls, config, record, caught, title)
             state = parallel.unreplicate(state)
         return _finished(state.components, config), record.rows
 
@@ -99,7 +111,14 @@ def _resumed(workdir: epath.PathLike | None, config: Config, initial: TrainState
 
 
 def _train(
-    run: Callable, state: PyTree, step: int, calls: Iterator[tuple[int, tuple]], config: Config, record: _Record, caught: list[int]
+    run: Callable,
+    state: PyTree,
+    step: int,
+    calls: Iterator[tuple[int, tuple]],
+    config: Config,
+    record: _Record,
+    caught: list[int],
+    title: str,
 ) -> PyTree:
     """Makes the calls one after another; after each logs, saves and stops, whatever is due.
 
@@ -108,7 +127,7 @@ def _train(
       step: where the state stands.
       caught: a signal that asks to stop is in it.
     """
-    with ProgressDisplay("decomposition", config.num_steps, console=Console(stderr=True, quiet=not parallel.is_primary())) as display:
+    with ProgressDisplay(title, config.num_steps, console=Console(stderr=True, quiet=not parallel.is_primary())) as display:
         upcoming = next(calls)
         while upcoming:
             (length, batches), began = upcoming, time.monotonic()

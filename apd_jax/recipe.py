@@ -1,0 +1,189 @@
+"""A recipe: stages of training that find the components on (almost) every seed, with one set of numbers for all targets.
+
+  explore  from a strong simplicity pressure, under which components hold next to nothing, down to a weak one: mechanisms emerge one after
+           the other, each in components of its own, several of which may share it.
+  settle   the pieces joined, unused components begun anew; at the weak pressure, k components per example.
+  clean    the best of several restarts, by its loss; joined again, unused components cleared for good. More than k are kept, so that
+           none gains from holding a piece of another's mechanism.
+  polish   simplicity, which shrinks what it selects, is switched off; and instead of the k·B largest all components are kept whose
+           attribution exceeds a small threshold, so that nothing that matters is dropped: the components grow to their full length.
+
+Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`Scales`), so that one
+number means the same on every target. k, the mean number of active components, is `config.topk`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import config_dict
+
+from apd_jax import components as components_lib
+from apd_jax import data, losses, parallel, train
+from apd_jax import restructure as restructure_lib
+from apd_jax import step as step_lib
+from apd_jax.components import Components
+from apd_jax.config import Config
+from apd_jax.errors import InputError
+from apd_jax.problem import Problem
+
+log = logging.getLogger(__name__)
+
+STAGES = ("explore", "settle", "clean", "polish")
+SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
+_DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
+_SCALE_BATCHES = 20
+
+
+def default_recipe() -> config_dict.ConfigDict:
+    """The numbers of the recipe. Coefficients are relative; see the module."""
+    r = config_dict.ConfigDict()
+    r.restarts = 4  # independent beginnings, of which the one with the lowest loss after `settle` is polished
+    r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
+    r.faithfulness_coeff = 1.0
+    r.minimality_coeff = 1.67
+    r.explore = _stage(num_steps=4000, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
+    r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
+    r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=7.0, topk=1.5)
+    r.polish = _stage(num_steps=1500, learning_rate=5e-4, simplicity_coeff=0.0, mask="threshold")
+    r.init_scale = 3.0
+    return r.lock()
+
+
+def _stage(**settings: Any) -> config_dict.ConfigDict:
+    """simplicity_coeff_final: where the coefficient ends. topk: in units of the config's. mask: of `apd_jax.config.MASKS`."""
+    return config_dict.ConfigDict({"simplicity_coeff_final": settings["simplicity_coeff"], "topk": 1.0, "mask": "batch_topk"} | settings)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scales:
+    """The reference points of a target.
+
+    faithfulness: the loss of components that sum to 0. minimality: the distance of the model without the decomposed leaves.
+    simplicity: the loss of the whole target as one component, kept on every input: Σ_l uses_l Σ_j σ_j(θ*_l)^p / N.
+    """
+
+    faithfulness: float
+    minimality: float
+    simplicity: float
+
+
+def scales(problem: Problem, config: Config) -> Scales:
+    """Measures the reference points on fresh batches.
+
+    Raises:
+      InputError: the output does not change when the decomposed leaves are set to 0.
+    """
+    whole = components_lib.from_materialized(_decomposed(problem), uses=problem.uses, layouts=problem.layouts)
+    nothing = components_lib.weighted_sum(whole, problem.params, jnp.zeros(1))
+    x_fn = problem.sample_fn
+
+    def distance(x: PyTree) -> jax.Array:
+        outs = [step_lib.split_result(problem.apply_fn(params, x))[0] for params in (nothing, problem.params)]
+        return losses.minimality(outs[0], outs[1], config.minimality_loss, step_lib.position_weights(x, problem.valid_fn))
+
+    if isinstance(x_fn, data.Batches):
+        minimality = float(jax.jit(distance)(jax.tree.map(jnp.asarray, x_fn.first)))
+    else:
+        key = jax.random.fold_in(jax.random.key(config.seed), _DRAWS)
+        minimality = float(jax.jit(lambda: jnp.mean(jax.lax.map(lambda s: distance(x_fn(key, s)), jnp.arange(_SCALE_BATCHES))))())
+    zero = jax.tree.map(jnp.zeros_like, whole)
+    if not minimality > 0:
+        raise InputError("the outputs stay the same when all decomposed leaves are set to 0; there is nothing to decompose.")
+    return Scales(
+        faithfulness=float(losses.faithfulness(zero, problem.params)),
+        minimality=minimality,
+        simplicity=float(losses.simplicity(whole, jnp.ones((1, 1), jnp.bool_), config.schatten_p)),
+    )
+
+
+def _decomposed(problem: Problem) -> PyTree:
+    """params with a leading axis of one component; None where not decomposed."""
+    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: leaf[None] if components_lib.path_name(path) in names else None, problem.params
+    )
+
+
+def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> Config:
+    """The absolute settings of one stage."""
+    settings, c = recipe[stage], config.copy_and_resolve_references()
+    c.update(
+        faithfulness_coeff=recipe.faithfulness_coeff / scales.faithfulness,
+        minimality_coeff=recipe.minimality_coeff / scales.minimality,
+        simplicity_coeff=settings.simplicity_coeff / scales.simplicity,
+        simplicity_coeff_final=settings.simplicity_coeff_final / scales.simplicity if settings.simplicity_coeff_final > 0 else None,
+        topk=config.topk * settings.topk,
+        mask=settings.mask,
+        threshold=recipe.threshold * (scales.minimality / config.topk) ** 0.5,
+        num_steps=settings.num_steps,
+        learning_rate=settings.learning_rate,
+        init_scale=recipe.init_scale,
+        num_instances=config.num_instances * (recipe.restarts if stage in STAGES[:2] else 1),
+        seed=config.seed + STAGES.index(stage),  # no batch twice
+    )
+    return c
+
+
+def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list, Config]:
+    """Runs the stages; each resumes from its own checkpoints in `workdir`/stages, the last one from `workdir` itself.
+
+    Args:
+      config: as for `train.fit`; what the recipe names is taken from there.
+    Returns: the components, the logged rows of the last stage, and its settings.
+    Raises: as `train.fit`.
+    """
+    reference = scales(problem, config)
+    R, n = recipe.restarts, config.num_instances
+    begin: Components | None = None
+    components, rows, settings = None, [], config
+    for number, stage in enumerate(STAGES):
+        settings = stage_config(config, recipe, stage, reference)
+        last = stage == STAGES[-1]
+        folder = None if workdir is None else epath.Path(workdir) / ("" if last else f"stages/{stage}")
+        components, rows = train.fit(
+            problem, settings, workdir=folder, components=begin, title=f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
+        )
+        begin = components
+        if stage == "explore":
+            begin = _between(problem, settings, components, n * R, revive=True)
+        elif stage == "settle":
+            best = _best(rows, settings, n, R)
+            chosen = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components) if n * R > 1 else components
+            begin = _between(problem, settings, chosen, n, revive=False)
+    return components, rows, settings
+
+
+def _best(rows: list[dict[str, Any]], config: Config, n: int, restarts: int) -> np.ndarray:
+    """The restart with the lowest loss, for each of n."""
+
+    def choose() -> np.ndarray:
+        first = (1 - SELECTION_WINDOW) * config.num_steps
+        loss = np.mean([row["total"] for row in rows if row["step"] > first], axis=0).reshape(n, restarts)
+        log.info("losses of the restarts: %s", np.array2string(loss, precision=4))
+        return np.arange(n, dtype=np.int32) * restarts + loss.argmin(axis=1).astype(np.int32)
+
+    return np.asarray(parallel.from_primary(choose, like=np.zeros(n, np.int32)))
+
+
+def _between(problem: Problem, config: Config, components: Components, count: int, *, revive: bool) -> Components:
+    """Every instance restructured."""
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS), 2)
+    measure = jax.jit(lambda c: restructure_lib.usage(problem, config, c, config.threshold, keys[0]))
+    done = []
+    for i in range(count):
+        one = jax.device_get(components if count == 1 else jax.tree.map(lambda a, i=i: a[i], components))
+        init = step_lib.init_state(
+            jax.random.fold_in(keys[1], i), problem.params, config, select=problem.select, uses=problem.uses, layouts=problem.layouts
+        )
+        one, alive = restructure_lib.restructure(one, measure(one), config.topk, fresh=init.components if revive else None)
+        log.info("instance %d: %d components alive", i, int(alive.sum()))
+        done.append(one)
+    return done[0] if count == 1 else jax.tree.map(lambda *a: jnp.stack(a), *done)
