@@ -49,6 +49,7 @@ def evidence(
     other: Components | None = None,
     earlier: Mapping[int, Components] | None = None,
     provenance: Mapping[str, Any] | None = None,
+    checks: Sequence[int] | None = None,
     console: Console | None = None,
 ) -> Evidence:
     """Fills the checks 1 to 19 for one decomposition; what cannot be computed for it says why.
@@ -64,6 +65,7 @@ def evidence(
       other: another run of the same target, matched with this one.
       earlier: {step: components} of other checkpoints of this run.
       provenance: workdir, command, step of the run.
+      checks: the numbers of those to run; None runs all.
       console: where a progress display goes.
     Raises:
       InputError: several instances; no data; examples that are none.
@@ -95,16 +97,17 @@ def evidence(
         bits_per_rank=bits_per_rank,
         full=full,
     )
-    return Evidence(about, _asked(case, console))
+    return Evidence(about, _asked(case, console, checks))
 
 
-def _asked(case: Case, console: Console | None) -> list[Check]:
-    """Every check, with a progress display."""
+def _asked(case: Case, console: Console | None, numbers: Sequence[int] | None) -> list[Check]:
+    """The checks of these numbers, with a progress display."""
+    chosen = [ask for number, ask in enumerate(CHECKS, start=1) if numbers is None or number in numbers]
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     found = []
     with Progress(*columns, console=console, disable=console is None or not console.is_terminal, transient=True) as progress:
-        task = progress.add_task("", total=len(CHECKS))
-        for ask in CHECKS:
+        task = progress.add_task("", total=len(chosen))
+        for ask in chosen:
             progress.update(task, description=ask.__name__.replace("_", " "))
             found.append(ask(case))
             progress.advance(task)

@@ -33,13 +33,14 @@ class Evidence:
         """What the checks together allow to be said; nothing about mechanisms."""
         missed = [check for check in self.checks if check.passed is False]
         met = sum(check.passed is True for check in self.checks)
-        steps = self["worst_case_ablation"].budget
-        if all(check.passed for check in self.checks if check.number in _NEEDED):
-            claim = f"The active components are needed for this behaviour on this distribution, under ablations up to this budget ({steps})"
+        asked = {check.number: check for check in self.checks}
+        if all(number in asked and asked[number].passed for number in _NEEDED):
+            claim = "These components are needed for this behaviour on this distribution, under ablations up to this budget "
+            claim += f"({asked[5].budget})"
         else:
             claim = "It is not shown that these components are needed for this behaviour on this distribution"
         names = f"; not met: {', '.join(f'{c.title.lower()} ({c.number})' for c in missed)}" if missed else ""
-        loud = f" {self['controls'].text.split(';')[0]}." if self["controls"].passed is False else ""
+        loud = f" {asked[16].text.split(';')[0]}." if 16 in asked and asked[16].passed is False else ""
         return f"{claim}: {met} of {met + len(missed)} bars are met{names}.{loud}"
 
     def to_json(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ class Check:
     title: str
     passed: bool | None = None
     bar: str = ""
-    values: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     text: str = ""
     why: str = ""
     budget: str = ""

@@ -5,6 +5,8 @@ Shapes: n examples, C components, K values of k.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,7 +32,7 @@ def bits(subject: Subject, mask: Array, bits_per_rank: float) -> Float[Array, ""
     return jnp.mean(jnp.sum(active * each.reshape(*[1] * (mask.ndim - 1), -1), axis=-1))
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="bits_per_rank")
 def _curves(subject: Subject, ks: Float[Array, " K"], bits_per_rank: float) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     def at(k):
         mask = subject.setting.mask(subject.attributions, subject.x, k=k)

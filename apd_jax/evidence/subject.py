@@ -96,8 +96,8 @@ def errors(subject: Subject, mask: Bool[Array, "n *T C"] | Float[Array, "n *T C"
     return distance(subject, outputs(subject, mask))
 
 
-def scaled(subject: Subject, factors: Float[Array, "*one C"]) -> Float[Array, "n *T C"]:
-    """The mask with active components at 1 and inactive ones at the given factors, which broadcast against it."""
+def scaled(subject: Subject, factors: Float[Array, "..."]) -> Float[Array, "n *T C"]:
+    """The mask with active components at 1 and inactive ones at the given factors: one, of each component [1, C], or like the mask."""
     active = subject.mask.astype(jnp.float32)
     return active + (1 - active) * factors
 
