@@ -10,7 +10,6 @@ import dataclasses
 import io
 import json
 import resource
-from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -24,6 +23,7 @@ from apd_jax import config as config_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
+from apd_jax.errors import InputError
 from apd_jax.progress import ProgressDisplay, read_rows
 from apd_jax.report import figures, tables
 from apd_jax.targets import pretrain, weights
@@ -55,7 +55,6 @@ class Restored:
     params: PyTree
     step: int
     components: Components  # with a leading axis of instances if there are several
-    earlier: Mapping[int, Components]  # {step: components} of the other readable checkpoints
 
 
 def restore(workdir: epath.PathLike) -> Restored:
@@ -68,11 +67,18 @@ def restore(workdir: epath.PathLike) -> Restored:
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
-    problem = target.problem(params)
-    step, components = train.restore_components(problem, config.apd, folder)
-    steps = [int(path.name) for path in (folder / "checkpoints").iterdir() if path.name.isdigit() and int(path.name) < step]
-    earlier = dict(train.restore_components(problem, config.apd, folder, until=s) for s in sorted(steps))
-    return Restored(config, target, params, step, components, earlier)
+    return Restored(config, target, params, *train.restore_components(target.problem(params), config.apd, folder))
+
+
+def earlier_components(run: Restored, workdir: epath.PathLike) -> dict[int, Components]:
+    """{step: components} of the checkpoints before the newest, as far as they can be read."""
+    found, until = {}, run.step - 1
+    while True:
+        try:
+            step, components = train.restore_components(run.target.problem(run.params), run.config.apd, workdir, until=until)
+        except InputError:  # there is none, or none that can be read
+            return found
+        found[step], until = components, step - 1
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:

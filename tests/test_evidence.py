@@ -15,7 +15,7 @@ from apd_jax import targets
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.evidence import CHECKS, evidence
+from apd_jax.evidence import CHECKS
 from apd_jax.evidence.ablate import LADDER
 
 TARGET = {"name": "tms", "num_features": 5, "d_hidden": 2, "hidden": "none", "feature_probability": 0.05, "pretrain": {"batch_size": 1}}

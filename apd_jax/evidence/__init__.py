@@ -55,7 +55,7 @@ def evidence(
     """Fills the checks 1 to 19 for one decomposition; what cannot be computed for it says why.
 
     Args:
-      decomposition: of one instance. Errors are measured as its `minimality_loss` says, in units of the best constant output's.
+      decomposition: of one instance. Errors are measured as its `minimality_loss` says, in units of `Case.scale`.
       target: what is known of the network, for scrubbing, geometry and fresh weights; None for a network of your own.
       x: the examples to judge on; None draws `num_examples` from the sampler with a key that training never uses.
       bits_per_rank: α of the description length, in bits per rank per leaf.

@@ -14,10 +14,10 @@ from jaxtyping import PyTree
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation.general import Evaluation
-from apd_jax.evidence.subject import Subject, constant_error
+from apd_jax.evidence.subject import Subject, baselines
 from apd_jax.targets.base import Panel, Target
 
-ERROR_BAR = 0.1  # the error that any permitted ablation may cause, as a part of the best constant output's
+ERROR_BAR = 0.1  # the error that any permitted ablation may cause, as a part of `Case.scale`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,11 +63,16 @@ class Case:
 
     @functools.cached_property
     def scale(self) -> float:
-        """The error of the best constant output: the output's variance (mse), or its information about the input (kl)."""
-        return float(constant_error(self.subject))
+        """The error that all errors are measured by: the less of the two `baselines`."""
+        return min(self._baselines)
+
+    @functools.cached_property
+    def _baselines(self) -> tuple[float, float]:
+        constant, none = baselines(self.subject)
+        return float(constant), float(none)
 
     def relative(self, error: Any) -> float:
-        """An error in units of `scale`; the error itself where the output never changes."""
+        """An error in units of `scale`; the error itself where that is 0."""
         return float(error) / (self.scale or 1.0)
 
     @property
@@ -76,4 +81,7 @@ class Case:
 
     @property
     def unit(self) -> str:
-        return "output variance" if self.decomposition.config.minimality_loss == "mse" else "KL divergence of the best constant output"
+        """What `scale` is, in words."""
+        constant, none = self._baselines
+        mse = self.decomposition.config.minimality_loss == "mse"
+        return "error without any component" if none < constant else "output variance" if mse else "best constant output's KL divergence"

@@ -6,6 +6,7 @@ Shapes: n examples, C components.
 from __future__ import annotations
 
 import dataclasses
+import math
 from types import SimpleNamespace
 
 import jax
@@ -16,6 +17,8 @@ from jaxtyping import Array, Float
 from apd_jax import components as components_lib
 from apd_jax import step as step_lib
 from apd_jax.evaluation.general import ALIVE_NORM
+from apd_jax.evidence import ablate
+from apd_jax.evidence import length as length_lib
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, distance, errors, make, norms, outputs
 from apd_jax.targets.base import Panel
@@ -27,6 +30,7 @@ THRESHOLD = 0.1  # of the largest attribution in the batch
 SHARP = 10.0  # the least active alive component fires this many times as often as the most active dead one
 FIRING_BATCHES = 10
 WINDOW = 0.1  # of the logged rows
+MIN_ROWS = 5  # of a window
 LEVEL = 0.1  # what a loss may still change from one window to the next
 STANDARD_ERRORS = 3.0
 
@@ -92,11 +96,13 @@ def sparse(case: Case) -> Check:
 def shrinkage(case: Case) -> Check:
     """Check 11: are components and outputs as large as they should be?
 
-    gain: the factor by which the sparse outputs fit the target's best, Σ out·target / Σ target² (of logits without their mean). norm_ratio:
-    ‖Σ_c P_c‖ / ‖θ*‖, or where the features' own weights are known the mean norm ratio of the components that hold them.
+    gain: the factor by which the sparse outputs fit the target's best, Σ out·target / Σ target², after what the network gives without any
+    component is taken from both (of logits also their mean). norm_ratio: ‖Σ_c P_c‖ / ‖θ*‖, or where the features' own weights are known
+    the mean norm ratio of the components that hold them.
     """
     s, kl = case.subject, case.decomposition.config.minimality_loss == "kl"
-    out, target = (o - jnp.mean(o, axis=-1, keepdims=True) if kl else o for o in (outputs(s, s.mask), s.target_out))
+    none = outputs(s, jnp.zeros(s.mask.shape))
+    out, target = (o - jnp.mean(o, axis=-1, keepdims=True) if kl else o for o in (outputs(s, s.mask) - none, s.target_out - none))
     gain = float(jnp.sum(out * target) / jnp.maximum(jnp.sum(target**2), 1e-30))
     metrics = case.evaluation.metrics if case.evaluation else {}
     if "ml2r_one_to_one" in metrics:
@@ -171,10 +177,13 @@ def alive_components(case: Case) -> Check:
 
 
 def convergence(case: Case) -> Check:
-    """Check 17: have the losses levelled off? Means over windows of the log are compared, never last values."""
+    """Check 17: has training levelled off? Means over windows of the log are compared, never last values.
+
+    Where earlier checkpoints are kept, what checks 2, 3 and 5 measure is reported for each of them.
+    """
     about = SimpleNamespace(number=17, name="convergence", title="Convergence")
     rows = case.decomposition.history
-    length = max(int(WINDOW * len(rows)), 2)
+    length = max(int(WINDOW * len(rows)), MIN_ROWS)
     bar = f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, or within {STANDARD_ERRORS:g} standard errors*"
     if len(rows) < 2 * length:
         why = f"the training log has {len(rows)} rows; two windows of {length} are needed"
@@ -188,7 +197,9 @@ def convergence(case: Case) -> Check:
         level.append(bool(abs(last.mean() - before.mean()) <= max(LEVEL * abs(before.mean()), STANDARD_ERRORS * error)))
     for step, components in case.earlier.items():
         s = make(case.subject.setting, case.subject.params, components, case.subject.x)
-        values[f"sparse_error_at_{step}"] = case.relative(jnp.mean(errors(s, s.mask)))
+        values |= {f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()}
+    if case.earlier:
+        values |= {f"{name}_now": value for name, value in _plateau(case).items()}
     changes = ", ".join(f"{name.removesuffix('_change')} {value:+.1%}" for name, value in values.items() if name.endswith("_change"))
     return Check(
         about.number,
@@ -200,6 +211,19 @@ def convergence(case: Case) -> Check:
         text=f"From the last but one window of the log to the last, the mean losses moved: {changes}.",
         budget=f"windows of {length} of {len(rows)} logged rows",
     )
+
+
+def _plateau(case: Case) -> dict[str, float]:
+    """The numbers of checks 2, 3 and 5, without their bars."""
+    s = case.subject
+    ks, error, _ = length_lib.curves(case)
+    worst = ablate.attack(s, case.key, shared=True)[0][-1]
+    needed = length_lib.smallest_k(ks, error)
+    return {
+        "smallest_k": math.nan if needed is None else needed,
+        "sparse": case.relative(jnp.mean(errors(s, s.mask))),
+        "worst": case.relative(worst),
+    }
 
 
 def provenance(case: Case) -> Check:

@@ -48,7 +48,7 @@ def _grid(case: Case) -> np.ndarray:
 
 
 def curves(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """k, sparse error in units of the best constant output's, and bits per datapoint."""
+    """k, sparse error in units of `Case.scale`, and bits per datapoint."""
     ks = _grid(case)
     error, length = _curves(case.subject, jnp.asarray(ks, jnp.float32), case.bits_per_rank)
     return ks, np.array([case.relative(e) for e in error]), np.asarray(length)

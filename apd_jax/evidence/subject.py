@@ -23,10 +23,16 @@ from apd_jax.problem import Problem
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """What of a decomposition is not an array. One object for all its subjects, so that their checks are compiled once."""
+    """What of a decomposition is not an array. Equal for the same problem and the same settings: checks are then compiled once."""
 
     problem: Problem
     config: Config
+
+    def __hash__(self) -> int:
+        return id(self.problem)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Setting) and self.problem is other.problem and self.config.to_dict() == other.config.to_dict()
 
     def mask(self, attributions: Float[Array, "n *T C"], x: PyTree, *, kind: str = "batch_topk", k: Any) -> Bool[Array, "n *T C"]:
         """The k (which may be traced) largest, over the batch or per example; always-on components stay on."""
@@ -103,12 +109,17 @@ def scaled(subject: Subject, factors: Float[Array, "..."]) -> Float[Array, "n *T
 
 
 @jax.jit
-def constant_error(subject: Subject) -> Float[Array, ""]:
-    """Mean distance of the best constant output: with mse the output's variance, with kl how much it tells of the input, in nats."""
+def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Mean distances of outputs that owe the components nothing.
+
+    constant: the best constant output's; with mse the output's variance, with kl how much it tells of the input, in nats.
+    none: with the decomposed weights at zero. Less than the other where much of the output bypasses them (a residual stream).
+    """
     rows = subject.target_out.reshape(-1, subject.target_out.shape[-1])
     kl = subject.setting.config.minimality_loss == "kl"
     constant = jnp.log(jnp.mean(jax.nn.softmax(rows), axis=0) + 1e-30) if kl else jnp.mean(rows, axis=0)
-    return jnp.mean(distance(subject, jnp.broadcast_to(constant, subject.target_out.shape)))
+    none = errors(subject, jnp.zeros(subject.mask.shape))
+    return jnp.mean(distance(subject, jnp.broadcast_to(constant, subject.target_out.shape))), jnp.mean(none)
 
 
 def fresh(rng: PRNGKeyArray, components: Components, params: PyTree, init_scale: float) -> Components:

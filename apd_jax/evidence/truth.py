@@ -58,7 +58,7 @@ def geometry_of(case: Case) -> Check:
     evaluation = case.evaluation
     if evaluation is None or not isinstance(case.target, FeatureTarget):
         known = {} if evaluation is None else {name: evaluation.metrics[name] for name in evaluation.labels}
-        text = "; ".join(f"{evaluation.labels[name]}: {value:.4g}" for name, value in known.items()) if evaluation else ""
+        text = ". ".join(f"{evaluation.labels[name]}: {value:.4g}" for name, value in known.items()) if evaluation else ""
         return Check(**about, values=known, text=text, why=_NO_FEATURES)
     m, P, W = evaluation.metrics, evaluation.arrays["feature_weights_components"], evaluation.arrays["feature_weights_target"]
     pure = purity(P, W)

@@ -43,10 +43,10 @@ def write(
     compared = None if other is None else _same_target(run, experiment.restore(other), path, other)
     command = f"python -m apd_jax.evidence --workdir={path}" + (" --full" if full else "") + (f" --other={other}" if other else "")
     rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= run.step]
-    found = []
+    earlier, problem, found = experiment.earlier_components(run, folder), run.target.problem(run.params), []
     for i in numbers:
         history = [{name: v[i] if isinstance(v, list) else v for name, v in row.items()} for row in rows]
-        several = Decomposition(run.target.problem(run.params), run.components, run.config.apd, history)
+        several = Decomposition(problem, run.components, run.config.apd, history)
         title = f"Evidence: {folder.name}" + (f", instance {i}" if len(instances) > 1 else "")
         found.append(
             evidence(
@@ -57,7 +57,7 @@ def write(
                 full=full,
                 seeds=instances if len(instances) > 1 else (),
                 other=compared,
-                earlier={step: experiment.instances(components, run.config)[i] for step, components in run.earlier.items()},
+                earlier={step: experiment.instances(components, run.config)[i] for step, components in earlier.items()},
                 provenance={"workdir": str(path), "command": command, "step": run.step},
                 console=Console(stderr=True),
             )
