@@ -12,6 +12,7 @@ import json
 import resource
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
@@ -67,7 +68,8 @@ def restore(workdir: epath.PathLike) -> Restored:
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
-    return Restored(config, target, params, *train.restore_components(target.problem(params), config.apd, folder))
+    step, components = train.restore_components(target.problem(params), config.apd, folder)
+    return Restored(config, target, params, step, jax.tree.map(jnp.asarray, components))
 
 
 def earlier_components(run: Restored, workdir: epath.PathLike) -> dict[int, Components]:
@@ -78,7 +80,7 @@ def earlier_components(run: Restored, workdir: epath.PathLike) -> dict[int, Comp
             step, components = train.restore_components(run.target.problem(run.params), run.config.apd, workdir, until=until)
         except InputError:  # there is none, or none that can be read
             return found
-        found[step], until = components, step - 1
+        found[step], until = jax.tree.map(jnp.asarray, components), step - 1
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:

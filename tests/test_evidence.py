@@ -84,7 +84,7 @@ def test_the_attack_is_between_what_it_started_from_and_the_bound(truth):
     shared = [values[f"shared_{steps}"] for steps in LADDER]
     assert shared == sorted(shared)
     assert shared[0] >= truth["sparse_reconstruction"].values["trained"] - 1e-6  # all inactive ones off is a permitted choice
-    assert values["per_example_80"] >= values["shared_80"] - 1e-3
+    assert values["per_example_80"] >= values["shared_80"] - 1e-6
     assert values["per_example_where_bounded"] <= values["bound"] + 1e-6
 
 
@@ -189,8 +189,8 @@ def test_a_network_without_a_target(pentagon):
 
     x = jax.random.bernoulli(jax.random.key(0), 0.5, (64, 4)).astype(jnp.float32)
     decomposition = Decomposition(Problem(lambda p, x: x @ p["W"], {"W": W}, None), components, config, [])
-    found = decomposition.evidence(x=x, checks=(1, 2, 3, 4, 5, 7, 10, 16, 17, 18, 19))
-    assert found["parameter_faithfulness"].passed and found["controls"].passed
+    found = decomposition.evidence(x=x, checks=(1, 2, 3, 7, 10, 17, 18, 19))
+    assert found["parameter_faithfulness"].passed and found["sparse_reconstruction"].values["all"] < 1e-6
     for name in ("scrubbing", "geometry", "convergence"):
         assert found[name].passed is None and found[name].why
     assert "true_count" not in found["minimality"].values

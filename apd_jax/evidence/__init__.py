@@ -61,7 +61,7 @@ def evidence(
       bits_per_rank: α of the description length, in bits per rank per leaf.
       full: also train again: more components (13), ten seeds (14), other data (15), a random network (16). Takes about twenty times
         the original run.
-      seeds: decompositions of the same target by the same settings, if there are any.
+      seeds: other seeds' decompositions of the same target by the same settings, if there are any.
       other: another run of the same target, matched with this one.
       earlier: {step: components} of other checkpoints of this run.
       provenance: workdir, command, step of the run.

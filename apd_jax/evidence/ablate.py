@@ -21,6 +21,7 @@ from apd_jax.targets.base import Panel
 
 NUM_DRAWS = 8  # of random factors
 STEP_SIZE = 0.1
+NUM_STARTS = 4  # from a single one the ascent is sometimes caught at a corner that is only locally the worst
 LADDER = (20, 40, 80)  # steps of the ascent
 PLATEAU = 0.1  # what the last doubling of steps may add, as a part of the error
 CURVE_POINTS = 21
@@ -78,15 +79,16 @@ def _redrawn_error(subject: Subject, key: PRNGKeyArray) -> Float[Array, ""]:
 
 
 @functools.partial(jax.jit, static_argnames="shared")
-def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool) -> tuple[Float[Array, " S"], Float[Array, " n"]]:
+def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool) -> Float[Array, "S n"]:
     """The largest error that projected gradient ascent finds over the factors of inactive components.
 
-    r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from a uniform random start; the best point seen counts, all-off and all-on included.
+    r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from NUM_STARTS uniform random starts; the worst point seen counts, all-off and
+    all-on included.
 
     Args:
       shared: one factor per component, used wherever it is inactive; else one per example (position) and component.
-    Returns: the mean error after 0, 1, …, LADDER[-1] steps, and at the end that of every example.
-    Cost: LADDER[-1] sparse passes forward and back.
+    Returns: every example's error at the worst point seen after 0, 1, …, LADDER[-1] steps.
+    Cost: NUM_STARTS · LADDER[-1] sparse passes forward and back.
     """
     shape = (*[1] * (subject.mask.ndim - 1), subject.num_components) if shared else subject.mask.shape
 
@@ -101,19 +103,23 @@ def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool) -> tuple[Float[
         r, best = carry
         (_, error), gradient = jax.value_and_grad(mean_error, has_aux=True)(r)
         best = worse(best, error)
-        return (jnp.clip(r + STEP_SIZE * jnp.sign(jnp.nan_to_num(gradient)), 0, 1), best), jnp.mean(best)
+        return (jnp.clip(r + STEP_SIZE * jnp.sign(jnp.nan_to_num(gradient)), 0, 1), best), best
 
-    best = worse(mean_error(jnp.zeros(shape))[1], mean_error(jnp.ones(shape))[1])
-    (_, best), history = jax.lax.scan(ascend, (jax.random.uniform(key, shape), best), length=LADDER[-1] + 1)
-    return history, best
+    corners = worse(mean_error(jnp.zeros(shape))[1], mean_error(jnp.ones(shape))[1])
+
+    def climb(key):
+        return jax.lax.scan(ascend, (jax.random.uniform(key, shape), corners), length=LADDER[-1] + 1)[1]
+
+    climbs = jax.lax.map(climb, jax.random.split(key, NUM_STARTS))  # [starts, S, n]
+    return functools.reduce(jax.vmap(worse), list(climbs))
 
 
 def worst(case: Case) -> Check:
     """Check 5: the factors of inactive components chosen to do the most damage; and for networks that allow it a bound on that damage."""
     subject, key = case.subject, jax.random.fold_in(case.key, 5)
-    shared, _ = attack(subject, key, shared=True)
-    each, per_example = attack(subject, jax.random.fold_in(key, 1), shared=False)
-    shared, each = (np.array([case.relative(e) for e in history]) for history in (shared, each))
+    found = attack(subject, key, shared=True)
+    found_each = jnp.maximum(attack(subject, jax.random.fold_in(key, 1), shared=False), found)  # shared factors are permitted here, too
+    shared, each = (np.array([case.relative(e) for e in jnp.mean(history, axis=1)]) for history in (found, found_each))
     last, before = shared[LADDER[-1]], shared[LADDER[-2]]
     plateau = last - before <= PLATEAU * max(last, ERROR_BAR)
     values = {f"shared_{steps}": shared[steps] for steps in LADDER} | {f"per_example_{steps}": each[steps] for steps in LADDER}
@@ -124,7 +130,7 @@ def worst(case: Case) -> Check:
     count = min(BOUNDED_EXAMPLES, subject.mask.shape[0])
     try:
         bound = case.relative(jnp.mean(bounds.error_bound(subject, count)))
-        attacked = case.relative(jnp.mean(per_example[:count]))
+        attacked = case.relative(jnp.mean(found_each[-1, :count]))
         values |= {"bound": bound, "per_example_where_bounded": attacked}
         text += f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; the ascent finds {attacked:.2%} there)."
     except bounds.UnboundedError as error:
@@ -138,7 +144,7 @@ def worst(case: Case) -> Check:
         bar=_BAR.format(unit=case.unit) + f", and the last doubling of steps adds at most {PLATEAU:.0%}*",
         values=values,
         text=text,
-        budget=f"{'/'.join(map(str, LADDER))} steps × {STEP_SIZE}, one random start, {case.examples}",
+        budget=f"{'/'.join(map(str, LADDER))} steps × {STEP_SIZE}, {NUM_STARTS} random starts, {case.examples}",
         arrays={"worst_shared": shared, "worst_per_example": each},
         panels={
             "worst": Panel(

@@ -54,7 +54,7 @@ class Case:
     num_batches: int  # how many batches there are to draw
     target: Target | None = None
     evaluation: Evaluation | None = None
-    seeds: Sequence[Components] = ()  # other decompositions of this target by the same settings
+    seeds: Sequence[Components] = ()  # other seeds: decompositions of this target by the same settings
     other: Components | None = None  # another run of this target, to be compared with
     earlier: Mapping[int, Components] = dataclasses.field(default_factory=dict)  # {step: components} of the other checkpoints
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -10,7 +10,7 @@ from apd_jax.evidence import ablate, fit, retrain
 from apd_jax.evidence.check import Case, Check
 from apd_jax.evidence.subject import fresh, make
 
-ASKED = (fit.faithfulness, fit.sparse, ablate.partial, ablate.worst)
+ASKED = (fit.faithfulness, fit.sparse, ablate.partial, ablate.monotone)
 
 
 def random_params(case: Case, key: PRNGKeyArray) -> PyTree:
@@ -28,7 +28,7 @@ def random_params(case: Case, key: PRNGKeyArray) -> PyTree:
 
 
 def controls(case: Case) -> Check:
-    """Check 16: freshly initialised components, and a freshly drawn network against these components, judged by checks 1, 3, 4 and 5.
+    """Check 16: freshly initialised components, and a freshly drawn network against these components, judged by checks 1, 3, 4 and 6.
 
     Each must fail 1 and 3. With `full` a decomposition of that network is trained too, by the same settings; it must fail at least one.
     """

@@ -55,7 +55,7 @@ def write(
                 num_examples=num_examples,
                 bits_per_rank=bits_per_rank,
                 full=full,
-                seeds=instances if len(instances) > 1 else (),
+                seeds=[components for j, components in enumerate(instances) if j != i],
                 other=compared,
                 earlier={step: experiment.instances(components, run.config)[i] for step, components in earlier.items()},
                 provenance={"workdir": str(path), "command": command, "step": run.step},
