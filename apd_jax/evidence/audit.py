@@ -35,7 +35,7 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation over all entries; NaN where one of the two is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
-    return float(stats.spearmanr(a.ravel(), b.ravel()).statistic)
+    return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
 
 
 def only(components: Components, leaf: str) -> Components:

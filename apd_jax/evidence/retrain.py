@@ -68,12 +68,12 @@ def capacity(case: Case) -> Check:
 
 def recovered(case: Case, components: Components) -> bool:
     """Every feature has a component of its own; without known features: at least RECOVERED of this run's components are found again."""
-    if isinstance(case.target, FeatureTarget):
-        s = case.subject
-        parts = jax.lax.map(lambda P: case.target.feature_weights(s.params, P), components_as_params(components, s.params))
-        scores = geometry.scores(np.asarray(parts), np.asarray(case.target.feature_weights(s.params, s.params)))
+    s, target = case.subject, case.target
+    if isinstance(target, FeatureTarget):
+        parts = jax.lax.map(lambda P: target.feature_weights(s.params, P), components_as_params(components, s.params))
+        scores = geometry.scores(np.asarray(parts), np.asarray(target.feature_weights(s.params, s.params)))
         return scores["num_features_owned"] == scores["num_features"]
-    return agreement(case.subject.components, components).share >= RECOVERED
+    return agreement(s.components, components).share >= RECOVERED
 
 
 def components_as_params(components: Components, params: PyTree) -> PyTree:

@@ -74,7 +74,8 @@ def make(setting: Setting, params: PyTree, components: Components, x: PyTree) ->
         attributions = jnp.sqrt(attribute(components, params, x, jax.random.key(setting.config.seed)))
         return out, attributions, setting.trained_mask(attributions, x)
 
-    return Subject(params, components, x, *measure(params, components, x), setting)
+    out, attributions, mask = measure(params, components, x)
+    return Subject(params, components, x, out, attributions, mask, setting)
 
 
 def distance(subject: Subject, out: Float[Array, "n ..."]) -> Float[Array, " n"]:
