@@ -42,7 +42,7 @@ def evidence(
     *,
     target: Target | None = None,
     x: PyTree = None,
-    num_examples: int = 512,
+    num_examples: int | None = None,
     bits_per_rank: float = 1.0,
     full: bool = False,
     seeds: Sequence[Components] = (),
@@ -58,6 +58,7 @@ def evidence(
       decomposition: of one instance. Errors are measured as its `minimality_loss` says, in units of `Case.scale`.
       target: what is known of the network, for scrubbing, geometry and fresh weights; None for a network of your own.
       x: the examples to judge on; None draws `num_examples` from the sampler with a key that training never uses.
+      num_examples: None takes as many as a training batch has, over which its mask was chosen, too.
       bits_per_rank: α of the description length, in bits per rank per leaf.
       full: also train again: more components (13), ten seeds (14), other data (15), a random network (16). Takes about twenty times
         the original run.
@@ -74,6 +75,7 @@ def evidence(
     config, problem = decomposition.config, decomposition.problem
     if config.num_instances != 1:
         raise InputError(f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i).")
+    num_examples = config.batch_size if num_examples is None else num_examples
     if num_examples < 2:
         raise InputError(f"num_examples must be at least 2; got {num_examples}.")
     key = jax.random.fold_in(jax.random.key(config.seed), STREAM + 2)

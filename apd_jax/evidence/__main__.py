@@ -20,7 +20,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run with a checkpoi
 _FULL = flags.DEFINE_bool("full", False, "Also train again, for checks 13 to 16.")
 _OTHER = flags.DEFINE_string("other", None, "Workdir of another run of the same target: how far do the two agree?")
 _INSTANCE = flags.DEFINE_integer("instance", None, "Which of several instances; by default all.")
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", 512, "Held-out examples that are judged on.")
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "Held-out examples to judge on; by default as many as a training batch has.")
 _BITS_PER_RANK = flags.DEFINE_float("bits_per_rank", 1.0, "Description length: bits per rank per leaf of an active component.")
 
 

@@ -24,7 +24,7 @@ def write(
     full: bool = False,
     other: epath.PathLike | None = None,
     instance: int | None = None,
-    num_examples: int = 512,
+    num_examples: int | None = None,
     bits_per_rank: float = 1.0,
 ) -> list[Evidence]:
     """Fills the checks for every instance of a run (or the given one), writes evidence.json, evidence.md, evidence.npz and figures, prints.
