@@ -75,11 +75,11 @@ def evidence(
     config, problem = decomposition.config, decomposition.problem
     if config.num_instances != 1:
         raise InputError(f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i).")
-    num_examples = config.batch_size if num_examples is None else num_examples
-    if num_examples < 2:
-        raise InputError(f"num_examples must be at least 2; got {num_examples}.")
+    count = int(config.batch_size if num_examples is None else num_examples)
+    if count < 2:
+        raise InputError(f"num_examples must be at least 2; got {count}.")
     key = jax.random.fold_in(jax.random.key(config.seed), STREAM + 2)
-    draw, num_batches = _held_out(decomposition, x, key, num_examples)
+    draw, num_batches = _held_out(decomposition, x, key, count)
     setting = Setting(problem, config)
     about = {"workdir": "", "command": "decomposition.evidence()", "step": config.num_steps, "seed": config.seed, **(provenance or {})}
     about |= {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count(), "jax": jax.__version__}

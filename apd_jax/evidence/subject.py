@@ -6,6 +6,7 @@ Shapes: n examples, C components; masks are [n, C], or [n, T, C] where every pos
 from __future__ import annotations
 
 import dataclasses
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -64,18 +65,16 @@ class Subject:
 
 def make(setting: Setting, params: PyTree, components: Components, x: PyTree) -> Subject:
     """Runs the target and takes attributions and mask on x."""
+    return Subject(params, components, x, *_measured(setting, params, components, x), setting=setting)
 
-    @jax.jit
-    def measure(params, components, x):
-        out = step_lib.split_result(setting.problem.apply_fn(params, x))[0]
-        attribute = step_lib.make_attribution_fn(
-            setting.problem.apply_fn, setting.config, attribution_fn=setting.problem.attribution_fn, valid_fn=setting.problem.valid_fn
-        )
-        attributions = jnp.sqrt(attribute(components, params, x, jax.random.key(setting.config.seed)))
-        return out, attributions, setting.trained_mask(attributions, x)
 
-    out, attributions, mask = measure(params, components, x)
-    return Subject(params, components, x, out, attributions, mask, setting)
+@functools.partial(jax.jit, static_argnames="setting")
+def _measured(setting: Setting, params: PyTree, components: Components, x: PyTree) -> tuple[Array, Array, Array]:
+    problem, config = setting.problem, setting.config
+    out = step_lib.split_result(problem.apply_fn(params, x))[0]
+    attribute = step_lib.make_attribution_fn(problem.apply_fn, config, attribution_fn=problem.attribution_fn, valid_fn=problem.valid_fn)
+    attributions = jnp.sqrt(attribute(components, params, x, jax.random.key(config.seed)))
+    return out, attributions, setting.trained_mask(attributions, x)
 
 
 def distance(subject: Subject, out: Float[Array, "n ..."]) -> Float[Array, " n"]:
