@@ -15,8 +15,11 @@ from apd_jax import targets
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.evidence import CHECKS
+from apd_jax.evidence import CHECKS, ablate, fit
 from apd_jax.evidence.ablate import LADDER
+from apd_jax.evidence.check import Case
+from apd_jax.evidence.subject import Setting, make
+from apd_jax.problem import Problem
 
 TARGET = {"name": "tms", "num_features": 5, "d_hidden": 2, "hidden": "none", "feature_probability": 0.05, "pretrain": {"batch_size": 1}}
 # k above the 0.25 features that are active on average; log rows that have levelled off.
@@ -144,10 +147,6 @@ def test_a_cancelling_pair_is_only_found_by_the_attack(judge, pentagon):
     # "Never active" is made so: attributions see only the features' own components.
     config = make_config(num_components=7, topk=0.35, batch_size=512)
     decomposition = Decomposition(target.problem(pentagon.params), components, config, [])
-    from apd_jax.evidence import ablate, fit
-    from apd_jax.evidence.check import Case
-    from apd_jax.evidence.subject import Setting, make
-
     x = target.sample_fn(jax.random.key(5), jnp.zeros((), jnp.int32))
     subject = make(Setting(decomposition.problem, config), pentagon.params, components, x)
     truth = (x != 0)[:, :, None] & np.eye(5, 7, dtype=bool)[None]
@@ -169,8 +168,6 @@ def test_untrained_components_and_a_random_network_fail(judge, truth, pentagon):
 
 def test_controls_that_pass_are_told_loudly(judge, pentagon, monkeypatch):
     # With bars that everything passes the controls pass, too, and the verdict says so.
-    from apd_jax.evidence import ablate, fit
-
     for name in ("PARAMETER_BAR", "UNMASKED_BAR"):
         monkeypatch.setattr(fit, name, 1e9)
     for module in (fit, ablate):
@@ -185,11 +182,10 @@ def test_a_network_without_a_target(pentagon):
     W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
     components = components_lib.from_materialized({"W": jnp.eye(4)[:, :, None] * W[None]})
     config = make_config(num_components=4, topk=2.0, minimality_loss="kl", attribution_metric="kl")
-    from apd_jax.problem import Problem
-
     x = jax.random.bernoulli(jax.random.key(0), 0.5, (64, 4)).astype(jnp.float32)
     decomposition = Decomposition(Problem(lambda p, x: x @ p["W"], {"W": W}, None), components, config, [])
     found = decomposition.evidence(x=x, checks=(1, 2, 3, 7, 10, 17, 18, 19))
+    assert found["provenance"].passed is None and found["provenance"].why == "not known: workdir"
     assert found["parameter_faithfulness"].passed and found["sparse_reconstruction"].values["all"] < 1e-6
     for name in ("scrubbing", "geometry", "convergence"):
         assert found[name].passed is None and found[name].why

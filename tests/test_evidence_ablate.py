@@ -1,5 +1,6 @@
 """Partial ablation against numbers worked by numpy, brute force over corners, and interval bounds."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -12,10 +13,11 @@ from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.evidence import ablate, bounds
 from apd_jax.evidence.check import Case
-from apd_jax.evidence.subject import Subject, baselines, errors, outputs, scaled
+from apd_jax.evidence.subject import Setting, Subject, baselines, distance, errors, outputs, scaled
 from apd_jax.problem import Problem
 
 C, N = 4, 256
+UNUSED = components_lib.from_materialized({"w": jnp.zeros((2, 2, 2))})
 
 
 def make_subject(apply_fn, weights, x, mask, **config):
@@ -23,8 +25,6 @@ def make_subject(apply_fn, weights, x, mask, **config):
     components = components_lib.from_materialized(weights)
     params = {name: jnp.sum(P, axis=0) for name, P in weights.items()}
     decomposition = Decomposition(Problem(apply_fn, params, None), components, make_config(num_components=mask.shape[1], **config), [])
-    from apd_jax.evidence.subject import Setting
-
     out = apply_fn(params, x)
     subject = Subject(params, components, x, out, jnp.ones(mask.shape), mask, Setting(decomposition.problem, decomposition.config))
     return subject, Case(subject, decomposition, jax.random.key(0), lambda i: x, 1)
@@ -89,6 +89,25 @@ def test_the_attack_finds_the_worst_corner(linear):
     found = ablate.attack(subject, jax.random.key(1), shared=False)[-1]
     assert (np.asarray(found) <= each * (1 + 1e-4) + 1e-6).all()
     assert np.mean(found) == pytest.approx(each.mean(), rel=0.05)  # a local maximum here and there
+
+
+def test_kl_over_positions_without_padding():
+    """D is a mean over examples and the positions that count; the constant output is the mean distribution. By numpy."""
+    rng = np.random.default_rng(3)
+    logits, other = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)  # 6 examples, 5 positions, 4 classes
+    valid = rng.random((6, 5)) < 0.7
+    problem = Problem(lambda p, x: x, {"w": jnp.ones((2, 2))}, None, valid_fn=lambda x: jnp.asarray(valid))
+    setting = Setting(problem, make_config(minimality_loss="kl"))
+    subject = Subject(problem.params, None, jnp.asarray(logits), jnp.asarray(logits), None, None, setting)
+    p, q = (np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (logits, other))
+    kl = np.sum(p * np.log(p / q), axis=-1)
+    assert np.mean(distance(subject, jnp.asarray(other))) == pytest.approx(kl[valid].mean(), rel=1e-5)
+    mean = p[valid].mean(axis=0)
+    expected = np.sum(p * np.log(p / mean), axis=-1)[valid].mean()
+    constant = baselines(dataclasses.replace(subject, components=UNUSED, mask=jnp.zeros((6, 2), bool)))[0]
+    assert float(constant) == pytest.approx(expected, rel=1e-4)
+    spoilt = np.where(valid[:, :, None], other, 100 * other)  # what stands at padding does not matter
+    np.testing.assert_allclose(distance(subject, jnp.asarray(spoilt)), distance(subject, jnp.asarray(other)), rtol=1e-6)
 
 
 def network(params, x):

@@ -230,16 +230,17 @@ def provenance(case: Case) -> Check:
     """Check 18: is it known where these numbers come from?"""
     given = {name: case.provenance[name] for name in ("workdir", "command", "step", "seed", "device")}
     missing = [name for name, value in given.items() if value in ("", None)]
+    values = {name: given[name] for name in ("step", "seed") if name not in missing}
+    where = f"Step {given['step']} of {given['workdir'] or 'a decomposition in memory'}, seed {given['seed']}, on {given['device']}"
     return Check(
         18,
         "provenance",
         "Provenance",
-        passed=not missing,
+        passed=None if missing else True,
         bar="run, command, step, seed and device are known",
-        values={"step": case.provenance["step"], "seed": case.provenance["seed"]} if not missing else {},
-        text=f"Step {given['step']} of {given['workdir']}, seed {given['seed']}, on {given['device']}, by `{given['command']}`."
-        if not missing
-        else f"Not known: {', '.join(missing)}.",
+        values=values,
+        text=f"{where}, by `{given['command']}`.",
+        why=f"not known: {', '.join(missing)}" if missing else "",
     )
 
 

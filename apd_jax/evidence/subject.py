@@ -115,11 +115,13 @@ def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
     constant: the best constant output's; with mse the output's variance, with kl how much it tells of the input, in nats.
     none: with the decomposed weights at zero. Less than the other where much of the output bypasses them (a residual stream).
     """
-    rows = subject.target_out.reshape(-1, subject.target_out.shape[-1])
+    out, valid_fn = subject.target_out, subject.setting.problem.valid_fn
     kl = subject.setting.config.minimality_loss == "kl"
-    constant = jnp.log(jnp.mean(jax.nn.softmax(rows), axis=0) + 1e-30) if kl else jnp.mean(rows, axis=0)
+    weight = jnp.ones(out.shape[:-1]) if valid_fn is None else valid_fn(subject.x).astype(out.dtype)
+    mean = jnp.average((jax.nn.softmax(out) if kl else out).reshape(-1, out.shape[-1]), axis=0, weights=weight.reshape(-1))
+    constant = jnp.log(mean + 1e-30) if kl else mean
     none = errors(subject, jnp.zeros(subject.mask.shape))
-    return jnp.mean(distance(subject, jnp.broadcast_to(constant, subject.target_out.shape))), jnp.mean(none)
+    return jnp.mean(distance(subject, jnp.broadcast_to(constant, out.shape))), jnp.mean(none)
 
 
 def fresh(rng: PRNGKeyArray, components: Components, params: PyTree, init_scale: float) -> Components:
