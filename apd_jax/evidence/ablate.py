@@ -26,6 +26,7 @@ LADDER = (20, 40, 80)  # steps of the ascent
 PLATEAU = 0.1  # what the last doubling of steps may add, as a part of the error
 CURVE_POINTS = 21
 BOUNDED_EXAMPLES = 32
+TELLING = 10.0  # times the scale: a wider bound is given as a number only
 
 _BAR = f"≤ {ERROR_BAR:.0%} of the {{unit}}*"
 
@@ -132,7 +133,12 @@ def worst(case: Case) -> Check:
         bound = case.relative(jnp.mean(bounds.error_bound(subject, count)))
         attacked = case.relative(jnp.mean(found_each[-1, :count]))
         values |= {"bound": bound, "per_example_where_bounded": attacked}
-        text += f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; the ascent finds {attacked:.2%} there)."
+        if bound <= TELLING:
+            text += (
+                f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; the ascent finds {attacked:.2%} there)."
+            )
+        else:
+            text += f" The interval bound, {bound:.2g} times the {case.unit}, is too wide to tell anything."
     except bounds.UnboundedError as error:
         text += f" An interval bound was left out: {error}."
     lines = {"shared over the batch": shared, "per example": each}
