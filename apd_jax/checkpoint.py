@@ -63,11 +63,12 @@ def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> tuple[int, P
     return found
 
 
-def read(folder: epath.PathLike, like: PyTree = None) -> tuple[dict[int, int], int, Any]:
+def read(folder: epath.PathLike, like: PyTree = None, *, until: int | None = None) -> tuple[dict[int, int], int, Any]:
     """What a checkpoint folder holds: {step: bytes on disk}, the newest readable step, its state. Changes nothing: a run may be writing.
 
     Args:
       like: as in `restore_latest`; None gives nested dicts of arrays, without knowing the network.
+      until: checkpoints of later steps are passed over.
 
     Raises:
       InputError: no such folder, no checkpoint in it, or none that can be read.
@@ -76,7 +77,7 @@ def read(folder: epath.PathLike, like: PyTree = None) -> tuple[dict[int, int], i
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
     with contextlib.closing(_manager(folder, read_only=True)) as manager:
-        found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)))
+        found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)), until)
         if found is None:
             raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
         sizes = {step: _bytes(folder / str(step)) for step in manager.all_steps()}
@@ -87,8 +88,8 @@ def _abstract(like: PyTree) -> PyTree:
     return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
 
 
-def _newest_readable(manager: ocp.CheckpointManager, args: Any) -> tuple[int, Any] | None:
-    steps = sorted(manager.all_steps(), reverse=True)
+def _newest_readable(manager: ocp.CheckpointManager, args: Any, until: int | None = None) -> tuple[int, Any] | None:
+    steps = sorted([step for step in manager.all_steps() if until is None or step <= until], reverse=True)
     for step in steps:
         try:
             with _abandoned_reads_unheard():

@@ -67,6 +67,12 @@ class Decomposition:
 
         storage.save(self, path)
 
+    def evidence(self, **options: Any) -> Any:
+        """What can be said for these components, and what not: see `apd_jax.evidence.evidence` for the options."""
+        from apd_jax.evidence import evidence
+
+        return evidence(self, **options)
+
     @staticmethod
     def load(path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any) -> Decomposition:
         """The decomposition that `save` wrote: see `apd_jax.storage.load` for the arguments."""

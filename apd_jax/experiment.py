@@ -6,11 +6,13 @@ evaluation.npz and figures/. Every stage takes up what it finds there.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import resource
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
@@ -22,6 +24,7 @@ from apd_jax import config as config_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
+from apd_jax.errors import InputError
 from apd_jax.progress import ProgressDisplay, read_rows
 from apd_jax.report import figures, tables
 from apd_jax.targets import pretrain, weights
@@ -44,16 +47,48 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     parallel.from_primary(lambda: _report(config, folder, params, components, config.apd.num_steps, console))
 
 
-def evaluate(workdir: epath.PathLike, console: Console) -> None:
-    """Evaluation and figures of a run that has a checkpoint, from its saved config."""
+@dataclasses.dataclass(frozen=True)
+class Restored:
+    """A run as its workdir holds it."""
+
+    config: Config
+    target: Target  # with batches of the decomposition's size
+    params: PyTree
+    step: int
+    components: Components  # with a leading axis of instances if there are several
+
+
+def restore(workdir: epath.PathLike) -> Restored:
+    """The run of a workdir at its newest readable checkpoint, from its saved config.
+
+    Raises:
+      InputError: not a workdir, or without a readable checkpoint.
+    """
     folder = epath.Path(workdir)
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
     step, components = train.restore_components(target.problem(params), config.apd, folder)
-    if step < config.apd.num_steps:
-        console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
-    _report(config, folder, params, components, step, console)
+    return Restored(config, target, params, step, jax.tree.map(jnp.asarray, components))
+
+
+def earlier_components(run: Restored, workdir: epath.PathLike) -> dict[int, Components]:
+    """{step: components} of the checkpoints before the newest, as far as they can be read."""
+    found, until = {}, run.step - 1
+    while True:
+        try:
+            step, components = train.restore_components(run.target.problem(run.params), run.config.apd, workdir, until=until)
+        except InputError:  # there is none, or none that can be read
+            return found
+        found[step], until = jax.tree.map(jnp.asarray, components), step - 1
+
+
+def evaluate(workdir: epath.PathLike, console: Console) -> None:
+    """Evaluation and figures of a run that has a checkpoint, from its saved config."""
+    run = restore(workdir)
+    if run.step < run.config.apd.num_steps:
+        console.print(f"This run is at step {run.step} of {run.config.apd.num_steps}; what follows describes that step.")
+    _report(run.config, epath.Path(workdir), run.params, run.components, run.step, console)
 
 
 def inspect(workdir: epath.PathLike, console: Console) -> None:
@@ -63,7 +98,7 @@ def inspect(workdir: epath.PathLike, console: Console) -> None:
     steps, step, state = checkpoint.read(folder / "checkpoints")
     console.print(f"{folder / 'checkpoints'}: steps " + ", ".join(f"{step} ({size / 2**20:.1f} MiB)" for step, size in steps.items()))
     console.print(tables.tree_table(state, title=f"State at step {step}"))
-    for i, raw in enumerate(_instances(state["components"]["tree"], config)):
+    for i, raw in enumerate(instances(state["components"]["tree"], config)):
         one = components_lib.from_raw(raw)
         saved = _arrays_path(folder, i)
         arrays = np.load(io.BytesIO(saved.read_bytes())) if saved.exists() else {}  # numpy opens local paths only
@@ -115,14 +150,14 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
         "minutes_decomposition": minutes,
         "peak_rss_gib": max(_peak_rss_gib(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
     }
-    instances = _instances(components, config)
+    found = instances(components, config)
     results = []
-    for i, one in enumerate(instances):
+    for i, one in enumerate(found):
         evaluation = evaluation_lib.evaluate(target, params, one, config)
         results.append(evaluation.metrics)
         with _arrays_path(folder, i).open("wb") as file:
             np.savez_compressed(file, **evaluation.arrays)
-        name = "figures" if len(instances) == 1 else f"figures/instance_{i}"
+        name = "figures" if len(found) == 1 else f"figures/instance_{i}"
         rows = [{key: value[i] if isinstance(value, list) else value for key, value in row.items()} for row in history]
         figures.save_all(folder / name, evaluation, rows, config)
         console.print(
@@ -130,7 +165,7 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
                 evaluation.metrics,
                 minutes,
                 labels=evaluation.labels,
-                title=f"{folder.name}" + (f", instance {i}" if len(instances) > 1 else ""),
+                title=f"{folder.name}" + (f", instance {i}" if len(found) > 1 else ""),
             )
         )
     mean = {key: float(np.mean([result[key] for result in results])) for key in results[0]} if len(results) > 1 else results[0]
@@ -149,7 +184,7 @@ def _arrays_path(folder: epath.Path, instance: int) -> epath.Path:
     return folder / ("evaluation.npz" if instance == 0 else f"evaluation_{instance}.npz")
 
 
-def _instances(tree: PyTree, config: Config) -> list[PyTree]:
+def instances(tree: PyTree, config: Config) -> list[PyTree]:
     """Without an axis of instances: one, or as many as were trained side by side."""
     count = config.apd.num_instances
     return [tree] if count == 1 else [jax.tree.map(lambda a, i=i: a[i], tree) for i in range(count)]

@@ -8,15 +8,14 @@ python -m apd_jax.main --mode=inspect --workdir=runs/tms
 
 from __future__ import annotations
 
-import re
 import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
-from rich.console import Console
 
 from apd_jax import experiment, parallel
+from apd_jax.cli import make_console, refuse, sentence
 from apd_jax.errors import InputError, Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
@@ -28,21 +27,21 @@ def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax tells every file it writes; our own warnings have a logger of their own
     try:
         parallel.initialize()
-        console = Console(width=None if sys.stdout.isatty() else 140, quiet=not parallel.is_primary())
+        console = make_console()
         if len(argv) > 1:
-            _refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
+            refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:
-            _refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
+            refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
         if _MODE.value == "evaluate":
             parallel.from_primary(lambda: experiment.evaluate(_WORKDIR.value, console))
         elif _MODE.value == "inspect":
             parallel.from_primary(lambda: experiment.inspect(_WORKDIR.value, console))
         elif _CONFIG.value is None:
-            _refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py.")
+            refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py.")
         else:
             experiment.run(_CONFIG.value, _WORKDIR.value, console)
     except InputError as error:
-        _refuse(str(error))
+        refuse(str(error))
     except Interrupted as stop:
         if parallel.is_primary():
             print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
@@ -60,24 +59,8 @@ def _parse(argv: Sequence[str]) -> list[str]:
             _ = _CONFIG.value.apd  # a file that could not be loaded only says so now
         return rest
     except Exception as error:
-        _refuse(_sentence(error))
+        refuse(sentence(error))
         raise
-
-
-def _sentence(error: Exception) -> str:
-    """The last line of an error is its cause; ml_collections puts a traceback before it, and quotes unknown fields its own way."""
-    text = str(error.args[0] if error.args else error)
-    if isinstance(error, KeyError | AttributeError):
-        field, near = re.search(r"\w+", text), re.search(r"Did you mean \\?[\"'](\w+)", text)
-        return f"the config has no field {field[0] if field else text!r}." + (f" Did you mean {near[1]!r}?" if near else "")
-    cause = [line.strip() for line in text.splitlines() if line.strip()][-1] if text.strip() else repr(error)
-    return cause.split("InputError: ")[-1]
-
-
-def _refuse(sentence: str) -> None:
-    if parallel.is_primary():  # the others have the same to say
-        print(f"apd_jax: {sentence}", file=sys.stderr)
-    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -150,14 +150,14 @@ def _train(
     return state
 
 
-def restore_components(problem: Problem, config: Config, workdir: epath.PathLike) -> tuple[int, Components]:
-    """The components of the newest readable checkpoint in `workdir`, with its step.
+def restore_components(problem: Problem, config: Config, workdir: epath.PathLike, *, until: int | None = None) -> tuple[int, Components]:
+    """The components of the newest readable checkpoint in `workdir` (up to step `until`), with its step.
 
     Raises:
       InputError: there is none.
     """
     like = jax.eval_shape(lambda: _build(problem, config, *jax.random.split(jax.random.key(config.seed)))[0])
-    _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like)
+    _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like, until=until)
     return step, _finished(state.components, config)
 
 

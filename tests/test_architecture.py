@@ -28,7 +28,7 @@ def imports(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("module", METHOD)
 def test_the_method_knows_no_target_no_config_file_and_no_plot(module):
-    outside = ("targets", "evaluation", "report", "experiment", "main", "train", "decomposition", "checkpoint", "progress")
+    outside = ("targets", "evaluation", "evidence", "report", "experiment", "main", "train", "decomposition", "checkpoint", "progress")
     found = imports(SOURCES[f"apd_jax/{module}.py"])
     for name in found:
         assert not any(name == f"apd_jax.{room}" or name.startswith(f"apd_jax.{room}.") for room in outside), name
@@ -42,7 +42,7 @@ def test_arrows_point_downward():
         "apd_jax/train.py": ("apd_jax.targets", "apd_jax.evaluation", "apd_jax.report", *drivers),
         "apd_jax/decomposition.py": ("apd_jax.targets", "apd_jax.evaluation", "apd_jax.report", *drivers),
         "apd_jax/targets/": ("apd_jax.evaluation", "apd_jax.report", "apd_jax.train", "apd_jax.step", *drivers),
-        "apd_jax/evaluation/": ("apd_jax.report", "apd_jax.train", *drivers),
+        "apd_jax/evaluation/": ("apd_jax.report", "apd_jax.train", "apd_jax.evidence", *drivers),
         "apd_jax/report/": drivers,
         "apd_jax/": ("configs",),
         "configs/": ("apd_jax.train", "apd_jax.report", "apd_jax.evaluation", *drivers),

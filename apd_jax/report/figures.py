@@ -36,6 +36,11 @@ def save_all(
     figures |= {name: panel(one) for name, one in evaluation.panels.items()}
     if history:
         figures["losses"] = losses(history)
+    return save(folder, figures)
+
+
+def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> list[epath.Path]:
+    """Writes figures as PNG files by their names."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.png" for name in figures}

@@ -1,0 +1,149 @@
+"""Evidence for a decomposition: nineteen checks, each with its bar, its budget and a reason where it cannot be computed.
+
+What a passed card says: these components are needed for this behaviour on this distribution, under ablations up to this budget.
+"""
+
+from __future__ import annotations
+
+import datetime
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from apd_jax import data
+from apd_jax import evaluation as evaluation_lib
+from apd_jax.components import Components
+from apd_jax.decomposition import Decomposition
+from apd_jax.errors import InputError
+from apd_jax.evaluation.general import STREAM
+from apd_jax.evidence import ablate, audit, controls, fit, length, retrain, truth
+from apd_jax.evidence.card import Evidence
+from apd_jax.evidence.check import Case, Check
+from apd_jax.evidence.subject import Setting, make
+from apd_jax.targets.base import Target
+
+CHECKS = (
+    *(fit.faithfulness, length.minimality, fit.sparse, ablate.partial, ablate.worst, ablate.monotone, truth.scrubbing),
+    *(audit.fidelity, audit.tempered, truth.geometry_of, fit.shrinkage, fit.alive_components),
+    *(retrain.capacity, retrain.seeds, retrain.data, controls.controls, fit.convergence, fit.provenance, length.description_length),
+)
+EVALUATION_BATCHES = 20
+
+
+def evidence(
+    decomposition: Decomposition,
+    *,
+    target: Target | None = None,
+    x: PyTree = None,
+    num_examples: int | None = None,
+    bits_per_rank: float = 1.0,
+    full: bool = False,
+    seeds: Sequence[Components] = (),
+    other: Components | None = None,
+    earlier: Mapping[int, Components] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+    checks: Sequence[int] | None = None,
+    console: Console | None = None,
+) -> Evidence:
+    """Fills the checks 1 to 19 for one decomposition; what cannot be computed for it says why.
+
+    Args:
+      decomposition: of one instance. Errors are measured as its `minimality_loss` says, in units of `Case.scale`.
+      target: what is known of the network, for scrubbing, geometry and fresh weights; None for a network of your own.
+      x: the examples to judge on; None draws `num_examples` from the sampler with a key that training never uses.
+      num_examples: None takes as many as a training batch has, over which its mask was chosen, too.
+      bits_per_rank: α of the description length, in bits per rank per leaf.
+      full: also train again: more components (13), ten seeds (14), other data (15), a random network (16). Takes about twenty times
+        the original run.
+      seeds: other seeds' decompositions of the same target by the same settings, if there are any.
+      other: another run of the same target, matched with this one.
+      earlier: {step: components} of other checkpoints of this run.
+      provenance: workdir, command, step of the run.
+      checks: the numbers of those to run; None runs all.
+      console: where a progress display goes.
+    Raises:
+      InputError: several instances; no data; examples that are none.
+    Cost: without `full` some 400 sparse passes over the examples, a third of them with gradients.
+    """
+    config, problem = decomposition.config, decomposition.problem
+    if config.num_instances != 1:
+        raise InputError(f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i).")
+    count = int(config.batch_size if num_examples is None else num_examples)
+    if count < 2:
+        raise InputError(f"num_examples must be at least 2; got {count}.")
+    key = jax.random.fold_in(jax.random.key(config.seed), STREAM + 2)
+    draw, num_batches = _held_out(decomposition, x, key, count)
+    setting = Setting(problem, config)
+    about = {"workdir": "", "command": "decomposition.evidence()", "step": config.num_steps, "seed": config.seed, **(provenance or {})}
+    about |= {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count(), "jax": jax.__version__}
+    about |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    case = Case(
+        subject=make(setting, problem.params, decomposition.components, draw(0)),
+        decomposition=decomposition,
+        key=jax.random.fold_in(key, 1),
+        draw=draw,
+        num_batches=num_batches,
+        target=target,
+        evaluation=_evaluation(decomposition, target),
+        seeds=seeds,
+        other=other,
+        earlier=earlier or {},
+        provenance=about,
+        bits_per_rank=bits_per_rank,
+        full=full,
+    )
+    return Evidence(about, _asked(case, console, checks))
+
+
+def _asked(case: Case, console: Console | None, numbers: Sequence[int] | None) -> list[Check]:
+    """The checks of these numbers, with a progress display."""
+    chosen = [ask for number, ask in enumerate(CHECKS, start=1) if numbers is None or number in numbers]
+    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    found = []
+    with Progress(*columns, console=console, disable=console is None or not console.is_terminal, transient=True) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for ask in chosen:
+            progress.update(task, description=ask.__name__.replace("_", " "))
+            found.append(ask(case))
+            progress.advance(task)
+    return found
+
+
+def _held_out(decomposition: Decomposition, x: PyTree, key: jax.Array, num_examples: int):
+    """i -> batch i of num_examples, and how many there are."""
+    source = decomposition.problem.sample_fn
+    if x is not None:
+        return (lambda i: x), 1
+    if source is None:
+        raise InputError("this decomposition has no data (it was loaded without sample_fn); give examples as x.")
+    if isinstance(source, data.Batches):
+        return (lambda i: jax.tree.map(lambda a: jnp.asarray(a[:num_examples]), source.first)), 1
+    draw = jax.jit(source)
+
+    @functools.cache
+    def batch(i: int) -> PyTree:
+        size = jax.tree.leaves(data.shapes(source))[0].shape[0]
+        per = -(-num_examples // size)
+        drawn = [draw(key, jnp.asarray(i * per + j, jnp.int32)) for j in range(per)]
+        return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:num_examples], *drawn)
+
+    return batch, EVALUATION_BATCHES
+
+
+def _evaluation(decomposition: Decomposition, target: Target | None):
+    """The target's own metrics, on a few batches."""
+    if target is None:
+        return None
+    config = ConfigDict({"evaluation": {"num_batches": EVALUATION_BATCHES, "seed": decomposition.config.seed}})
+    config.apd = decomposition.config
+    return evaluation_lib.evaluate(target, decomposition.problem.params, decomposition.components, config)
+
+
+__all__ = ["CHECKS", "Case", "Check", "Evidence", "evidence"]

@@ -1,0 +1,60 @@
+"""Command line: the evidence of a run, from its workdir.
+
+python -m apd_jax.evidence --workdir=runs/tms             checks 1 to 19 from the newest checkpoint: evidence.json, evidence.md, figures
+python -m apd_jax.evidence --workdir=runs/tms --full      also those that need further runs (about twenty times the time of the run)
+python -m apd_jax.evidence --workdir=runs/a --other=runs/b     also how far two runs of one target agree
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags, logging
+
+from apd_jax import cli
+from apd_jax.errors import InputError
+from apd_jax.evidence import workdir
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run with a checkpoint.")
+_FULL = flags.DEFINE_bool("full", False, "Also train again, for checks 13 to 16.")
+_OTHER = flags.DEFINE_string("other", None, "Workdir of another run of the same target: how far do the two agree?")
+_INSTANCE = flags.DEFINE_integer("instance", None, "Which of several instances; by default all.")
+_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "Held-out examples to judge on; by default as many as a training batch has.")
+_BITS_PER_RANK = flags.DEFINE_float("bits_per_rank", 1.0, "Description length: bits per rank per leaf of an active component.")
+
+
+def main(argv: Sequence[str]) -> None:
+    logging.set_verbosity(logging.ERROR)  # orbax tells every file it reads
+    try:
+        if len(argv) > 1:
+            cli.refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
+        if not _WORKDIR.value:
+            cli.refuse("--workdir is missing; give the folder of a run, e.g. --workdir=runs/tms.")
+        workdir.write(
+            _WORKDIR.value,
+            cli.make_console(),
+            full=_FULL.value,
+            other=_OTHER.value,
+            instance=_INSTANCE.value,
+            num_examples=_NUM_EXAMPLES.value,
+            bits_per_rank=_BITS_PER_RANK.value,
+        )
+    except InputError as error:
+        cli.refuse(str(error))
+    except KeyboardInterrupt:
+        print("Stopped; nothing was written.", file=sys.stderr)
+        sys.exit(130)
+
+
+def parse(argv: Sequence[str]) -> list[str]:
+    """absl's parser; a mistake ends in a sentence."""
+    try:
+        return flags.FLAGS(argv)
+    except flags.Error as error:
+        cli.refuse(cli.sentence(error))
+        raise
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

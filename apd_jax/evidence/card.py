@@ -1,0 +1,99 @@
+"""What a reader sees of an evidence: the verdict, a table for the terminal, a card in Markdown, the files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from rich.table import Table
+
+from apd_jax.evidence.check import Check
+from apd_jax.report import figures
+
+_MARKS = {True: "met", False: "NOT MET", None: "–"}
+_NEEDED = (1, 3, 4, 5, 6, 16)  # the checks that the claim rests on
+
+
+@dataclasses.dataclass(frozen=True)
+class Evidence:
+    """The checks of one decomposition, in order, with what they rest on."""
+
+    provenance: Mapping[str, Any]
+    checks: Sequence[Check]
+
+    def __getitem__(self, name: str) -> Check:
+        return next(check for check in self.checks if check.name == name)
+
+    @property
+    def verdict(self) -> str:
+        """What the checks together allow to be said; nothing about mechanisms."""
+        missed = [check for check in self.checks if check.passed is False]
+        met = sum(check.passed is True for check in self.checks)
+        asked = {check.number: check for check in self.checks}
+        if all(number in asked and asked[number].passed for number in _NEEDED):
+            claim = "These components are needed for this behaviour on this distribution, under ablations up to this budget "
+            claim += f"({asked[5].budget})"
+        else:
+            claim = "It is not shown that these components are needed for this behaviour on this distribution"
+        names = f"; not met: {', '.join(f'{c.title.lower()} ({c.number})' for c in missed)}" if missed else ""
+        loud = f" {asked[16].text.split(';')[0]}." if 16 in asked and asked[16].passed is False else ""
+        return f"{claim}: {met} of {met + len(missed)} bars are met{names}.{loud}"
+
+    def to_json(self) -> dict[str, Any]:
+        return {"provenance": dict(self.provenance), "verdict": self.verdict, "checks": [check.to_json() for check in self.checks]}
+
+    def table(self, title: str = "Evidence") -> Table:
+        """One row per check."""
+        table = Table(title=title, caption=self.verdict, caption_justify="left", show_lines=True)
+        for name in ("", "check", "", "what was found"):
+            table.add_column(name)
+        for c in self.checks:
+            style = {True: "green", False: "bold red", None: "dim"}[c.passed]
+            table.add_row(str(c.number), c.title, f"[{style}]{_MARKS[c.passed]}[/]", "\n".join(filter(None, (c.text, _why(c)))))
+        return table
+
+    def markdown(self, title: str = "Evidence") -> str:
+        """The card: the same table with bars and budgets."""
+        p = self.provenance
+        lines = [f"# {title}", "", self.verdict, ""]
+        lines += [
+            f"Run `{p['workdir']}`, step {p['step']}, seed {p['seed']}; {p['num_devices']} × {p['device']}, JAX {p['jax']}, {p['date']}."
+        ]
+        lines += [f"Command: `{p['command']}`. Bars with a * are ours.", ""]
+        lines += ["| # | check | | bar | what was found | budget |", "|---|---|---|---|---|---|"]
+        for c in self.checks:
+            cells = (str(c.number), c.title, _MARKS[c.passed], c.bar, " ".join(filter(None, (c.text, _why(c)))), c.budget)
+            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        return "\n".join(lines) + "\n"
+
+
+def _why(check: Check) -> str:
+    return f"({check.why[0].upper()}{check.why[1:]}.)" if check.why else ""
+
+
+def save(found: Sequence[Evidence], workdir: epath.PathLike, numbers: Sequence[int], *, several: bool) -> list[epath.Path]:
+    """Writes evidence.json and evidence.md, and evidence.npz and figures/evidence_*.png of each instance.
+
+    Args:
+      found: of each instance. evidence.json describes the first; where the run has several, all stand in its `instances`.
+      numbers: which instances of the run these are. Instance i has evidence_i.npz, but the first evidence.npz, like evaluation.npz.
+      several: whether the run has several.
+    Returns: the paths of evidence.json and evidence.md.
+    """
+    folder = epath.Path(workdir)
+    content = found[0].to_json() | ({"instances": [e.to_json() for e in found]} if several else {})
+    (folder / "evidence.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
+    titles = [f"Evidence: {folder.name}" + (f", instance {i}" if several else "") for i in numbers]
+    (folder / "evidence.md").write_text("\n".join(e.markdown(title) for e, title in zip(found, titles, strict=True)))
+    for evidence, i in zip(found, numbers, strict=True):
+        arrays = {name: array for check in evidence.checks for name, array in check.arrays.items()}
+        with (folder / ("evidence.npz" if i == 0 else f"evidence_{i}.npz")).open("wb") as file:
+            np.savez_compressed(file, **arrays)
+        panels = {f"evidence_{name}": panel for check in evidence.checks for name, panel in check.panels.items()}
+        drawn = {name: figures.panel(panel) for name, panel in panels.items()}
+        figures.save(folder / (f"figures/instance_{i}" if several else "figures"), drawn)
+    return [folder / "evidence.json", folder / "evidence.md"]

@@ -1,0 +1,67 @@
+"""Do the bars tell anything? An untrained decomposition and a random network must fail them (16)."""
+
+from __future__ import annotations
+
+import jax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from apd_jax import components as components_lib
+from apd_jax.evidence import ablate, fit, retrain
+from apd_jax.evidence.check import Case, Check
+from apd_jax.evidence.subject import fresh, make
+
+ASKED = (fit.faithfulness, fit.sparse, ablate.partial, ablate.monotone)
+
+
+def random_params(case: Case, key: PRNGKeyArray) -> PyTree:
+    """Another network: the target's initialisation drawn afresh if it has one, else the decomposed weights with their entries shuffled."""
+    if case.target is not None and case.target.loss_fn is not None:
+        return jax.jit(case.target.init_fn)(key)
+    leaves = components_lib.decomposed_leaves(case.subject.components, case.subject.params)
+    return components_lib.replace_leaves(
+        case.subject.params,
+        {
+            name: jax.random.permutation(jax.random.fold_in(key, i), leaf.reshape(-1)).reshape(leaf.shape)
+            for i, (name, leaf) in enumerate(leaves.items())
+        },
+    )
+
+
+def controls(case: Case) -> Check:
+    """Check 16: freshly initialised components, and a freshly drawn network against these components, judged by checks 1, 3, 4 and 6.
+
+    Each must fail 1 and 3. With `full` a decomposition of that network is trained too, by the same settings; it must fail at least one.
+    """
+    s, key = case.subject, jax.random.fold_in(case.key, 16)
+    untrained = fresh(key, s.components, s.params, s.setting.config.init_scale)
+    other = random_params(case, jax.random.fold_in(key, 1))
+    judged = {
+        "untrained": make(s.setting, s.params, untrained, s.x),
+        "random_network": make(s.setting, other, s.components, s.x),
+    }
+    if case.full:
+        judged["trained_on_random_network"] = make(s.setting, other, retrain.again(case, params=other)[0], s.x)
+    values, fooled = {}, []
+    for name, subject in judged.items():
+        checks = [ask(fit.replaced(case, subject)) for ask in ASKED]
+        failed = {check.number for check in checks if check.passed is False}
+        values |= {f"{name}_bars_failed": len(failed), f"{name}_sparse_error": checks[1].values["trained"]}
+        if not failed or (name != "trained_on_random_network" and not {1, 3} <= failed):
+            fooled.append(name.replace("_", " "))
+    counted = ", ".join(f"{name.replace('_', ' ')} {values[f'{name}_bars_failed']} of {len(ASKED)}" for name in judged)
+    text = f"Bars failed, as they should be: {counted}."
+    if fooled:
+        text = (
+            f"WARNING: the control {' and the control '.join(fooled)} passes bars that it must fail; these bars tell nothing here. {text}"
+        )
+    return Check(
+        16,
+        "controls",
+        "Controls",
+        passed=not fooled,
+        bar="untrained components and a random network fail 1 and 3",
+        values=values,
+        text=text,
+        why="" if case.full else "a decomposition trained on a random network is left to --full",
+        budget=case.examples,
+    )

@@ -1,0 +1,249 @@
+"""Do the components stand for the network? Their sum (1), the active ones (3), their size (11), which live (12), training (17).
+
+Shapes: n examples, C components.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from apd_jax import components as components_lib
+from apd_jax import step as step_lib
+from apd_jax.evaluation.general import ALIVE_NORM
+from apd_jax.evidence import ablate
+from apd_jax.evidence import length as length_lib
+from apd_jax.evidence.check import ERROR_BAR, Case, Check
+from apd_jax.evidence.subject import Subject, distance, errors, make, norms, outputs
+from apd_jax.targets.base import Panel
+
+PARAMETER_BAR = 1e-3
+UNMASKED_BAR = 0.01
+SIZE_BAR = 0.01  # norm ratio and gain lie within 1 ± this
+THRESHOLD = 0.1  # of the largest attribution in the batch
+SHARP = 10.0  # the least active alive component fires this many times as often as the most active dead one
+FIRING_BATCHES = 10
+WINDOW = 0.1  # of the logged rows
+MIN_ROWS = 5  # of a window
+LEVEL = 0.1  # what a loss may still change from one window to the next
+STANDARD_ERRORS = 3.0
+
+
+def relative_parameter_error(subject: Subject) -> Float[Array, ""]:
+    """Σ_l ‖θ*_l - Σ_c P_{c,l}‖² / Σ_l ‖θ*_l‖² over the decomposed leaves."""
+    leaves = components_lib.decomposed_leaves(subject.components, subject.params)
+    missing = sum(jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2) for name, f in subject.components.factors.items())
+    return jnp.asarray(missing) / sum(jnp.sum(leaf**2) for leaf in leaves.values())
+
+
+@jax.jit
+def _unmasked_error(subject: Subject) -> Float[Array, ""]:
+    summed = components_lib.total(subject.components, subject.params)
+    return jnp.mean(distance(subject, step_lib.split_result(subject.setting.problem.apply_fn(summed, subject.x))[0]))
+
+
+def faithfulness(case: Case) -> Check:
+    """Check 1: do the components sum to the network?"""
+    parameters, unmasked = float(relative_parameter_error(case.subject)), case.relative(_unmasked_error(case.subject))
+    return Check(
+        1,
+        "parameter_faithfulness",
+        "Parameter faithfulness",
+        passed=parameters <= PARAMETER_BAR and unmasked <= UNMASKED_BAR,
+        bar=f"parameters ≤ {PARAMETER_BAR:g}*, all components on ≤ {UNMASKED_BAR:.0%} of the {case.unit}*",
+        values={"relative_parameter_error": parameters, "unmasked_error": unmasked},
+        text=f"The components' sum misses {parameters:.2g} of the squared norm of the weights; with all of them on the output is off by "
+        f"{unmasked:.2g} of the {case.unit}.",
+        budget=case.examples,
+    )
+
+
+def sparse(case: Case) -> Check:
+    """Check 3: the error with the active components only, at the trained k and at choices that were not trained on."""
+    s = case.subject
+    setting, k, C = s.setting, s.setting.config.topk, s.num_components
+    choosable = C - setting.config.num_always_on
+    masks = {
+        "trained": s.mask,
+        "top1": setting.mask(s.attributions, s.x, kind="topk", k=1),
+        "threshold": s.attributions >= THRESHOLD * jnp.max(s.attributions),
+        "half_k": setting.mask(s.attributions, s.x, k=k / 2),
+        "double_k": setting.mask(s.attributions, s.x, k=min(2 * k, choosable)),
+        "all": jnp.ones_like(s.mask),
+        "none": setting.mask(s.attributions, s.x, k=0.0),
+    }
+    values = {name: case.relative(jnp.mean(errors(s, mask))) for name, mask in masks.items()}
+    return Check(
+        3,
+        "sparse_reconstruction",
+        "Sparse reconstruction",
+        passed=values["trained"] <= ERROR_BAR,
+        bar=f"≤ {ERROR_BAR:.0%} of the {case.unit}* at the trained k; the others are reported",
+        values=values | {"threshold_active": float(jnp.sum(masks["threshold"])) / (s.mask.size / C), "topk": k},
+        text=f"With the components kept as in training (k = {k:g}) the error is {values['trained']:.2%} of the {case.unit}; at k/2 "
+        f"{values['half_k']:.2%}, at 2k {values['double_k']:.2%}, with the largest of every example {values['top1']:.2%}, with all above "
+        f"{THRESHOLD:.0%} of the largest attribution {values['threshold']:.2%}, with none {values['none']:.2%}.",
+        budget=case.examples,
+    )
+
+
+def shrinkage(case: Case) -> Check:
+    """Check 11: are components and outputs as large as they should be?
+
+    gain: the factor by which the sparse outputs fit the target's best, Σ out·target / Σ target², after what the network gives without any
+    component is taken from both (of logits also their mean). norm_ratio: ‖Σ_c P_c‖ / ‖θ*‖, or where the features' own weights are known
+    the mean norm ratio of the components that hold them.
+    """
+    s, kl = case.subject, case.decomposition.config.minimality_loss == "kl"
+    none = outputs(s, jnp.zeros(s.mask.shape))
+    out, target = (o - jnp.mean(o, axis=-1, keepdims=True) if kl else o for o in (outputs(s, s.mask) - none, s.target_out - none))
+    gain = float(jnp.sum(out * target) / jnp.maximum(jnp.sum(target**2), 1e-30))
+    metrics = case.evaluation.metrics if case.evaluation else {}
+    if "ml2r_one_to_one" in metrics:
+        ratio, of = float(metrics["ml2r_one_to_one"]), "the component of a feature has on average"
+    else:
+        squares = [sum(float(jnp.sum(leaf**2)) for leaf in leaves.values()) for leaves in _summed_and_target(s)]
+        ratio, of = (squares[0] / squares[1]) ** 0.5, "the components' sum has"
+    return Check(
+        11,
+        "shrinkage",
+        "Shrinkage",
+        passed=abs(gain - 1) <= SIZE_BAR and abs(ratio - 1) <= SIZE_BAR,
+        bar=f"1 ± {SIZE_BAR:g}* both",
+        values={"norm_ratio": ratio, "gain": gain},
+        text=f"{of[0].upper() + of[1:]} {ratio:.3f} of the norm of the target's weights, and the sparse outputs are "
+        f"{gain:.3f} times the target's.",
+        budget=case.examples,
+    )
+
+
+def _summed_and_target(s: Subject):
+    summed = components_lib.total(s.components, s.params)
+    return [components_lib.decomposed_leaves(s.components, params) for params in (summed, s.params)]
+
+
+@jax.jit
+def _fired(subject: Subject) -> Float[Array, " C"]:
+    return jnp.mean(subject.mask & (subject.attributions > 0), axis=range(subject.mask.ndim - 1), dtype=jnp.float32)
+
+
+def alive(subject: Subject, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    """Firing rates [C] on held-out batches, and which components live: kept somewhere, with more than ALIVE_NORM of the largest norm."""
+    rates, s = [_fired(subject)], subject
+    for i in range(1, min(FIRING_BATCHES, case.num_batches)):
+        rates.append(_fired(make(s.setting, s.params, s.components, case.draw(i))))
+    rate, norm = np.mean(jax.device_get(rates), axis=0), np.asarray(norms(s.components))
+    return rate, (rate > 0) & (norm > ALIVE_NORM * norm.max())
+
+
+def alive_components(case: Case) -> Check:
+    """Check 12: how many components are used, and is it clear which?"""
+    rates, living = alive(case.subject, case)
+    batches = min(FIRING_BATCHES, case.num_batches)
+    floor = 1 / (2 * batches * case.subject.mask.shape[0])  # less than once
+    lowest = rates[living].min() if living.any() else floor
+    highest = max(rates[~living].max(), floor) if (~living).any() else float("nan")
+    values = {"alive": int(living.sum()), "components": len(living), "lowest_alive_rate": lowest, "highest_dead_rate": highest}
+    text = f"{living.sum()} of {len(living)} components are alive; they are active on {lowest:.2%} to {rates.max():.2%} of the examples"
+    text += f", the dead on at most {highest:.2%}." if (~living).any() else ", and there is no dead one to tell them from."
+    order = np.argsort(-rates, kind="stable")
+    return Check(
+        12,
+        "alive_components",
+        "Alive components",
+        passed=bool(lowest >= SHARP * highest) if (~living).any() and living.any() else False if not living.any() else None,
+        bar=f"the least used alive component fires ≥ {SHARP:g} times as often as the most used dead one*",
+        values=values,
+        text=text,
+        budget=f"{batches} × {case.examples}; alive: fires, with more than {ALIVE_NORM:.0%} of the largest norm",
+        arrays={"firing_rates": rates, "alive": living},
+        panels={
+            "firing": Panel(
+                title="How often components are active",
+                caption="Share of held-out examples on which each component is active. Good: a sharp edge between used and dead ones.",
+                xlabel="component (ordered by firing rate)",
+                ylabel="share of examples",
+                x=np.arange(len(order)),
+                lines={"all": rates[order], "alive": np.where(living, rates, np.nan)[order]},
+            )
+        },
+    )
+
+
+def convergence(case: Case) -> Check:
+    """Check 17: has training levelled off? Means over windows of the log are compared, never last values.
+
+    Where earlier checkpoints are kept, what checks 2, 3 and 5 measure is reported for each of them.
+    """
+    about = SimpleNamespace(number=17, name="convergence", title="Convergence")
+    rows = case.decomposition.history
+    length = max(int(WINDOW * len(rows)), MIN_ROWS)
+    bar = f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, or within {STANDARD_ERRORS:g} standard errors*"
+    if len(rows) < 2 * length:
+        why = f"the training log has {len(rows)} rows; two windows of {length} are needed"
+        return Check(about.number, about.name, about.title, bar=bar, why=why)
+    values, level = {}, []
+    for name in [n for n in ("faithfulness", "minimality", "simplicity") if n in rows[-1]]:
+        before, last = (np.array([row[name] for row in part], float) for part in (rows[-2 * length : -length], rows[-length:]))
+        error = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / length)
+        values[name] = last.mean()
+        values[f"{name}_change"] = (last.mean() - before.mean()) / max(abs(before.mean()), 1e-30)
+        level.append(bool(abs(last.mean() - before.mean()) <= max(LEVEL * abs(before.mean()), STANDARD_ERRORS * error)))
+    for step, components in case.earlier.items():
+        s = make(case.subject.setting, case.subject.params, components, case.subject.x)
+        values |= {f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()}
+    if case.earlier:
+        values |= {f"{name}_now": value for name, value in _plateau(case).items()}
+    changes = ", ".join(f"{name.removesuffix('_change')} {value:+.1%}" for name, value in values.items() if name.endswith("_change"))
+    return Check(
+        about.number,
+        about.name,
+        about.title,
+        passed=all(level),
+        bar=bar,
+        values=values,
+        text=f"From the last but one window of the log to the last, the mean losses moved: {changes}.",
+        budget=f"windows of {length} of {len(rows)} logged rows",
+    )
+
+
+def _plateau(case: Case) -> dict[str, float]:
+    """The numbers of checks 2, 3 and 5, without their bars."""
+    s = case.subject
+    ks, error, _ = length_lib.curves(case)
+    worst = jnp.mean(ablate.attack(s, case.key, shared=True)[-1])
+    needed = length_lib.smallest_k(ks, error)
+    return {
+        "smallest_k": math.nan if needed is None else needed,
+        "sparse": case.relative(jnp.mean(errors(s, s.mask))),
+        "worst": case.relative(worst),
+    }
+
+
+def provenance(case: Case) -> Check:
+    """Check 18: is it known where these numbers come from?"""
+    given = {name: case.provenance[name] for name in ("workdir", "command", "step", "seed", "device")}
+    missing = [name for name, value in given.items() if value in ("", None)]
+    values = {name: given[name] for name in ("step", "seed") if name not in missing}
+    where = f"Step {given['step']} of {given['workdir'] or 'a decomposition in memory'}, seed {given['seed']}, on {given['device']}"
+    return Check(
+        18,
+        "provenance",
+        "Provenance",
+        passed=None if missing else True,
+        bar="run, command, step, seed and device are known",
+        values=values,
+        text=f"{where}, by `{given['command']}`.",
+        why=f"not known: {', '.join(missing)}" if missing else "",
+    )
+
+
+def replaced(case: Case, subject: Subject) -> Case:
+    """The same case about another subject."""
+    return dataclasses.replace(case, subject=subject)

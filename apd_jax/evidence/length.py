@@ -1,0 +1,131 @@
+"""How many components are needed (2), and how many bits they take to say (19), over a range of k.
+
+Shapes: n examples, C components, K values of k.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from apd_jax import components as components_lib
+from apd_jax.evidence.check import ERROR_BAR, Case, Check
+from apd_jax.evidence.subject import Subject, errors
+from apd_jax.targets.base import Panel
+
+NUM_KS = 25
+TRUE_COUNT_SLACK = 1.05
+
+
+def bits(subject: Subject, mask: Array, bits_per_rank: float) -> Float[Array, ""]:
+    """Description length per datapoint (or position): Σ_active (log₂ C + α Σ_l rank_{c,l}), α = bits_per_rank.
+
+    log₂ C names a component, α·rank pays for its size; effective ranks count. Only components kept with an attribution above 0 are named.
+    """
+    ranks = sum(components_lib.effective_ranks(subject.components).values(), jnp.zeros((), jnp.int32))
+    each = jnp.log2(float(subject.num_components)) + bits_per_rank * ranks
+    active = mask & (subject.attributions > 0)
+    return jnp.mean(jnp.sum(active * each.reshape(*[1] * (mask.ndim - 1), -1), axis=-1))
+
+
+@functools.partial(jax.jit, static_argnames="bits_per_rank")
+def _curves(subject: Subject, ks: Float[Array, " K"], bits_per_rank: float) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    def at(k):
+        mask = subject.setting.mask(subject.attributions, subject.x, k=k)
+        return jnp.mean(errors(subject, mask.astype(jnp.float32))), bits(subject, mask, bits_per_rank)
+
+    return jax.lax.map(at, ks)
+
+
+def _grid(case: Case) -> np.ndarray:
+    """k from an eighth of the trained one to all components, in equal ratios."""
+    config = case.decomposition.config
+    return np.geomspace(config.topk / 8, case.subject.num_components - config.num_always_on, NUM_KS)
+
+
+def curves(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """k, sparse error in units of `Case.scale`, and bits per datapoint."""
+    ks = _grid(case)
+    error, length = _curves(case.subject, jnp.asarray(ks, jnp.float32), case.bits_per_rank)
+    return ks, np.array([case.relative(e) for e in error]), np.asarray(length)
+
+
+def smallest_k(ks: np.ndarray, error: np.ndarray) -> float | None:
+    """The smallest k of the grid from which on the error stays within ERROR_BAR; None if it never does."""
+    above = np.flatnonzero(~(error <= ERROR_BAR))
+    first = above[-1] + 1 if len(above) else 0
+    return float(ks[first]) if first < len(ks) else None
+
+
+def minimality(case: Case) -> Check:
+    """Check 2: the fewest active components per input that keep the sparse error within its bar, against the true count."""
+    ks, error, _ = curves(case)
+    needed, count_fn = smallest_k(ks, error), case.decomposition.problem.num_active_fn
+    values = {} if needed is None else {"smallest_k": needed}
+    bar = "the number of truly active features, where it is known"
+    if needed is None:
+        text = f"At no k is the sparse error within {ERROR_BAR:.0%} of the {case.unit} up to all components."
+    else:
+        text = f"{needed:.3g} active components per input keep the sparse error within {ERROR_BAR:.0%} of the {case.unit}"
+    passed, why = None, ""
+    if count_fn is None:
+        why, passed = "the true count is not known for this target", None if needed is not None else False
+        text += "." if needed is not None else ""
+    else:
+        true = float(jnp.mean(count_fn(case.subject.x)))
+        values["true_count"] = true
+        passed = needed is not None and needed <= TRUE_COUNT_SLACK * true
+        text += f"; {true:.3g} features are active." if needed is not None else f" {true:.3g} features are active."
+        bar = f"≤ {TRUE_COUNT_SLACK:g} × the true count, {true:.3g}*"
+    return Check(2, "minimality", "Minimality", passed, bar, values, text, why, f"{NUM_KS} values of k, {case.examples}")
+
+
+def description_length(case: Case) -> Check:
+    """Check 19: bits per datapoint at the trained k and over k, with the sparse error beside it.
+
+    Suggested k: the smallest from which on the sparse error stays within ERROR_BAR, the rule of check 2.
+    """
+    ks, error, length = curves(case)
+    s, alpha, needed = case.subject, case.bits_per_rank, smallest_k(ks, error)
+    trained = float(bits(s, s.mask, alpha))
+    values = {"bits": trained, "bits_per_rank": alpha, "topk": case.decomposition.config.topk}
+    text = f"At the trained k = {values['topk']:g} a held-out datapoint takes {trained:.3g} bits (log₂ C per active component "
+    text += f"and {alpha:g} per rank)"
+    if needed is not None:
+        values |= {"suggested_k": needed, "bits_at_suggested_k": float(np.interp(needed, ks, length))}
+        text += f"; the error bar suggests k = {needed:.3g}, at {values['bits_at_suggested_k']:.3g} bits."
+    else:
+        text += "; no k keeps the error within its bar."
+    shared = {"xlabel": "k, active components per datapoint", "x": ks}
+    return Check(
+        19,
+        "description_length",
+        "Description length",
+        values=values,
+        text=text,
+        budget=f"{NUM_KS} values of k, {case.examples}, held out: drawn with a key that training never used"
+        if callable(case.decomposition.problem.sample_fn)
+        else f"{NUM_KS} values of k, {case.examples}, as given: whether training saw them is not known",
+        arrays={"length_k": ks, "length_bits": length, "length_error": error},
+        panels={
+            "length_error": Panel(
+                title="Error over k",
+                caption=f"Sparse error against the number of components kept. Good: a steep fall below the bar, {ERROR_BAR}.",
+                ylabel=f"error / {case.unit}",
+                lines={"sparse error": error},
+                **shared,
+            ),
+            "length_bits": Panel(
+                title="Description length over k",
+                caption="Bits that name the active components and their ranks. Good: few at the k that the error asks for; where it levels "
+                "off, further components have no attribution.",
+                ylabel="bits per datapoint",
+                lines={"bits": length},
+                **shared,
+            ),
+        },
+    )

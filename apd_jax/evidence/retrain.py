@@ -1,0 +1,153 @@
+"""What only further runs can tell: more components (13), other seeds (14), other data (15). All but the given ones are left to `full`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from apd_jax import components as components_lib
+from apd_jax import train
+from apd_jax.components import Components
+from apd_jax.evaluation import geometry
+from apd_jax.evidence import fit
+from apd_jax.evidence.check import Case, Check
+from apd_jax.evidence.matching import SAME, agreement
+from apd_jax.evidence.subject import make
+from apd_jax.targets.base import FeatureTarget
+
+CAPACITIES = (2, 4)
+FLAT = 0.1  # what the alive count may change
+NUM_SEEDS = 10
+RECOVERED = 0.95
+SHIFT = 0.8  # factor of floating inputs
+_LEFT = "needs further runs; give --full"
+
+
+def again(case: Case, *, params: PyTree = None, sample_fn: Callable | None = None, **changes: Any) -> list[Components]:
+    """Decompositions by the same settings but for `changes`, trained side by side if `num_instances` says so."""
+    d = case.decomposition
+    config = d.config.copy_and_resolve_references()
+    config.update(changes)
+    problem = dataclasses.replace(
+        d.problem, params=d.problem.params if params is None else params, sample_fn=sample_fn or d.problem.sample_fn
+    )
+    components = jax.tree.map(jnp.asarray, train.fit(problem, config)[0])
+    count = config.num_instances
+    return [components] if count == 1 else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
+
+
+def capacity(case: Case) -> Check:
+    """Check 13: does the number of alive components stay when more are offered?"""
+    about = {
+        "number": 13,
+        "name": "capacity",
+        "title": "Capacity",
+        "bar": f"alive count within {FLAT:.0%}* at twice and four times as many",
+    }
+    if not case.full:
+        return Check(**about, why=_LEFT)
+    s, C = case.subject, case.subject.num_components
+    counts = {1: int(fit.alive(s, case)[1].sum())}
+    for times in CAPACITIES:
+        (components,) = again(case, num_components=times * C)
+        counts[times] = int(fit.alive(make(s.setting, s.params, components, s.x), case)[1].sum())
+    return Check(
+        **about,
+        passed=all(abs(count - counts[1]) <= FLAT * counts[1] for count in counts.values()),
+        values={f"alive_at_{times * C}": count for times, count in counts.items()},
+        text="Alive components: " + ", ".join(f"{count} of {times * C}" for times, count in counts.items()) + ".",
+        budget=f"one run of {case.decomposition.config.num_steps} steps each",
+    )
+
+
+def recovered(case: Case, components: Components) -> bool:
+    """Every feature has a component of its own; without known features: at least RECOVERED of this run's components are found again."""
+    s, target = case.subject, case.target
+    if isinstance(target, FeatureTarget):
+        parts = jax.lax.map(lambda P: target.feature_weights(s.params, P), components_as_params(components, s.params))
+        scores = geometry.scores(np.asarray(parts), np.asarray(target.feature_weights(s.params, s.params)))
+        return scores["num_features_owned"] == scores["num_features"]
+    return agreement(s.components, components).share >= RECOVERED
+
+
+def components_as_params(components: Components, params: PyTree) -> PyTree:
+    """params with a leading C: P_c where decomposed, zeros elsewhere."""
+    C = components.num_components
+    stacked = jax.tree.map(lambda a: jnp.zeros((C, *a.shape), a.dtype), params)
+    weights = {name: f.weights for name, f in components.factors.items()}
+    return components_lib.replace_leaves(stacked, weights)
+
+
+def seeds(case: Case) -> Check:
+    """Check 14: how many seeds of one frozen target find the same? Failures count. Another run (--other) is compared here too."""
+    about = {
+        "number": 14,
+        "name": "seeds",
+        "title": "Seeds",
+        "bar": f"≥ {RECOVERED:.0%} of at least {NUM_SEEDS} seeds*: every feature has a component of its own"
+        if isinstance(case.target, FeatureTarget)
+        else f"≥ {RECOVERED:.0%} of at least {NUM_SEEDS} seeds* find {RECOVERED:.0%} of these components",
+    }
+    values, text = {}, ""
+    if case.other is not None:
+        with_other = agreement(case.subject.components, case.other)
+        values = {"other_mean_cosine": with_other.mean_cosine, "other_share": with_other.share}
+        text = f"With the other run, {with_other.share:.0%} of the components agree (cosine ≥ {SAME}), "
+        text += f"mean cosine {with_other.mean_cosine:.4f}. "
+    others = list(case.seeds)
+    if case.full and len(others) < NUM_SEEDS - 1:
+        others = again(case, num_instances=NUM_SEEDS - 1, seed=case.decomposition.config.seed + 1)
+    if not others:
+        return Check(**about, values=values, text=text.strip(), why=_LEFT)
+    runs = [case.subject.components, *others]
+    found = [recovered(case, components) for components in runs]
+    cosines = np.array([agreement(case.subject.components, components).mean_cosine for components in others])
+    values |= {"num_seeds": len(runs), "num_recovered": sum(found), "mean_cosine": cosines.mean(), "lowest_mean_cosine": cosines.min()}
+    return Check(
+        **about,
+        passed=bool(np.mean(found) >= RECOVERED) if len(runs) >= NUM_SEEDS else None,
+        values=values,
+        text=text
+        + f"{sum(found)} of {len(runs)} seeds recover, this run counted; the others' mean cosine with it is {cosines.mean():.3f}, "
+        f"at the least {cosines.min():.3f}.",
+        why="" if len(runs) >= NUM_SEEDS else f"the bar asks for {NUM_SEEDS} seeds; give --full",
+        budget=f"{len(runs)} seeds of one target, {case.decomposition.config.num_steps} steps",
+    )
+
+
+def data(case: Case) -> Check:
+    """Check 15: are the same components found from other data?
+
+    permuted: the batches in reverse order. halved: half as many different batches, each used twice. shifted: floating inputs times SHIFT.
+    The agreement is the share of this run's components that are found again.
+    """
+    about = {"number": 15, "name": "data", "title": "Data"}
+    sample, config = case.decomposition.problem.sample_fn, case.decomposition.config
+    if not case.full:
+        return Check(**about, why=_LEFT)
+    if not callable(sample):
+        return Check(**about, why="the data come from an iterable, which cannot be drawn anew")
+    variants: dict[str, Callable] = {
+        "permuted": lambda rng, step: sample(rng, config.num_steps - 1 - step),
+        "halved": lambda rng, step: sample(rng, step % -(-config.num_steps // 2)),
+    }
+    floating = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(case.subject.x))
+    if floating:
+        variants["shifted"] = lambda rng, step: jax.tree.map(
+            lambda a: a * jnp.asarray(SHIFT, a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, sample(rng, step)
+        )
+    found = {name: agreement(case.subject.components, again(case, sample_fn=fn)[0]) for name, fn in variants.items()}
+    values = {f"{name}_share": a.share for name, a in found.items()} | {f"{name}_mean_cosine": a.mean_cosine for name, a in found.items()}
+    return Check(
+        **about,
+        values=values,
+        text=f"Components found again (cosine ≥ {SAME}): " + ", ".join(f"{name} {a.share:.0%}" for name, a in found.items()) + ".",
+        why="" if floating else "shifted data were left out: the inputs are not floating point",
+        budget=f"one run of {config.num_steps} steps each; shifted: inputs × {SHIFT}",
+    )

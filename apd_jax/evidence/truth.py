@@ -1,0 +1,118 @@
+"""Against what is known of a target made of features: scrubbing (7) and geometry (10).
+
+Shapes: C components, F features, d the length of a feature's weight vector, P_{c,f} component c's part of it.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from apd_jax import components as components_lib
+from apd_jax.evaluation import geometry, scrub
+from apd_jax.evaluation.general import ALIVE_NORM
+from apd_jax.evidence.check import ERROR_BAR, Case, Check
+from apd_jax.evidence.subject import Subject, errors, norms
+from apd_jax.targets.base import FeatureTarget
+
+SEPARATION = 3.0  # antiscrubbed / scrubbed
+COSINE_BAR, NORM_BAR, PURITY_BAR = 0.999, 0.01, 0.98
+_NO_FEATURES = "the truth of this target is not one weight vector per input feature"
+
+
+def scrubbing(case: Case) -> Check:
+    """Check 7: an input's features need their own components and no others (APD's protocol; see `apd_jax.evaluation.scrub`)."""
+    about = {"number": 7, "name": "scrubbing", "title": "Scrubbing"}
+    target, s = case.target, case.subject
+    if not isinstance(target, FeatureTarget) or case.evaluation is None:
+        return Check(**about, why=_NO_FEATURES)
+    owner = jnp.asarray(case.evaluation.arrays["component_of_feature"])
+    needed = scrub.needed(s.x, owner, s.num_components)
+    always_on = jnp.arange(s.num_components)[None, :] < case.decomposition.config.num_always_on
+    masks = {"sparse": s.mask} | {
+        name: mask | always_on for name, mask in scrub.draw_masks(jax.random.fold_in(case.key, 7), needed).items()
+    }
+    lost = {name: errors(s, mask) for name, mask in masks.items()} | {
+        "zero": scrub.per_example_loss(jnp.zeros_like(s.target_out), s.target_out)
+    }
+    if target.monosemantic_fn is not None:
+        lost["monosemantic"] = scrub.per_example_loss(target.monosemantic_fn(s.x), s.target_out)
+    values = {name: case.relative(jnp.mean(error)) for name, error in lost.items()}
+    return Check(
+        **about,
+        passed=values["scrubbed"] <= ERROR_BAR and values["antiscrubbed"] >= SEPARATION * values["scrubbed"],
+        bar=f"scrubbed ≤ {ERROR_BAR:.0%} of the {case.unit}*, antiscrubbed ≥ {SEPARATION:g} × scrubbed*",
+        values=values,
+        text=f"With the components of active features forced on and the others switched at random the error is "
+        f"{values['scrubbed']:.2%} of the {case.unit}, forced off {values['antiscrubbed']:.2%}; as in training {values['sparse']:.2%}, "
+        f"all at random {values['random']:.2%}.",
+        budget=f"one random mask per example and kind, {case.examples}",
+    )
+
+
+def geometry_of(case: Case) -> Check:
+    """Check 10: each feature's weights in one component of its own, in direction and length, matched one to one."""
+    about = {"number": 10, "name": "geometry", "title": "Geometry"}
+    evaluation = case.evaluation
+    if evaluation is None or not isinstance(case.target, FeatureTarget):
+        known = {} if evaluation is None else {name: evaluation.metrics[name] for name in evaluation.labels}
+        text = ". ".join(f"{evaluation.labels[name]}: {value:.4g}" for name, value in known.items()) if evaluation else ""
+        return Check(**about, values=known, text=text, why=_NO_FEATURES)
+    m, P, W = evaluation.metrics, evaluation.arrays["feature_weights_components"], evaluation.arrays["feature_weights_target"]
+    pure = purity(P, W)
+    values = {name: m[name] for name in ("mmcs", "ml2r", "mmcs_one_to_one", "ml2r_one_to_one", "num_features_owned", "num_features")}
+    values |= {"purity": float(pure.mean()), "cross_leaf_share": cross_leaf_share(case.subject)}
+    for leaf, (parts, whole) in leaf_parts(case.target, case.subject).items():
+        scores = geometry.scores(parts, whole)
+        values |= {f"{name}_{leaf}": scores[name] for name in ("mmcs_one_to_one", "ml2r_one_to_one")}
+    cosine, ratio = values["mmcs_one_to_one"], values["ml2r_one_to_one"]
+    return Check(
+        **about,
+        passed=cosine >= COSINE_BAR and abs(ratio - 1) <= NORM_BAR and values["purity"] >= PURITY_BAR,
+        bar=f"MMCS ≥ {COSINE_BAR}, ML2R 1 ± {NORM_BAR}, purity ≥ {PURITY_BAR:.0%}, no component twice*",
+        values=values,
+        text=f"No component used twice, the mean cosine with the features' weights is {cosine:.4f}, the norm ratio {ratio:.3f}, purity "
+        f"{values['purity']:.1%}; {m['num_features_owned']} of {m['num_features']} features have a component of their own.",
+        budget=f"{m['num_features']} features",
+        arrays={"purity_of_feature": pure},
+    )
+
+
+def purity(P: Float[np.ndarray, "C F d"], W: Float[np.ndarray, "F d"]) -> Float[np.ndarray, " F"]:
+    """‖P_{c,f}‖² / Σ_g ‖P_{c,g}‖² of the feature's one-to-one component; 0 for a feature left over."""
+    owner = geometry.one_to_one(geometry.cosines(P, W), geometry.norm_ratios(P, W))
+    squares = np.sum(P.astype(np.float64) ** 2, axis=-1)
+    share = squares / np.maximum(squares.sum(axis=1, keepdims=True), 1e-30)
+    return np.where(owner >= 0, share[owner, np.arange(len(owner))], 0.0)
+
+
+def leaf_parts(target: FeatureTarget, s: Subject) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Each leaf's own part in the features' weights: {leaf: ([C, F, d] of the components, [F, d] of the target)}.
+
+    A feature's weights are linear in each leaf, so a leaf's part is what they lose when it is 0, with the target's values in all others.
+    Empty for a single leaf; leaves without a part are left out.
+    """
+    factors, found = s.components.factors, {}
+    for name, f in factors.items() if len(factors) > 1 else ():
+
+        def part(leaf, name=name):
+            at = [target.feature_weights(s.params, components_lib.replace_leaves(s.params, {name: value})) for value in (leaf, 0 * leaf)]
+            return at[0] - at[1]
+
+        whole = np.asarray(part(components_lib.decomposed_leaves(s.components, s.params)[name]))
+        if np.any(whole):
+            found[name] = (np.asarray(jax.lax.map(part, f.weights)), whole)
+    return found
+
+
+def cross_leaf_share(s: Subject) -> float:
+    """How much of a component lies outside its main leaf: mean over components of 1 - its largest share of ‖P_{c,l}‖² / ‖θ*_l‖²."""
+    leaves = components_lib.decomposed_leaves(s.components, s.params)
+    of_leaf = np.stack(
+        [np.asarray(sq) / float(jnp.sum(leaves[name] ** 2)) for name, sq in components_lib.squared_norms(s.components).items()]
+    )
+    norm = np.asarray(norms(s.components))
+    held = of_leaf[:, norm > ALIVE_NORM * norm.max()]
+    return float(np.mean(1 - held.max(axis=0) / np.maximum(held.sum(axis=0), 1e-30))) if held.size else 0.0
