@@ -151,13 +151,10 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
         components, rows = train.fit(
             problem, settings, workdir=folder, components=begin, title=f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
         )
-        begin = components
-        if stage == "explore":
-            begin = _between(problem, settings, components, n * R, revive=True)
-        elif stage == "settle":
+        if stage == "settle":
             best = _best(rows, settings, n, R)
-            chosen = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components) if n * R > 1 else components
-            begin = _between(problem, settings, chosen, n, revive=False)
+            components = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components) if n * R > 1 else components
+        begin = _between(problem, settings, components, n * R if stage == "explore" else n, revive=stage == "explore")
     return components, rows, settings
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -29,7 +28,8 @@ NUM_EXAMPLES = 20_000  # that the statistics are taken on, about; one batch wher
 SCHATTEN_P = 0.5  # of the comparison: well below 1, so that one component is clearly simpler than two halves of it
 LEAST_GAIN = 0.1  # joining must save at least this part of the two components' simplicity
 LEAST_OVERLAP = 0.3  # ... and is only tried if one of the two matters on this part of the inputs on which the other does
-LEAST_FIRING = 0.01  # an alive component is kept, and matters, on this part of the average component's inputs, k/C
+LEAST_FIRING = 0.01  # an alive component is kept, and matters, on this part of the average component's inputs, k/C ...
+LEAST_STRENGTH = 0.25  # ... and has, where it is kept, this part of the mean squared attribution of all that are kept
 
 
 class Usage(NamedTuple):
@@ -37,6 +37,7 @@ class Usage(NamedTuple):
 
     together: Float[Array, "C C"]  # share of the examples (positions) on which both matter; the diagonal, on which each does
     firing: Float[Array, " C"]  # share on which it matters and is kept
+    square: Float[Array, " C"]  # mean squared attribution, where it matters and is kept; 0 elsewhere
 
 
 def usage(problem: Problem, config: Config, components: Components, threshold: float, key: PRNGKeyArray) -> Usage:
@@ -51,9 +52,10 @@ def usage(problem: Problem, config: Config, components: Components, threshold: f
 
     def one(x: PyTree, key: PRNGKeyArray) -> Usage:
         A = jnp.sqrt(attribute(components, problem.params, x, key)).reshape(-1, components.num_components)
-        matters = A > threshold
+        matters = threshold < A
         flags = matters.astype(jnp.float32)
-        return Usage(flags.T @ flags / len(flags), jnp.mean(matters & masks.batch_topk(A, config.topk), axis=0, dtype=jnp.float32))
+        fired = matters & masks.batch_topk(A, config.topk)
+        return Usage(flags.T @ flags / len(flags), jnp.mean(fired, axis=0, dtype=jnp.float32), jnp.mean(A**2 * fired, axis=0))
 
     if isinstance(problem.sample_fn, data.Batches):
         return one(jax.tree.map(jnp.asarray, problem.sample_fn.first), key)
@@ -69,7 +71,7 @@ def restructure(
 
     Components a and b become P_a + P_b if that is simpler: n_{a∪b}·S(P_a + P_b) < (1 - LEAST_GAIN)·(n_a·S(P_a) + n_b·S(P_b)), with n the
     inputs on which they matter and S = Σ_l uses_l Σ_j σ_j^SCHATTEN_P the simplicity of all leaves. The pair that saves most goes first. The
-    sum is cut to the leaf's rank. Components that are hardly ever kept where they matter are set to 0, or to those of `fresh`.
+    sum is cut to the leaf's rank. Components that hardly ever matter, or matter little, are set to 0, or to those of `fresh`.
 
     Args:
       components: of one instance, on the host.
@@ -83,7 +85,8 @@ def restructure(
     uses = {name: f.uses for name, f in components.factors.items()}
     together = np.array(usage.together, np.float64)
     C = len(together)
-    alive = np.array(usage.firing) > LEAST_FIRING * topk / C
+    firing, square = np.array(usage.firing, np.float64), np.array(usage.square, np.float64)
+    alive = (firing > LEAST_FIRING * topk / C) & (square * firing.sum() >= LEAST_STRENGTH * firing * square.sum())
 
     def joined(name: str, members: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return _svd(np.concatenate([U[name][c] for c in members], axis=-1), np.concatenate([V[name][c] for c in members], axis=-2))
