@@ -1,7 +1,7 @@
-"""The stages of one run in one folder: target, decomposition, evaluation, figures.
+"""The stages of one run in one folder: target, decomposition, evaluation, figures, report.
 
 A workdir holds config.json, target/params.npz, checkpoints/ (orbax), metrics.jsonl, tensorboard/, evaluation.json,
-evaluation.npz and figures/. Every stage takes up what it finds there.
+evaluation.npz, figures/ and report.html. Every stage takes up what it finds there.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import json
 import resource
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from jaxtyping import PyTree
@@ -22,11 +23,16 @@ from apd_jax import config as config_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
+from apd_jax.decomposition import Decomposition
+from apd_jax.errors import InputError
+from apd_jax.evaluation.general import STREAM
 from apd_jax.progress import ProgressDisplay, read_rows
-from apd_jax.report import figures, tables
+from apd_jax.report import figures, html, tables
 from apd_jax.targets import pretrain, weights
 from apd_jax.targets.base import Target
 from apd_jax.workdir import claim, load_config
+
+REPORT_BATCHES = 4  # of `evaluation.batch_size`: the inputs that a report measures its components on
 
 
 def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
@@ -45,15 +51,32 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:
-    """Evaluation and figures of a run that has a checkpoint, from its saved config."""
+    """Evaluation, figures and report of a run that has a checkpoint, from its saved config."""
     folder = epath.Path(workdir)
+    config, params, components, step = _restored(folder)
+    if step < config.apd.num_steps:
+        console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
+    _report(config, folder, params, components, step, console)
+
+
+def report(workdir: epath.PathLike, console: Console) -> None:
+    """`report.html` again (one per instance), from the run's checkpoint and what its evaluation and evidence left there.
+
+    Raises:
+      InputError: the folder is no workdir, or the run has not been evaluated yet.
+    """
+    folder = epath.Path(workdir)
+    config, params, components, step = _restored(folder)
+    _pages(config, folder, params, components, step, console)
+
+
+def _restored(folder: epath.Path) -> tuple[Config, PyTree, Components, int]:
+    """(config, target params, components, step) of a run that has a checkpoint."""
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
     step, components = train.restore_components(target.problem(params), config.apd, folder)
-    if step < config.apd.num_steps:
-        console.print(f"This run is at step {step} of {config.apd.num_steps}; what follows describes that step.")
-    _report(config, folder, params, components, step, console)
+    return config, params, components, step
 
 
 def inspect(workdir: epath.PathLike, console: Console) -> None:
@@ -137,6 +160,42 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
     more = {"instances": results} if len(results) > 1 else {}
     (folder / "evaluation.json").write_text(json.dumps({**mean, **provenance, **more}, indent=2))
     console.print(f"Figures: {folder / 'figures'}   Metrics: {folder / 'evaluation.json'}", soft_wrap=True)
+    _pages(config, folder, params, components, step, console)
+
+
+def _pages(config: Config, folder: epath.Path, params: PyTree, components: Components, step: int, console: Console) -> None:
+    """report.html, and report_1.html ... for further instances."""
+    if not (folder / "evaluation.json").exists():
+        raise InputError(f"{folder} has not been evaluated yet; do that first, by --mode=evaluate (which makes the report too).")
+    target = targets.build(config.target, config.evaluation.batch_size)
+    key = jax.random.fold_in(jax.random.key(config.evaluation.seed), STREAM + 2)
+    batches = jax.jit(lambda: jax.lax.map(lambda step: target.sample_fn(key, step), jnp.arange(REPORT_BATCHES)))()
+    x = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
+    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
+    metrics, evidence = json.loads((folder / "evaluation.json").read_text()), folder / "evidence.json"
+    instances = _instances(components, config)
+    paths = [folder / ("report.html" if i == 0 else f"report_{i}.html") for i in range(len(instances))]
+    single = config.copy_and_resolve_references().apd
+    with single.unlocked():
+        single.num_instances = 1
+    for i, (path, one) in enumerate(zip(paths, instances, strict=True)):
+        drawn = folder / ("figures" if len(instances) == 1 else f"figures/instance_{i}")
+        source = html.Source(
+            name=folder.resolve().name,
+            decomposition=Decomposition(target.problem(params), one, single, history),
+            x=x,
+            target=target,
+            settings=config.to_dict(),
+            metrics={**metrics, **(metrics["instances"][i] if "instances" in metrics else {})},
+            arrays=dict(np.load(io.BytesIO(_arrays_path(folder, i).read_bytes()))),
+            evidence=json.loads(evidence.read_text()) if evidence.exists() else None,
+            evidence_command=f"python -m apd_jax.evidence --workdir={folder}",
+            figures=sorted(str(figure.relative_to(folder)) for figure in drawn.glob("*.png")) if drawn.exists() else [],
+            instances=[(str(j), other.name) for j, other in enumerate(paths)] if len(paths) > 1 else [],
+            instance=i,
+        )
+        html.write(path, source)
+    console.print(f"Report: {paths[0]}", soft_wrap=True)
 
 
 def _peak_rss_gib(folder: epath.Path) -> float:

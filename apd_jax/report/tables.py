@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -62,13 +63,21 @@ def results_table(
     table.add_column("good", style="dim")
     for name, label in (labels or {}).items():
         table.add_row(label, number(metrics[name]), "")
-    for name, (label, good) in _RESULTS.items():
-        if name in metrics:
-            whole = f" of {metrics[_OUT_OF[name]]}" if name in _OUT_OF else ""
-            table.add_row(label, number(metrics[name]) + whole, good)
+    for row in result_rows(metrics):
+        table.add_row(*row)
     if minutes is not None:
         table.add_row("minutes", f"{minutes:.1f}", "")
     return table
+
+
+def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """(what it says, value, what good looks like) of the metrics that every kind of target has, in the order of a report."""
+    rows = []
+    for name, (label, good) in _RESULTS.items():
+        if name in metrics:
+            whole = f" of {number(metrics[_OUT_OF[name]])}" if name in _OUT_OF else ""
+            rows.append((label, number(metrics[name]) + whole, good))
+    return rows
 
 
 def components_table(

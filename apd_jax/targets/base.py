@@ -45,6 +45,22 @@ class Score:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layer:
+    """One step of a network that is a chain of them, for whoever must run it without JAX (the report's live panel).
+
+    On the activations h [B, d], by `op`:
+      linear: h W, or h Wᵀ if `transpose`, W the params leaf `leaf`.   bias: h + that leaf.   relu, gelu (exact): entry by entry.
+      keep: remembers h.   add: h + what was last kept, which is kept no longer.
+      pad: `size` zeros after the entries.   last: the last `size` entries only.
+    """
+
+    op: str
+    leaf: str = ""
+    transpose: bool = False
+    size: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Target:
     """A target network as pure functions. Samplers are pure functions of `rng` and `step`."""
 
@@ -60,6 +76,7 @@ class Target:
     frozen: tuple[str, ...] = ()  # glob patterns: leaves that pretraining leaves as they were drawn
     num_active_fn: Callable[..., Any] | None = None  # x -> [B], how many features are truly active
     score_fn: Callable[..., Score] | None = None  # (Decomposition, key) -> Score, against what is known of this target
+    layers: tuple[Layer, ...] = ()  # the same function as apply_fn's outputs, on x [B, F], where it is such a chain
 
     def problem(self, params: PyTree) -> Problem:
         """The decomposition of these weights, as `apd_jax.train.fit` takes it."""
