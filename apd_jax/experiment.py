@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.evaluation.general import STREAM
 from apd_jax.progress import ProgressDisplay, read_rows
+from apd_jax.report import compare as compare_lib
 from apd_jax.report import figures, html, tables
 from apd_jax.targets import pretrain, weights
 from apd_jax.targets.base import Target
@@ -68,6 +70,37 @@ def report(workdir: epath.PathLike, console: Console) -> None:
     folder = epath.Path(workdir)
     config, params, components, step = _restored(folder)
     _pages(config, folder, params, components, step, console)
+
+
+def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) -> None:
+    """Two evaluated runs side by side: on the terminal, and as `compare.html` in the first one's folder.
+
+    Raises:
+      InputError: one of them is no workdir, or has not been evaluated yet.
+    """
+    comparison = compare_lib.compare(*(_run(epath.Path(path)) for path in (workdir, other)))
+    for part in compare_lib.terminal(comparison):
+        console.print(part)
+    console.print(f"Page: {compare_lib.write(epath.Path(workdir) / 'compare.html', comparison)}", soft_wrap=True)
+
+
+def _run(folder: epath.Path) -> compare_lib.Run:
+    config, params, components, step = _restored(folder)
+    metrics = _evaluated(folder)
+    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
+    firing_rates = np.load(io.BytesIO(_arrays_path(folder, 0).read_bytes()))["firing_rates"]
+    return compare_lib.Run(folder, config.to_dict(), metrics, history, params, _instances(components, config)[0], firing_rates)
+
+
+def _evaluated(folder: epath.Path) -> dict[str, Any]:
+    """The metrics of a run.
+
+    Raises:
+      InputError: there are none yet.
+    """
+    if not (folder / "evaluation.json").exists():
+        raise InputError(f"{folder} has not been evaluated yet; do that first, by --mode=evaluate (which makes the report too).")
+    return json.loads((folder / "evaluation.json").read_text())
 
 
 def _restored(folder: epath.Path) -> tuple[Config, PyTree, Components, int]:
@@ -165,14 +198,12 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
 
 def _pages(config: Config, folder: epath.Path, params: PyTree, components: Components, step: int, console: Console) -> None:
     """report.html, and report_1.html ... for further instances."""
-    if not (folder / "evaluation.json").exists():
-        raise InputError(f"{folder} has not been evaluated yet; do that first, by --mode=evaluate (which makes the report too).")
+    metrics, evidence = _evaluated(folder), folder / "evidence.json"
     target = targets.build(config.target, config.evaluation.batch_size)
     key = jax.random.fold_in(jax.random.key(config.evaluation.seed), STREAM + 2)
     batches = jax.jit(lambda: jax.lax.map(lambda step: target.sample_fn(key, step), jnp.arange(REPORT_BATCHES)))()
     x = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
     history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
-    metrics, evidence = json.loads((folder / "evaluation.json").read_text()), folder / "evidence.json"
     instances = _instances(components, config)
     paths = [folder / ("report.html" if i == 0 else f"report_{i}.html") for i in range(len(instances))]
     single = config.copy_and_resolve_references().apd

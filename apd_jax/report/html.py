@@ -110,11 +110,12 @@ def collect(source: Source) -> dict[str, Any]:
         "no_panel": no_panel,
         "headline": _headline(source, acts),
         "tiles": _tiles(source.metrics, acts, C),
-        "metrics": [row for row in tables.result_rows(source.metrics)],
+        "metrics": tables.result_rows(source.metrics, others=True),
         "settings": sorted(flat(source.settings).items()),
         "evidence": _evidence(source),
         "num_examples": 0 if x is None else len(jax.tree.leaves(x)[0]),
         "num_pages": len(pages),
+        "paired": C <= 16 and len(leaves) <= 2,  # small enough for table and map to stand side by side
         "side": next((len(m["target_rows"]) for m in matrices), 0),
         "cut_short": any(len(m["target_rows"]) < m["shape"][0] or len(m["target_columns"]) < m["shape"][1] for m in matrices),
     }
@@ -185,12 +186,14 @@ def _tiles(metrics: Mapping[str, Any], acts: Behaviour | None, C: int) -> list[t
         whole = metrics["num_features"]
         tiles.append((f"{metrics['num_features_owned']:.3g} of {whole:.3g}", "features have a component of their own", "good: all"))
     if "relative_parameter_error" in metrics:
-        tiles.append((f"{metrics['relative_parameter_error']:.1e}", "of the weights (squared) is missing in the sum", "good: 1e-3 or less"))
+        tiles.append(
+            (f"{metrics['relative_parameter_error']:.2g}", "of the weights (squared) is missing in the sum", "good: 0.001 or less")
+        )
     if "minimality_topk" in metrics and "minimality_none" in metrics:
         share = metrics["minimality_topk"] / max(metrics["minimality_none"], 1e-30)
         tiles.append((f"{share:.2g}", "distance to the target when sparse, over that of no component", "good: near 0"))
     elif "minimality_topk" in metrics:
-        tiles.append((f"{metrics['minimality_topk']:.1e}", "distance to the target when sparse", "good: near 0"))
+        tiles.append((f"{metrics['minimality_topk']:.2g}", "distance to the target when sparse", "good: near 0"))
     active = metrics.get("mean_active_components", None if acts is None else float(acts.firing_rates.sum()))
     if active is not None:
         tiles.append((f"{active:.2g} of {C}", "components needed per input, on average", "good: few"))

@@ -40,6 +40,7 @@ _RESULTS = {
     "total_rank": ("effective rank of the alive components, summed", "small"),
     "mean_active_components": ("active components per example", "k"),
 }
+_PROVENANCE = ("seed", "step", "num_devices", "minutes_decomposition", "peak_rss_gib")  # what evaluation.json has beside metrics
 _OUT_OF = {"num_features_owned": "num_features", "num_alive_components": "num_components"}
 
 
@@ -70,9 +71,15 @@ def results_table(
     return table
 
 
-def result_rows(metrics: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """(what it says, value, what good looks like) of the metrics that every kind of target has, in the order of a report."""
-    rows = []
+def result_rows(metrics: Mapping[str, Any], *, others: bool = False) -> list[tuple[str, str, str]]:
+    """(what it says, value, what good looks like) of the metrics that every kind of target has, in the order of a report.
+
+    Args:
+      others: first, the numbers that this target alone has, by their names.
+    """
+    known = {*_RESULTS, *_OUT_OF.values(), *_PROVENANCE}
+    own = [name for name, value in metrics.items() if name not in known and isinstance(value, int | float)] if others else []
+    rows = [(name.replace("_", " "), number(metrics[name]), "") for name in own]
     for name, (label, good) in _RESULTS.items():
         if name in metrics:
             whole = f" of {number(metrics[_OUT_OF[name]])}" if name in _OUT_OF else ""

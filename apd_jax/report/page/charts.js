@@ -44,30 +44,30 @@ apd.largest = (matrix) => d3.max(matrix, (row) => d3.max(row, Math.abs)) || 1;
 const thinned = (labels, most) => labels.filter((_, i) => i % Math.ceil(labels.length / most) === 0);
 
 // A matrix (rows of numbers) as a heat map; around 0 if signed, else from 0 up. Cells are never blended.
-apd.heat = (matrix, { rows, columns, title, xlabel, ylabel, unit = "weight", signed = true, limit = apd.largest(matrix), most = 560, link }) => {
+apd.heat = (matrix, { rows, columns, title, xlabel, ylabel, unit = "weight", signed = true, limit = apd.largest(matrix), wide = 330, tall = 300, link }) => {
   rows ??= d3.range(matrix.length);
   columns ??= d3.range(matrix[0].length);
-  const cell = Math.max(4, Math.min(26, most / columns.length, 420 / rows.length));
+  const across = Math.max(3, Math.min(26, wide / columns.length)), down = Math.max(3, Math.min(26, tall / rows.length));
   const left = 14 + 7.5 * d3.max(rows, (label) => String(label).length);
   const cells = rows.flatMap((row, i) => columns.map((column, j) => ({ row, column, value: matrix[i][j] })));
   return Plot.plot({
     title, ariaLabel: title ?? `${ylabel} by ${xlabel}`,
-    width: Math.max(left + 24 + cell * columns.length, 132), height: 52 + cell * rows.length,
-    marginLeft: left + 8, marginTop: 4, marginBottom: 44, marginRight: 12,
-    x: { label: xlabel, labelAnchor: "left", labelArrow: "none", labelOffset: 36, ticks: thinned(columns, Math.max(1, (cell * columns.length) / 26)), padding: 0, domain: columns, tickSize: 2 },
-    y: { label: ylabel, labelArrow: "none", ticks: thinned(rows, Math.max(1, (cell * rows.length) / 13)), padding: 0, domain: rows, tickSize: 2 },
+    width: Math.max(left + 24 + across * columns.length, 132), height: 64 + down * rows.length,
+    marginLeft: left + 8, marginTop: 22, marginBottom: 38, marginRight: 12, style: { fontSize: "11px" },
+    x: { label: xlabel, labelAnchor: "left", labelArrow: "none", labelOffset: 32, ticks: thinned(columns, Math.max(1, (across * columns.length) / 26)), padding: 0, domain: columns, tickSize: 2 },
+    y: { label: ylabel, labelArrow: "none", ticks: thinned(rows, Math.max(1, (down * rows.length) / 13)), padding: 0, domain: rows, tickSize: 2 },
     color: signed ? { type: "diverging", scheme: "RdBu", reverse: true, domain: [-limit, limit], label: unit } : { type: "linear", scheme: "cividis", domain: [0, limit], label: unit },
     marks: [
-      Plot.axisY({ anchor: "left", label: null, ticks: thinned(rows, Math.max(1, (cell * rows.length) / 13)), tickSize: 2 }),
-      Plot.cell(cells, { x: "column", y: "row", fill: "value", inset: cell > 9 ? 0.4 : 0, stroke: signed && cell > 9 ? "#efebe2" : null, href: link && ((d) => link(d)), ariaLabel: null }),
-      Plot.tip(cells, Plot.pointer({ x: "column", y: "row", title: (d) => `${ylabel} ${d.row}, ${xlabel} ${d.column}\n${apd.number(d.value)}`, maxRadius: cell })),
+      Plot.axisY({ label: ylabel, labelAnchor: "top", labelArrow: "none", labelOffset: left, ticks: thinned(rows, Math.max(1, (down * rows.length) / 13)), tickSize: 2 }),
+      Plot.cell(cells, { x: "column", y: "row", fill: "value", inset: Math.min(across, down) > 9 ? 0.4 : 0, stroke: signed && Math.min(across, down) > 9 ? "#efebe2" : null, href: link && ((d) => link(d)), ariaLabel: null }),
+      Plot.tip(cells, Plot.pointer({ x: "column", y: "row", title: (d) => `${ylabel} ${d.row}, ${xlabel} ${d.column}\n${apd.number(d.value)}`, maxRadius: Math.max(across, down) })),
       Plot.frame({ stroke: "#d8d1c2" }),
     ],
   });
 };
 
 apd.legend = (limit, unit, signed = true) =>
-  Plot.legend({ color: signed ? { type: "diverging", scheme: "RdBu", reverse: true, domain: [-limit, limit] } : { type: "linear", scheme: "cividis", domain: [0, limit] }, label: unit, width: 220, ticks: 4, tickFormat: (v) => apd.number(v, 2) });
+  Plot.legend({ color: signed ? { type: "diverging", scheme: "RdBu", reverse: true, domain: [-limit, limit] } : { type: "linear", scheme: "cividis", domain: [0, limit] }, label: unit, width: 170, ticks: 3, tickFormat: (v) => apd.number(v, 2) });
 
 // A matrix on a canvas, a pixel per entry: for thumbnails and images.
 apd.pixels = (matrix, { limit = apd.largest(matrix), signed = true, width = 44, height = 28, label }) => {
@@ -85,7 +85,7 @@ apd.pixels = (matrix, { limit = apd.largest(matrix), signed = true, width = 44, 
 // The largest of some numbers, by name, as bars.
 apd.bars = (bars, { title, xlabel, signed = false, width = 270 }) =>
   Plot.plot({
-    title, ariaLabel: title, width, height: 56 + 19 * bars.length, marginLeft: 14 + 7.5 * d3.max(bars, (d) => d.name.length), marginTop: 4, marginRight: 16,
+    title, ariaLabel: title, width, style: { fontSize: "11px" }, height: 56 + 19 * bars.length, marginLeft: 14 + 7.5 * d3.max(bars, (d) => d.name.length), marginTop: 4, marginRight: 16,
     x: { label: xlabel, labelArrow: "none", ticks: 3, tickFormat: (v) => apd.number(v, 2), ...(signed ? {} : { domain: [0, d3.max(bars, (d) => d.value) || 1] }) },
     y: { label: null, domain: bars.map((d) => d.name), tickSize: 0 },
     marks: [
@@ -101,7 +101,7 @@ apd.losses = (points, { width = 760, dashed = null } = {}) => {
   const lines = (some, dash) => Plot.line(some, { x: "step", y: "value", stroke: "name", strokeWidth: (d) => 1.6, strokeDasharray: dash, z: (d) => d.name });
   const solid = points.filter((d) => dashed === null || d.run !== dashed), broken = points.filter((d) => dashed !== null && d.run === dashed);
   return Plot.plot({
-    ariaLabel: "Losses over steps", width, height: 340, marginLeft: 62, marginRight: 16,
+    ariaLabel: "Losses over steps", width, height: 340, style: { fontSize: "11px" }, marginLeft: 62, marginRight: 16,
     x: { label: "step", labelArrow: "none", tickFormat: "~s", grid: false, ticks: Math.min(8, width / 90) }, y: { type: "log", label: "loss", labelArrow: "none", grid: true, tickFormat: (v) => (Number.isInteger(Math.log10(v)) || Math.abs(Math.log10(v) - Math.round(Math.log10(v))) < 1e-9 ? v.toExponential(0) : "") },
     color: { domain: names, range: apd.palette, legend: true },
     marks: [lines(solid), lines(broken, "4,3"), Plot.tip(points, Plot.pointer({ x: "step", y: "value", title: (d) => `${d.name}${d.run ? ` (${d.run})` : ""}\nstep ${d.step}: ${apd.number(d.value)}` }))],

@@ -15,14 +15,14 @@ apd.componentPage = (place, number) => {
     apd.panel.set(behaviour.inputs[behaviour.examples[number][0]], components.map((_, c) => (c === number ? 0 : 1)));
     location.hash = "#try";
   } }, "Try the network without it →") : null;
-  place.replaceChildren(
+  place.replaceChildren(...[
     element("p", { class: "pager" }, element("a", { href: "#components" }, "← All components"), step(-1, "previous"), step(1, "next")),
     element("header", {}, element("h1", {}, `Component ${number}`), element("p", { class: "lead" }, `It ${serving}.`),
       element("ul", { class: "facts" }, ...facts.map(([name, value]) => element("li", {}, element("span", { class: "muted" }, `${name} `), element("b", {}, value)))),
       element("p", {}, panel)),
-    ...(behaviour ? [needs(number), changes(number)] : []),
+    behaviour ? element("div", { class: "pair" }, needs(number), changes(number)) : null,
     weights(number, one.page),
-  );
+  ].filter(Boolean));
 };
 
 // What of an input can be shown: entries of a vector, an image, tokens.
@@ -50,7 +50,7 @@ const changes = (number) => {
   const bars = behaviour.outputs[number].map((o, i) => ({ name: `${output} ${o}`, value: behaviour.change[number][i] }));
   return element("section", {}, element("h2", {}, "What it changes"),
     element("p", { class: "caption" }, "What it adds to each output on those inputs, on average: outputs of the sum less those of the sum without it. Good: few bars."),
-    element("div", { class: "chart" }, apd.bars(bars, { xlabel: "change of the output", signed: true, width: Math.min(520, apd.width()) })));
+    element("div", { class: "chart" }, apd.bars(bars, { xlabel: "change of the output", signed: true, width: Math.min(460, apd.width()) })));
 };
 
 const weights = (number, page) => {
@@ -64,7 +64,7 @@ const weights = (number, page) => {
     section.append(
       element("h3", {}, `${m.name} `, element("span", { class: "muted small" }, `${m.shape.join(" × ")}${rows.length < m.shape[0] || columns.length < m.shape[1] ? `, the ${rows.length} × ${columns.length} of largest norm` : ""}`)),
       element("div", { class: "charts" },
-        apd.heat(m.values[page], { rows, columns, title: "weights", xlabel: "column", ylabel: "row", limit, most: Math.min(420, apd.width() - 60) }),
+        apd.heat(m.values[page], { rows, columns, title: "weights", xlabel: "column", ylabel: "row", limit, wide: Math.min(330, apd.width() - 60) }),
         apd.bars(strongest(m.row_norms[page], rows, "row"), { title: "reads", xlabel: "norm" }),
         apd.bars(strongest(m.column_norms[page], columns, "column"), { title: "writes", xlabel: "norm" })),
     );

@@ -31,14 +31,14 @@ apd.width = () => document.documentElement.clientWidth - 40;
 
   const drawOverview = () => {
     if (map) {
-      const limit = apd.largest(map.values), options = { rows: map.rows, columns: map.columns, signed: false, limit, most: Math.min(960, apd.width() - 70) };
+      const limit = apd.largest(map.values), options = { rows: map.rows, columns: map.columns, signed: false, limit, wide: Math.min(960, apd.width() - 70), tall: 420 };
       find("map-chart").replaceChildren(
         apd.legend(limit, "attribution (units of the output)", false),
         apd.heat(map.values, { ...options, xlabel: "component", ylabel: map.label.startsWith("feature") ? "feature" : "input", unit: "attribution", link: (d) => (components[d.column].page === null ? null : `#component-${d.column}`) }));
     }
     const shown = matrices.slice(0, 12);
     find("sum-charts").replaceChildren(...shown.flatMap((m, k) => {
-      const options = { rows: m.target_rows, columns: m.target_columns, xlabel: "column", ylabel: "row", limit: limits[k], most: Math.min(270, apd.width() - 60) };
+      const options = { rows: m.target_rows, columns: m.target_columns, xlabel: "column", ylabel: "row", limit: limits[k], wide: Math.min(225, apd.width() - 60) };
       const difference = m.target.map((row, i) => row.map((value, j) => m.total[i][j] - value));
       return [
         element("h3", {}, `${m.name} `, element("span", { class: "muted small" }, m.shape.join(" × "))),
