@@ -130,7 +130,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
     runs, pairs = comparison.runs, comparison.pairs[:MAX_SHOWN]
     rows, columns = ([pair[i] for pair in pairs] for i in (0, 1))
     hrefs = [_href(run.folder / "report.html", path.parent) for run in runs]
-    losses = [{**point, "run": name} for run, name in zip(runs, ("first", "second"), strict=True) for point in html.losses(run.history)]
+    losses = [{**point, "run": name} for run, name in zip(runs, ("first", "second"), strict=True) for point in html.losses(run.history, 0)]
     page = {
         "comparison": comparison,
         "hrefs": hrefs,

@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.resources
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -308,13 +307,14 @@ def _map(source: Source, acts: Behaviour | None, is_features: bool) -> dict[str,
 
 
 def losses(history: Sequence[Mapping[str, Any]], instance: int | None = None) -> list[dict[str, Any]]:
-    """{name, step, value} of every loss in the log, thinned to MAX_POINTS steps. instance: which one of several a list is read at."""
+    """{name, step, value} of every loss in the log, thinned to MAX_POINTS steps. instance: the one of several that is drawn."""
     rows = history if len(history) <= MAX_POINTS else [history[i] for i in np.linspace(0, len(history) - 1, MAX_POINTS).astype(int)]
     names = ("total", "faithfulness", "minimality", "simplicity", "hidden_reconstruction", "attribution_lp")
-    read = [
-        (name, row["step"], row[name][instance or 0] if isinstance(row[name], list) else row[name])
-        for row in rows
-        for name in names
-        if name in row
-    ]
-    return [{"name": re.sub("_", " ", name), "step": step, "value": value} for name, step, value in read if value > 0]
+    read = []
+    for row in rows:
+        for name in filter(row.__contains__, names):
+            value = row[name]
+            if isinstance(value, list):
+                value = 0.0 if instance is None else value[instance]  # 0 is not drawn
+            read.append((name, row["step"], value))
+    return [{"name": name.replace("_", " "), "step": step, "value": value} for name, step, value in read if value > 0]

@@ -67,7 +67,7 @@ apd.heat = (matrix, { rows, columns, title, xlabel, ylabel, unit = "weight", sig
 };
 
 apd.legend = (limit, unit, signed = true) =>
-  Plot.legend({ color: signed ? { type: "diverging", scheme: "RdBu", reverse: true, domain: [-limit, limit] } : { type: "linear", scheme: "cividis", domain: [0, limit] }, label: unit, width: 170, ticks: 3, tickFormat: (v) => apd.number(v, 2) });
+  Plot.legend({ color: signed ? { type: "diverging", scheme: "RdBu", reverse: true, domain: [-limit, limit] } : { type: "linear", scheme: "cividis", domain: [0, limit] }, label: unit, width: 186, marginLeft: 10, marginRight: 14, ticks: 3, tickFormat: (v) => apd.number(v, 2) });
 
 // A matrix on a canvas, a pixel per entry: for thumbnails and images.
 apd.pixels = (matrix, { limit = apd.largest(matrix), signed = true, width = 44, height = 28, label }) => {
