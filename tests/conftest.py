@@ -30,6 +30,7 @@ jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import math
 import subprocess
@@ -76,6 +77,15 @@ def make_config(**fields: Any) -> ConfigDict:
     config = default_config()
     config.update(fields)
     return config
+
+
+def get_config(file: str, *args: str) -> ConfigDict:
+    """What a file in configs/ returns for an argument."""
+    spec = importlib.util.spec_from_file_location(f"config_{file}", ROOT / "configs" / f"{file}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
 
 
 # The golden arrays

@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import dataclasses
 import importlib.resources
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -25,7 +27,7 @@ from apd_jax.report import panel, tables
 from apd_jax.targets.base import FeatureTarget, Target
 
 LARGEST_PAGE = 5_000_000  # bytes; a page above it goes without the live panel
-MATRIX_BYTES = 1_500_000  # for the components' matrices, which are shown in part if they need more
+MATRIX_BYTES = 1_200_000  # for the components' matrices, which are shown in part if they need more
 SIDES = (32, 24, 16, 12, 8)  # rows and columns shown of a matrix: as many as fit
 MAX_MAP = (128, 256)  # inputs and components of the attribution map
 MAX_INPUT = 4096  # entries of an input that is shown
@@ -53,13 +55,17 @@ class Source:
 def write(path: epath.PathLike, source: Source) -> epath.Path:
     """Measures what the page shows and writes it. Cost: that of `components_view`, and of `panel.build` where there is a panel."""
     page = collect(source)
+    panel, page["data"]["panel"] = encode(page["data"]["panel"]), None
     text = render("report.html", page)
-    if page["data"]["panel"] and len(text.encode()) > LARGEST_PAGE:
-        page["data"]["panel"] = None
-        page["no_panel"] = (
-            f"There is no live panel: with this network's weights the page would have {len(text.encode()) / 1e6:.1f} MB, "
-            f"above its limit of {LARGEST_PAGE / 1e6:.0f} MB."
-        )
+    if panel:
+        size = (len(text.encode()) + len(json.dumps(panel))) / 1e6
+        if size <= LARGEST_PAGE / 1e6:
+            page["data"]["panel"] = panel
+        else:
+            page["no_panel"] = (
+                f"There is no live panel: with this network's weights the page would have {size:.1f} MB, above its limit of "
+                f"{LARGEST_PAGE / 1e6:.0f} MB."
+            )
         text = render("report.html", page)
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -236,12 +242,13 @@ def _serves(source: Source, acts: Behaviour | None, c: int, has_norm: bool) -> s
 
 def _matrices(source: Source, whole: np.ndarray) -> tuple[list[dict[str, Any]], list[int]]:
     """The matrices as far as they fit, and the components that they are given of: all, or those with the largest norm."""
-    d = source.decomposition
-    count, C = sum(int(np.prod([f.shape[i] for i in f.axes.batch] or [1])) for f in d.components.factors.values()), len(whole)
-    side = next((side for side in SIDES if count * C * side**2 * 16 / 3 <= MATRIX_BYTES), SIDES[-1])
-    pages = np.sort(np.argsort(-whole)[: max(1, int(MATRIX_BYTES / (count * side**2 * 16 / 3)))])
+    d, a, C = source.decomposition, source.arrays, len(whole)
+    stacked = [math.prod(f.shape[axis] for axis in f.axes.batch) for f in d.components.factors.values()]
+    count = sum(stacked) + ("feature_weights_target" in a)
+    each = {side: count * side**2 * 16 / 3 for side in SIDES}  # bytes of one component's, in base64
+    side = next((side for side in SIDES if C * each[side] <= MATRIX_BYTES), SIDES[-1])
+    pages = np.sort(np.argsort(-whole)[: max(1, int(MATRIX_BYTES / each[side]))])
     found = components_view.matrices(d, side)
-    a = source.arrays
     if "feature_weights_target" in a and a["feature_weights_target"].shape != found[0].shape:  # else it is the leaf itself
         names = [f"feature_weights_{part}" for part in ("components", "target", "sum")]
         parts, target, total = (jax.numpy.asarray(a[name]) for name in names)

@@ -6,24 +6,23 @@ Shapes: C components, a decomposed leaf [a, b], r_c the singular values that com
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
-from apd_jax import sparse
-from apd_jax import step as step_lib
-from apd_jax.components import Components, Factors
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
+from apd_jax.targets import chain
 from apd_jax.targets.base import Target
 
 TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7)  # of the leaf's largest singular value
 UNCHANGED = 1e-6  # largest change of an output by what is left out, over max(1, largest output)
-NUM_CHECKED = 64  # examples on which that is checked
+NUM_CHECKED = 64  # examples on which that is checked, each with random factors of all components
 
 
 def build(target: Target, decomposition: Decomposition, x: Float[Array, "B F"], cut: float) -> dict[str, Any]:
@@ -31,26 +30,24 @@ def build(target: Target, decomposition: Decomposition, x: Float[Array, "B F"], 
 
     Args:
       target: one with `layers`.
-      x: inputs, on which the change is checked with all components and with random factors of them.
+      x: inputs, on which the change is checked.
       cut: the attribution from which on a component is kept, as the batch top-k has cut this data.
-    Cost: one SVD per component and leaf, and up to 4 sparse passes of NUM_CHECKED examples.
+    Cost: one SVD per component and leaf, and up to 5 passes of NUM_CHECKED examples with a weight of their own each.
     """
-    params, components = decomposition.problem.params, decomposition.components
-    matrices = {
-        name: jax.jit(jnp.linalg.svd, static_argnames="full_matrices")(f.weights, full_matrices=False)
-        for name, f in components.factors.items()
-    }
-    short = _shortest(target, params, components, matrices, x[:NUM_CHECKED])
-    leaves = {layer.leaf for layer in target.layers if layer.leaf}
-    named = {components_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]}
+    factors = decomposition.components.factors
+    named = jax.tree_util.tree_flatten_with_path(decomposition.problem.params)[0]
+    used = {layer.leaf for layer in target.layers}
+    leaves = {name: leaf for path, leaf in named if (name := components_lib.path_name(path)) in used}
+    layers, leaves, sides = chain.fold(target.layers, leaves, set(factors))
+    svds = {name: _svd(f.U, f.V, *sides.get(name, (None, None))) for name, f in factors.items()}
     return {
-        "layers": [dataclasses.asdict(layer) for layer in target.layers],
-        "leaves": {name: named[name] for name in sorted(leaves)},
-        "factors": short,
+        "layers": [dataclasses.asdict(layer) for layer in layers],
+        "leaves": leaves,
+        "factors": {name: _packed(*svd) for name, svd in _shortest(layers, leaves, svds, x[:NUM_CHECKED]).items()},
         "num_inputs": x.shape[1],
         "lowest": -1 if bool((x < 0).any()) else 0,
         "highest": max(1.0, float(jnp.max(x))),
-        "start": _example(x),
+        "start": _example(np.asarray(x)),
         "rule": mask_rule(decomposition.config, cut),
     }
 
@@ -67,40 +64,49 @@ def mask_rule(config: Config, cut: float) -> dict[str, Any] | None:
     return {"at": config.attributions_at, "num_always_on": config.num_always_on, "all": config.mask == "none", **kept}
 
 
-def _example(x: Float[Array, "B F"]) -> Float[np.ndarray, " F"]:
+def _example(x: Float[np.ndarray, "B F"]) -> Float[np.ndarray, " F"]:
     """An input with something in it, but not much: the one with the fewest nonzero entries, the largest of those."""
-    x = np.asarray(x)
     active = np.where((x != 0).any(axis=1), (x != 0).sum(axis=1), x.shape[1] + 1)
     return x[np.lexsort((-np.abs(x).max(axis=1), active))[0]]
 
 
-def _shortest(target: Target, params: PyTree, components: Components, matrices: dict[str, Any], x: Array) -> dict[str, Any]:
-    """{leaf: {ranks [C], U: every U_c [a, r_c] one after the other, V: every V_c [r_c, b]}} at the first tolerance that will do."""
-    random = jax.random.uniform(jax.random.key(0), (x.shape[0], components.num_components)).at[0].set(1.0)
+@jax.jit
+def _svd(U: Array, V: Array, left: Array | None, right: Array | None) -> tuple[Array, Array, Array]:
+    """Of every (L U_c)(V_c R)."""
+    product = (U if left is None else left @ U) @ (V if right is None else V @ right)
+    return jnp.linalg.svd(product, full_matrices=False)
+
+
+Svds = dict[str, tuple[Array, Array, Array]]  # {leaf: (u [C, a, r], s [C, r], vt [C, r, b])}
+
+
+def _shortest(layers: tuple[chain.Layer, ...], leaves: Mapping[str, Array], svds: Svds, x: Float[Array, "B F"]) -> Svds:
+    """The same with small singular values set to 0, at the largest tolerance at which no output changes."""
+    C = next(iter(svds.values()))[1].shape[0]
+    scales = jax.random.uniform(jax.random.key(0), (x.shape[0], C)).at[0].set(1.0)
 
     @jax.jit
-    def outputs(components: Components) -> Array:
-        return step_lib.split_result(sparse.apply(target.apply_fn, params, components, random, x))[0]
+    def outputs(svds: Svds) -> Float[Array, "B O"]:
+        def one(pair):
+            scale, example = pair
+            sums = {name: jnp.einsum("c,car,cr,crb->ab", scale, *svd) for name, svd in svds.items()}
+            return chain.run(layers, {**leaves, **sums}, example[None])[0]
 
-    exact, factors = outputs(components), {}
-    for tolerance in TOLERANCES:
-        cut = {}
-        for name, (u, s, vt) in matrices.items():
-            kept = s > tolerance * jnp.max(s)
-            cut[name] = Factors(u * (s * kept)[:, None, :], vt, components.factors[name].shape, components.factors[name].uses)
-        tree = jax.tree_util.tree_map_with_path(
-            lambda path, slot, cut=cut: cut.get(components_lib.path_name(path)), components.tree, is_leaf=components_lib.is_slot
-        )
-        factors = cut
-        if float(jnp.max(jnp.abs(outputs(Components(tree)) - exact))) < UNCHANGED * max(1.0, float(jnp.max(jnp.abs(exact)))):
-            break
-    short = {}
-    for name, f in factors.items():
-        U, V = np.asarray(f.U), np.asarray(f.V)
-        ranks = (np.abs(U).max(axis=1) > 0).sum(axis=1)
-        short[name] = {
-            "ranks": ranks.tolist(),
-            "U": np.concatenate([U[c, :, :r].ravel() for c, r in enumerate(ranks)]),
-            "V": np.concatenate([V[c, :r].ravel() for c, r in enumerate(ranks)]),
-        }
-    return short
+        return jax.lax.map(one, (scales, x))
+
+    def cut(tolerance: float) -> Svds:
+        return {name: (u, s * (s > tolerance * jnp.max(s)), vt) for name, (u, s, vt) in svds.items()}
+
+    exact = outputs(svds)
+    allowed = UNCHANGED * jnp.maximum(1.0, jnp.max(jnp.abs(exact)))
+    return next((short for short in map(cut, TOLERANCES) if jnp.max(jnp.abs(outputs(short) - exact)) < allowed), svds)
+
+
+def _packed(u: Array, s: Array, vt: Array) -> dict[str, Any]:
+    """ranks [C], and the factors of all components one after the other: every U_c [a, r_c], every V_c [r_c, b]."""
+    U, V, ranks = np.asarray(u * s[:, None, :]), np.asarray(vt), np.asarray(jnp.sum(s > 0, axis=1))
+    return {
+        "ranks": ranks.tolist(),
+        "U": np.concatenate([U[c, :, :r].ravel() for c, r in enumerate(ranks)]),
+        "V": np.concatenate([V[c, :r].ravel() for c, r in enumerate(ranks)]),
+    }

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax.errors import InputError
 from apd_jax.problem import Problem
+from apd_jax.targets.chain import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,22 +43,6 @@ class Score:
     metrics: dict[str, float | int]  # flat, by the names that `evaluation.json` shall have
     labels: dict[str, str] = dataclasses.field(default_factory=dict)  # {metric: what it says and what is good}, for the table
     panels: dict[str, Panel] = dataclasses.field(default_factory=dict)  # {file name: figure}
-
-
-@dataclasses.dataclass(frozen=True)
-class Layer:
-    """One step of a network that is a chain of them, for whoever must run it without JAX (the report's live panel).
-
-    On the activations h [B, d], by `op`:
-      linear: h W, or h Wᵀ if `transpose`, W the params leaf `leaf`.   bias: h + that leaf.   relu, gelu (exact): entry by entry.
-      keep: remembers h.   add: h + what was last kept, which is kept no longer.
-      pad: `size` zeros after the entries.   last: the last `size` entries only.
-    """
-
-    op: str
-    leaf: str = ""
-    transpose: bool = False
-    size: int = 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,8 @@ from apd_jax import components as components_lib
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError, one_of
-from apd_jax.targets.base import Layer, Panel, Score, Target, at_least_one
+from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.chain import Layer
 
 GATES = ("bias", "weights")
 END = 5.0  # of the interval of t

@@ -20,7 +20,8 @@ from scipy.optimize import linear_sum_assignment
 from apd_jax import components as components_lib
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
-from apd_jax.targets.base import Layer, Panel, Score, Target, at_least_one
+from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.chain import Layer
 
 FOUND_COSINE, FOUND_NORM = 0.99, 0.05  # a block is found if one component has this cosine with it, and a norm this close to its own
 

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.config import Config
 from apd_jax.errors import InputError, one_of
-from apd_jax.targets.base import FeatureTarget, Layer, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.chain import ACTIVATIONS, Layer
 
-ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 EMBEDDINGS = ("random", "identity")
 
 

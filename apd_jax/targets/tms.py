@@ -17,7 +17,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.config import Config
 from apd_jax.errors import one_of
-from apd_jax.targets.base import FeatureTarget, Layer, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.chain import Layer
 
 HIDDEN = ("none", "identity", "rotation")
 

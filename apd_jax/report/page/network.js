@@ -64,7 +64,7 @@ apd.network = (data) => {
         if (t) t = t.map((d, i) => d * slope(h[i]));
         h = h.map(value);
       } else if (op === "keep") kept.push([h, t]);
-      else if (op === "add") { const [h0, t0] = kept.pop(); h = h.map((value, i) => value + h0[i]); if (t) t = t.map((d, i) => d + t0[i]); }
+      else if (op === "add") { const through = (v) => (v && leaf ? product(v, leaf, false) : v), [h0, t0] = kept.pop().map(through); h = h.map((value, i) => value + h0[i]); if (t) t = t.map((d, i) => d + t0[i]); }
       else if (op === "pad") { h = [...h, ...new Array(size).fill(0)]; if (t) t = [...t, ...new Array(size).fill(0)]; }
       else if (op === "last") { h = h.slice(-size); if (t) t = t.slice(-size); }
       else throw new Error(`unknown layer ${op}`);
