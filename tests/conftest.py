@@ -228,7 +228,7 @@ def main_here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
     def run(*args: str) -> Finished:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["main", *map(str, args)])  # where ml_collections looks for overrides
-        for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "mode")]:
+        for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "other", "mode")]:
             delattr(flags.FLAGS, name)
         sys.modules.pop("apd_jax.main", None)  # its flags are defined anew
         main = importlib.import_module("apd_jax.main")

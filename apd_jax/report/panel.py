@@ -60,7 +60,8 @@ def mask_rule(config: Config, cut: float) -> dict[str, Any] | None:
     """
     if config.attribution != "gradient" or config.attribution_metric != "mse" or config.mask_per != "example":
         return None
-    kept = {"topk": int(config.topk)} if config.mask == "topk" else {"cut": None if np.isinf(cut) else cut}
+    just_below = None if np.isinf(cut) else cut * (1 - 1e-5)  # the page computes in double precision: what lies at the cut is kept
+    kept = {"topk": int(config.topk)} if config.mask == "topk" else {"cut": just_below}
     return {"at": config.attributions_at, "num_always_on": config.num_always_on, "all": config.mask == "none", **kept}
 
 
