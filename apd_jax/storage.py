@@ -75,9 +75,9 @@ def save(
     factors = {f"{name}.{field}": getattr(f, field) for name, f in components.factors.items() for field in _ARRAYS}
     text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
     contents = {
-        _CARD: text.encode(),
         _PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
         _COMPONENTS: _encode(factors),
+        _CARD: text.encode(),
     }
     parallel.from_primary(lambda: _write(epath.Path(path), contents, about))
 

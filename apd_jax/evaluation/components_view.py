@@ -121,8 +121,9 @@ def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
 def shown(name: str, parts: PyTree, form: Callable, target: Array, total: Array, side: int) -> Matrix:
     """The strongest `side` rows and columns of a matrix. parts: arrays with a leading C, of which `form` makes one P_c [a, b]."""
     cut_out = jax.jit(lambda parts, target: (jax.lax.map(lambda one: _strongest(form(one), side), parts), _strongest(target, side)))
-    of_components, (rows, columns, kept, *_) = jax.device_get(cut_out(parts, target))
-    return Matrix(name, tuple(target.shape), *of_components, rows, columns, kept, np.asarray(total)[np.ix_(rows, columns)])
+    (rows, columns, values, row_norms, column_norms), (i, j, kept, *_) = jax.device_get(cut_out(parts, target))
+    shape = (target.shape[0], target.shape[1])
+    return Matrix(name, shape, rows, columns, values, row_norms, column_norms, i, j, kept, np.asarray(total)[np.ix_(i, j)])
 
 
 def _strongest(matrix: Float[Array, "a b"], side: int) -> tuple[Array, ...]:

@@ -128,7 +128,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
     """
     path = epath.Path(path)
     runs, pairs = comparison.runs, comparison.pairs[:MAX_SHOWN]
-    rows, columns = ([pair[i] for pair in pairs] for i in (0, 1))
+    rows, columns = [c for c, *_ in pairs], [d for _, d, *_ in pairs]
     hrefs = [_href(run.folder / "report.html", path.parent) for run in runs]
     losses = [{**point, "run": name} for run, name in zip(runs, ("first", "second"), strict=True) for point in html.losses(run.history, 0)]
     page = {
@@ -139,7 +139,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
             "names": [run.name for run in runs],
             "hrefs": hrefs,
             "losses": losses,
-            "cosine": None if comparison.cosine is None else comparison.cosine[np.ix_(rows, columns)],
+            "cosine": None if comparison.cosine is None else comparison.cosine[rows][:, columns],
             "rows": rows,
             "columns": columns,
             "pairs": [

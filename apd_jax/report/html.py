@@ -273,18 +273,19 @@ def _behaviour(acts: Behaviour, x: PyTree) -> dict[str, Any]:
     used, index = np.unique(acts.examples, return_inverse=True)
     index = index.reshape(acts.examples.shape)
     strongest = acts.attributions.reshape(len(acts.attributions), -1, acts.attributions.shape[-1]).max(axis=1)
-    kept = (acts.mask & (acts.attributions > 0)).reshape(strongest.shape[0], -1, strongest.shape[1]).any(axis=1)
+    kept = np.any((acts.mask & (acts.attributions > 0)).reshape(strongest.shape[0], -1, strongest.shape[1]), axis=1)
     each = np.arange(len(acts.examples))[:, None]
     top = np.argsort(-np.abs(acts.change), axis=1)[:, :10]
     leaf = jax.tree.leaves(x)[0] if len(jax.tree.leaves(x)) == 1 else None
     kind, inputs = "other", None
     if leaf is not None and leaf[0].size <= MAX_INPUT:
         inputs, shape = np.asarray(leaf)[used], leaf.shape[1:]
-        image = len(shape) == 2 or (len(shape) == 3 and shape[-1] == 1)
-        kind = "tokens" if np.issubdtype(inputs.dtype, np.integer) else "vector" if len(shape) == 1 else "image" if image else "other"
-        inputs = inputs[..., 0] if kind == "image" and len(shape) == 3 else inputs
+        if len(shape) == 2 or (len(shape) == 3 and shape[-1] == 1):
+            kind, inputs = "image", inputs.reshape(-1, *shape[:2])
+        elif len(shape) < 2:
+            kind, inputs = "tokens" if np.issubdtype(inputs.dtype, np.integer) else "vector", inputs.reshape(len(used), -1)
     per_position = acts.attributions.ndim == 3
-    positions = acts.attributions[acts.examples, ..., each].argmax(axis=-1).tolist() if per_position else None
+    positions = np.asarray(acts.attributions[acts.examples, :, each]).argmax(axis=-1).tolist() if per_position else None
     return {
         "kind": kind,
         "inputs": None if kind == "other" else inputs,

@@ -75,7 +75,8 @@ def _example(x: Float[np.ndarray, "B F"]) -> Float[np.ndarray, " F"]:
 def _svd(U: Array, V: Array, left: Array | None, right: Array | None) -> tuple[Array, Array, Array]:
     """Of every (L U_c)(V_c R)."""
     product = (U if left is None else left @ U) @ (V if right is None else V @ right)
-    return jnp.linalg.svd(product, full_matrices=False)
+    u, s, vt = jnp.linalg.svd(product, full_matrices=False)
+    return u, s, vt
 
 
 Svds = dict[str, tuple[Array, Array, Array]]  # {leaf: (u [C, a, r], s [C, r], vt [C, r, b])}
