@@ -28,7 +28,7 @@ from apd_jax.targets.base import FeatureTarget, Target
 
 LARGEST_PAGE = 5_000_000  # bytes; a page above it goes without the live panel
 MATRIX_BYTES = 1_200_000  # for the components' matrices, which are shown in part if they need more
-SIDES = (32, 24, 16, 12, 8)  # rows and columns shown of a matrix: as many as fit
+SIDES = (64, 48, 32, 24, 16, 12, 8)  # rows and columns shown of a matrix: as many as fit
 MAX_MAP = (128, 256)  # inputs and components of the attribution map
 MAX_INPUT = 4096  # entries of an input that is shown
 MAX_POINTS = 400  # of a loss curve
@@ -81,6 +81,8 @@ def collect(source: Source) -> dict[str, Any]:
     ranks = jax.device_get(components_lib.effective_ranks(d.components))
     leaves = {name: float(np.linalg.norm(leaf)) for name, leaf in components_lib.decomposed_leaves(d.components, d.problem.params).items()}
     acts = None if x is None else components_view.behaviour(d, x)
+    if acts is not None and "firing_rates" in source.arrays:  # from more inputs than the page's
+        acts = dataclasses.replace(acts, firing_rates=source.arrays["firing_rates"])
     is_features = isinstance(source.target, FeatureTarget) and "attributions_one_hot" in source.arrays
     whole = np.sqrt(np.sum([norm**2 for norm in norms.values()], axis=0))
     matrices, pages = _matrices(source, whole)
@@ -121,7 +123,7 @@ def collect(source: Source) -> dict[str, Any]:
         "num_examples": 0 if x is None else len(jax.tree.leaves(x)[0]),
         "num_pages": len(pages),
         "paired": C <= 16 and len(leaves) <= 2,  # small enough for table and map to stand side by side
-        "side": next((len(m["target_rows"]) for m in matrices), 0),
+        "side": max(len(m["target_rows"]) for m in matrices),
         "cut_short": any(len(m["target_rows"]) < m["shape"][0] or len(m["target_columns"]) < m["shape"][1] for m in matrices),
     }
 
@@ -243,9 +245,9 @@ def _serves(source: Source, acts: Behaviour | None, c: int, has_norm: bool) -> s
 def _matrices(source: Source, whole: np.ndarray) -> tuple[list[dict[str, Any]], list[int]]:
     """The matrices as far as they fit, and the components that they are given of: all, or those with the largest norm."""
     d, a, C = source.decomposition, source.arrays, len(whole)
-    stacked = [math.prod(f.shape[axis] for axis in f.axes.batch) for f in d.components.factors.values()]
-    count = sum(stacked) + ("feature_weights_target" in a)
-    each = {side: count * side**2 * 16 / 3 for side in SIDES}  # bytes of one component's, in base64
+    shapes = [(f.U.shape[-2], f.V.shape[-1]) for f in d.components.factors.values() for _ in range(math.prod(f.U.shape[1:-2]))]
+    shapes += [a["feature_weights_target"].shape] if "feature_weights_target" in a else []
+    each = {side: sum(min(rows, side) * min(columns, side) for rows, columns in shapes) * 16 / 3 for side in SIDES}  # bytes, in base64
     side = next((side for side in SIDES if C * each[side] <= MATRIX_BYTES), SIDES[-1])
     pages = np.sort(np.argsort(-whole)[: max(1, int(MATRIX_BYTES / each[side]))])
     found = components_view.matrices(d, side)

@@ -165,10 +165,10 @@ def test_a_page_that_would_be_too_large_goes_without_its_panel(tmp_path, monkeyp
 
 
 def test_large_matrices_and_many_components_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "MATRIX_BYTES", 4000)
+    monkeypatch.setattr(html, "MATRIX_BYTES", 2000)
     d = small(params={"in": jnp.ones((6, 40)), "out": jnp.ones((40, 3))})
     data = embedded(d.report(tmp_path / "report.html"))
-    # Two matrices of 8 x 8 in base64 are 683 bytes: 5 of the 7 components have pages, those of the largest norm.
+    # 6 x 8 and 8 x 3 entries in base64 are 384 bytes: 5 of the 7 components have pages, those of the largest norm.
     assert max(data["matrices"][0]["values"]["shape"][1:]) == 8
     paged = [c for c, one in enumerate(data["components"]) if one["page"] is not None]
     norms = [sum(float(jnp.sum(leaf**2)) for leaf in d.component(c).values()) for c in range(7)]

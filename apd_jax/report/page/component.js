@@ -3,7 +3,7 @@
 
 apd.componentPage = (place, number) => {
   const { components, matrices, behaviour, leaves } = apd.data, element = apd.element, one = components[number];
-  const serving = one.serves ? `serves ${one.serves}` : "serves nothing: it is dead";
+  const serving = one.serves ? `It serves ${one.serves}.` : one.firing_rate === 0 ? "The sparse model never keeps it." : "";
   const paged = d3.range(components.length).filter((c) => components[c].page !== null);
   const at = paged.indexOf(number), step = (by, label) => element("a", { href: `#component-${paged[(at + by + paged.length) % paged.length]}` }, label);
   const facts = [
@@ -17,7 +17,7 @@ apd.componentPage = (place, number) => {
   } }, "Try the network without it →") : null;
   place.replaceChildren(...[
     element("p", { class: "pager" }, element("a", { href: "#components" }, "← All components"), step(-1, "previous"), step(1, "next")),
-    element("header", {}, element("h1", {}, `Component ${number}`), element("p", { class: "lead" }, `It ${serving}.`),
+    element("header", {}, element("h1", {}, `Component ${number}`), element("p", { class: "lead" }, serving),
       element("ul", { class: "facts" }, ...facts.map(([name, value]) => element("li", {}, element("span", { class: "muted" }, `${name} `), element("b", {}, value)))),
       element("p", {}, panel)),
     behaviour ? element("div", { class: "pair" }, needs(number), changes(number)) : null,

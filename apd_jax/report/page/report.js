@@ -20,7 +20,7 @@ apd.width = () => document.documentElement.clientWidth - 40;
   apd.table(find("table"), [
     { name: "component", label: "component", value: (d) => d.number, cell: (d) => (d.page === null ? String(d.number) : element("a", { href: `#component-${d.number}` }, `component ${d.number}`)) },
     { name: "weights", label: "", cell: thumbnail },
-    { name: "serves", label: "serves", value: (d) => d.serves || "~", cell: (d) => d.serves || "nothing (dead)" },
+    { name: "serves", label: "serves", value: (d) => d.serves || "~", cell: (d) => d.serves || (d.firing_rate === 0 ? "never kept" : "–") },
     ...(measured ? [
       { name: "damage", label: "damage", num: true, value: (d) => d.damage, cell: (d) => element("span", {}, element("span", { class: "level", style: `width:${(64 * d.damage) / most}px` }), apd.number(d.damage)) },
       { name: "firing", label: "firing rate", num: true, value: (d) => d.firing_rate, cell: (d) => `${apd.number(100 * d.firing_rate, 2)} %` },
