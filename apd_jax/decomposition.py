@@ -90,7 +90,8 @@ class Decomposition:
             x = sample_fn.first if isinstance(sample_fn, data.Batches) else sample_fn(jax.random.key(self.config.seed), 0)
         metrics = {"seed": self.config.seed} | ({"step": self.history[-1]["step"]} if self.history else {})
         settings = {"apd": self.config.to_dict()}
-        return html.write(path, html.Source(path.stem, self, x, settings=settings, metrics=metrics))
+        name = path.resolve().parent.name if path.stem == "report" else path.stem
+        return html.write(path, html.Source(name, self, x, settings=settings, metrics=metrics))
 
     @staticmethod
     def load(path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any) -> Decomposition:

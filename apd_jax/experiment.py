@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import resource
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -85,22 +86,27 @@ def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) ->
 
 
 def _run(folder: epath.Path) -> compare_lib.Run:
+    """Of several instances the first."""
     config, params, components, step = _restored(folder)
-    metrics = _evaluated(folder)
+    metrics = _of_instance(_evaluated(folder), 0)
     history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
     firing_rates = np.load(io.BytesIO(_arrays_path(folder, 0).read_bytes()))["firing_rates"]
     return compare_lib.Run(folder, config.to_dict(), metrics, history, params, _instances(components, config)[0], firing_rates)
 
 
 def _evaluated(folder: epath.Path) -> dict[str, Any]:
-    """The metrics of a run.
+    """What evaluation.json holds.
 
     Raises:
-      InputError: there are none yet.
+      InputError: there is none yet.
     """
     if not (folder / "evaluation.json").exists():
         raise InputError(f"{folder} has not been evaluated yet; do that first, by --mode=evaluate (which makes the report too).")
     return json.loads((folder / "evaluation.json").read_text())
+
+
+def _of_instance(metrics: Mapping[str, Any], i: int) -> dict[str, Any]:
+    return {**metrics, **(metrics["instances"][i] if "instances" in metrics else {})}
 
 
 def _restored(folder: epath.Path) -> tuple[Config, PyTree, Components, int]:
@@ -217,7 +223,7 @@ def _pages(config: Config, folder: epath.Path, params: PyTree, components: Compo
             x=x,
             target=target,
             settings=config.to_dict(),
-            metrics={**metrics, **(metrics["instances"][i] if "instances" in metrics else {})},
+            metrics=_of_instance(metrics, i),
             arrays=dict(np.load(io.BytesIO(_arrays_path(folder, i).read_bytes()))),
             evidence=json.loads(evidence.read_text()) if evidence.exists() else None,
             evidence_command=f"python -m apd_jax.evidence --workdir={folder}",

@@ -64,9 +64,9 @@ def compare(first: Run, second: Run) -> Comparison:
     ]
     values = [{label: value for label, value, _ in tables.result_rows(run.metrics, others=True)} for run in runs]
     metrics = [(label, values[0].get(label, "–"), values[1].get(label, "–")) for label in values[0] | values[1]]
-    why = _why_not_matched(first, second)
-    if why:
-        return Comparison(runs, settings, metrics, None, [], why)
+    several = " Of several instances the first is compared." if any(run.get("apd.num_instances", 1) > 1 for run in (here, there)) else ""
+    if why := _why_not_matched(first, second):
+        return Comparison(runs, settings, metrics, None, [], why + several)
     cosine = matching.cosines(first.components, second.components)
     norms = [_norms(run.components) for run in runs]
     pairs = [
@@ -78,7 +78,7 @@ def compare(first: Run, second: Run) -> Comparison:
         f"Of {len(pairs)} components, matched one to one, {same} point the same way in both runs (cosine of {SAME_COSINE} or more); "
         f"the median cosine is {np.median([cos for *_, cos, _ in pairs]):.3f}."
     )
-    return Comparison(runs, settings, metrics, cosine, pairs, verdict)
+    return Comparison(runs, settings, metrics, cosine, pairs, verdict + several)
 
 
 def _why_not_matched(first: Run, second: Run) -> str:

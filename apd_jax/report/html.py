@@ -211,16 +211,16 @@ def _tiles(metrics: Mapping[str, Any], acts: Behaviour | None, C: int) -> list[t
 
 def _evidence(source: Source) -> dict[str, Any] | None:
     """The card: the counts, and the checks with the failed ones first."""
-    if source.evidence is None:
-        return None
     evidence = source.evidence
-    if "instances" in evidence:
-        evidence = evidence["instances"][source.instance]
+    if evidence is not None and "instances" in evidence:
+        evidence = dict(enumerate(evidence["instances"])).get(source.instance)
+    if evidence is None:
+        return None
     checks = sorted(evidence["checks"], key=lambda check: (check["passed"] is not False, check["passed"] is None, check["number"]))
     counts = {
         key: sum(check["passed"] is passed for check in checks) for key, passed in (("passed", True), ("failed", False), ("open", None))
     }
-    return {**evidence, "checks": checks, "counts": counts}
+    return {"provenance": {}, **evidence, "checks": checks, "counts": counts}
 
 
 def _serves(source: Source, acts: Behaviour | None, c: int, has_norm: bool) -> str:

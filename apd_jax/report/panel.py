@@ -39,14 +39,15 @@ def build(target: Target, decomposition: Decomposition, x: Float[Array, "B F"], 
     used = {layer.leaf for layer in target.layers}
     leaves = {name: leaf for path, leaf in named if (name := components_lib.path_name(path)) in used}
     layers, leaves, sides = chain.fold(target.layers, leaves, set(factors))
+    largest = max(1.0, float(jnp.max(jnp.abs(x))))
     svds = {name: _svd(f.U, f.V, *sides.get(name, (None, None))) for name, f in factors.items()}
     return {
         "layers": [dataclasses.asdict(layer) for layer in layers],
         "leaves": leaves,
         "factors": {name: _packed(*svd) for name, svd in _shortest(layers, leaves, svds, x[:NUM_CHECKED]).items()},
         "num_inputs": x.shape[1],
-        "lowest": -1 if bool((x < 0).any()) else 0,
-        "highest": max(1.0, float(jnp.max(x))),
+        "lowest": -largest if bool((x < 0).any()) else 0.0,  # where the sliders end
+        "highest": largest,
         "start": _example(np.asarray(x)),
         "rule": mask_rule(decomposition.config, cut),
     }

@@ -48,7 +48,7 @@ apd.livePanel = (place, data) => {
     const outputs = chosen(spread), series = [["target", target, "circle", apd.colors.black], ["sparse", sparse, "triangle", apd.colors.blue], ["edited", edited, "times", apd.colors.vermilion]].filter(([, values]) => values);
     const points = series.flatMap(([name, values]) => outputs.map((o) => ({ name, output: o, value: values[o] })));
     chart.replaceChildren(Plot.plot({
-      ariaLabel: "Outputs of the target, the sparse and the edited network", width: Math.max(240, Math.min(430, place.clientWidth - 40)), height: 78 + 22 * outputs.length, marginLeft: 50, marginRight: 14, marginTop: 22, style: { fontSize: "11px" },
+      ariaLabel: "Outputs of the target, the sparse and the edited network", width: chart.clientWidth || 380, height: 78 + 22 * outputs.length, marginLeft: 50, marginRight: 14, marginTop: 22, style: { fontSize: "11px" },
       x: { label: "output value", labelArrow: "none", nice: true, domain: d3.extent([0, 1, ...points.map((d) => d.value)]), ticks: 5 },
       y: { label: null, domain: outputs, padding: 0.4, tickSize: 0, grid: true, type: "point" },
       color: { domain: series.map((d) => d[0]), range: series.map((d) => d[3]) },

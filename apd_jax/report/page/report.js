@@ -56,6 +56,7 @@ apd.width = () => document.documentElement.clientWidth - 40;
     const opened = Number.isInteger(number) && components[number]?.page != null;
     find("overview-page").hidden = opened;
     find("component-page").hidden = !opened;
+    if (!opened) apd.panel?.update(); // its chart takes the width that it has once it is shown
     if (opened) {
       apd.componentPage(find("component-page"), number);
       scrollTo(0, 0);
