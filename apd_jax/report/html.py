@@ -116,7 +116,7 @@ def collect(source: Source) -> dict[str, Any]:
         "data": data,
         "no_panel": no_panel,
         "headline": _headline(source, acts),
-        "tiles": _tiles(source.metrics, acts, C),
+        "tiles": _tiles(source.metrics, acts, C, data["unit"]),
         "metrics": tables.result_rows(source.metrics, others=True),
         "settings": sorted(flat(source.settings).items()),
         "evidence": _evidence(source),
@@ -175,7 +175,7 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def _headline(source: Source, acts: Behaviour | None) -> str:
     d, metrics = source.decomposition, source.metrics
-    kind = source.target.name if source.target else "a network"
+    kind = f"the network {source.target.name}" if source.target else "a network"
     shapes = ", ".join(f"{name} {'×'.join(map(str, f.shape))}" for name, f in list(d.components.factors.items())[:4])
     more = len(d.components.factors) - 4
     said = f"{d.components.num_components} parameter components of {kind} ({shapes}{f' and {more} more leaves' if more > 0 else ''})"
@@ -186,7 +186,7 @@ def _headline(source: Source, acts: Behaviour | None) -> str:
     return f"{said}." + (f" Trained for {trained}." if trained else "")
 
 
-def _tiles(metrics: Mapping[str, Any], acts: Behaviour | None, C: int) -> list[tuple[str, str, str]]:
+def _tiles(metrics: Mapping[str, Any], acts: Behaviour | None, C: int, unit: str) -> list[tuple[str, str, str]]:
     """(value, what it is, what good looks like) of the few numbers that say most."""
     tiles = []
     if "num_features_owned" in metrics:
@@ -198,9 +198,9 @@ def _tiles(metrics: Mapping[str, Any], acts: Behaviour | None, C: int) -> list[t
         )
     if "minimality_topk" in metrics and "minimality_none" in metrics:
         share = metrics["minimality_topk"] / max(metrics["minimality_none"], 1e-30)
-        tiles.append((f"{share:.2g}", "distance to the target when sparse, over that of no component", "good: near 0"))
+        tiles.append((f"{share:.2g}", f"{unit} to the target when sparse, over that of no component", "good: near 0"))
     elif "minimality_topk" in metrics:
-        tiles.append((f"{metrics['minimality_topk']:.2g}", "distance to the target when sparse", "good: near 0"))
+        tiles.append((f"{metrics['minimality_topk']:.2g}", f"{unit} to the target when sparse", "good: near 0"))
     active = metrics.get("mean_active_components", None if acts is None else float(acts.firing_rates.sum()))
     if active is not None:
         tiles.append((f"{active:.2g} of {C}", "components needed per input, on average", "good: few"))

@@ -6,7 +6,7 @@ apd.MOST_SHOWN = 16; // of inputs, components and outputs, where there are more:
 apd.livePanel = (place, data) => {
   const network = apd.network(data), element = apd.element;
   const state = { x: Array.from(data.start), scales: new Array(network.num_components).fill(1), shown: new Set() };
-  const inputs = element("div"), components = element("div"), chart = element("div"), errors = element("p", { class: "small", "aria-live": "polite" }), numbers = element("div", { class: "scroll tall" });
+  const inputs = element("div"), components = element("div"), chart = element("div", { class: "chart" }), errors = element("p", { class: "small", "aria-live": "polite" }), numbers = element("div", { class: "scroll tall" });
 
   const slider = (kind, i, value, [low, high], label, mark, set) => {
     const output = element("output", {}, value.toFixed(2));
