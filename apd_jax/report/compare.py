@@ -15,9 +15,9 @@ from rich.table import Table
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
-from apd_jax.errors import InputError
 from apd_jax.evaluation import matching
 from apd_jax.report import html, tables
+from apd_jax.workdir import flat
 
 SAME_COSINE = 0.9  # two components count as the same from this cosine on
 MAX_SHOWN = 128  # pairs in the heat map of cosines
@@ -55,7 +55,7 @@ class Comparison:
 def compare(first: Run, second: Run) -> Comparison:
     """Components are matched by cosine, one to one, where both runs decompose the same weights; else the verdict says why not."""
     runs = (first, second)
-    here, there = (html.flat(run.settings) for run in runs)
+    here, there = (flat(run.settings) for run in runs)
     absent = "absent"
     settings = [
         (field, str(here.get(field, absent)), str(there.get(field, absent)))
@@ -154,11 +154,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
             ],
         },
     }
-    try:
-        path.write_text(html.render("compare.html", page))
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another workdir.") from error
-    return path
+    return html.save(path, html.render("compare.html", page))
 
 
 def _href(report: epath.Path, folder: epath.Path) -> str | None:

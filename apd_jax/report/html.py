@@ -21,10 +21,12 @@ from jaxtyping import PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
+from apd_jax.errors import InputError
 from apd_jax.evaluation import components_view
 from apd_jax.evaluation.components_view import Behaviour, Matrix
 from apd_jax.report import panel, tables
 from apd_jax.targets.base import FeatureTarget, Target
+from apd_jax.workdir import flat
 
 LARGEST_PAGE = 5_000_000  # bytes; a page above it goes without the live panel
 MATRIX_BYTES = 1_200_000  # for the components' matrices, which are shown in part if they need more
@@ -67,10 +69,7 @@ def write(path: epath.PathLike, source: Source) -> epath.Path:
                 f"{LARGEST_PAGE / 1e6:.0f} MB."
             )
         text = render("report.html", page)
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-    return path
+    return save(path, text)
 
 
 def collect(source: Source) -> dict[str, Any]:
@@ -115,7 +114,7 @@ def collect(source: Source) -> dict[str, Any]:
         "source": source,
         "data": data,
         "no_panel": no_panel,
-        "headline": _headline(source, acts),
+        "headline": _headline(source),
         "tiles": _tiles(source.metrics, acts, C, data["unit"]),
         "metrics": tables.result_rows(source.metrics, others=True),
         "settings": sorted(flat(source.settings).items()),
@@ -162,18 +161,25 @@ def encode(value: Any) -> Any:
     return value
 
 
-def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, by dotted name."""
-    out: dict[str, Any] = {}
-    for name, value in tree.items():
-        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return out
+def save(path: epath.PathLike, text: str) -> epath.Path:
+    """Writes a page.
+
+    Raises:
+      InputError: the file cannot be written.
+    """
+    path = epath.Path(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(text.encode())
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another place.") from error
+    return path
 
 
 # What is said in words
 
 
-def _headline(source: Source, acts: Behaviour | None) -> str:
+def _headline(source: Source) -> str:
     d, metrics = source.decomposition, source.metrics
     kind = f"the network {source.target.name}" if source.target else "a network"
     shapes = ", ".join(f"{name} {'×'.join(map(str, f.shape))}" for name, f in list(d.components.factors.items())[:4])
