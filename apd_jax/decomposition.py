@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
-from apd_jax import parallel, sparse, train
+from apd_jax import data, parallel, sparse, train
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.config import Config
@@ -61,11 +61,37 @@ class Decomposition:
         zeros = jax.tree.map(jnp.zeros_like, self.problem.params)
         return components_lib.weighted_sum(self.components, zeros, jnp.zeros(self.components.num_components).at[i].set(1.0))
 
-    def save(self, path: epath.PathLike) -> None:
-        """Writes this decomposition as a folder of safetensors and JSON: see `apd_jax.storage`."""
+    def save(self, path: epath.PathLike, *, metrics: Mapping[str, Any] | None = None, evidence: Mapping[str, Any] | None = None) -> None:
+        """Writes this decomposition as a folder of safetensors and JSON, with a card for a model hub: see `apd_jax.storage`.
+
+        Args:
+          metrics, evidence: what evaluation.json and evidence.json hold, for the card.
+        """
         from apd_jax import storage  # which knows this class
 
-        storage.save(self, path)
+        storage.save(self, path, metrics=metrics, evidence=evidence)
+
+    def report(self, path: epath.PathLike, x: PyTree = None) -> epath.Path:
+        """Writes one HTML file that shows every component: its weights, the inputs that need it, what it changes.
+
+        Args:
+          path: the file, e.g. "report.html".
+          x: inputs [B, ...] on which that is measured. None: one batch of the data that was decomposed on, if it is there.
+        Raises:
+          InputError: this holds several instances; choose one by `instance`.
+        Cost: the attributions of x, and a forward pass for every component.
+        """
+        from apd_jax.report import html  # which knows this class
+
+        if self.config.num_instances > 1:
+            raise InputError(f"this holds {self.config.num_instances} decompositions; report one of them, e.g. .instance(0).report(path).")
+        path, sample_fn = epath.Path(path), self.problem.sample_fn
+        if x is None and sample_fn is not None:
+            x = sample_fn.first if isinstance(sample_fn, data.Batches) else sample_fn(jax.random.key(self.config.seed), 0)
+        metrics = {"seed": self.config.seed} | ({"step": self.history[-1]["step"]} if self.history else {})
+        settings = {"apd": self.config.to_dict()}
+        name = path.resolve().parent.name if path.stem == "report" else path.stem
+        return html.write(path, html.Source(name, self, x, settings=settings, metrics=metrics))
 
     def evidence(self, **options: Any) -> Any:
         """What can be said for these components, and what not: see `apd_jax.evidence.evidence` for the options."""

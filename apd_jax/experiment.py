@@ -1,7 +1,7 @@
-"""The stages of one run in one folder: target, decomposition, evaluation, figures.
+"""The stages of one run in one folder: target, decomposition, evaluation, figures, report.
 
 A workdir holds config.json, target/params.npz, checkpoints/ (orbax), metrics.jsonl, tensorboard/, evaluation.json,
-evaluation.npz and figures/. Every stage takes up what it finds there.
+evaluation.npz, figures/ and report.html. Every stage takes up what it finds there.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ import dataclasses
 import io
 import json
 import resource
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,18 +20,23 @@ from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
-from apd_jax import checkpoint, parallel, targets, train
+from apd_jax import checkpoint, parallel, recipe, targets, train
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
+from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
+from apd_jax.evaluation.general import STREAM
 from apd_jax.progress import ProgressDisplay, read_rows
-from apd_jax.report import figures, tables
+from apd_jax.report import compare as compare_lib
+from apd_jax.report import figures, html, tables
 from apd_jax.targets import pretrain, weights
 from apd_jax.targets.base import Target
 from apd_jax.workdir import claim, load_config
+
+REPORT_BATCHES = 4  # of `evaluation.batch_size`: the inputs that a report measures its components on
 
 
 def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
@@ -43,19 +50,28 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
     target = targets.build(config.target, config.apd.batch_size)
     params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
-    components, _ = train.fit(target.problem(params), config.apd, workdir=folder)
-    parallel.from_primary(lambda: _report(config, folder, params, components, config.apd.num_steps, console))
+    problem = target.problem(params)
+    if "recipe" in config:
+        components, _, settings = recipe.fit(problem, config.apd, config.recipe, workdir=folder)
+    else:
+        (components, _), settings = train.fit(problem, config.apd, workdir=folder), config.apd
+    done = Restored(_with(config, settings), target, params, settings.num_steps, components)
+    parallel.from_primary(lambda: _report(done, folder, console))
 
 
 @dataclasses.dataclass(frozen=True)
 class Restored:
     """A run as its workdir holds it."""
 
-    config: Config
+    config: Config  # `apd` as the components were trained (with a recipe: by its last stage)
     target: Target  # with batches of the decomposition's size
     params: PyTree
     step: int
     components: Components  # with a leading axis of instances if there are several
+
+    @property
+    def instances(self) -> list[Components]:
+        return instances(self.components, self.config)
 
 
 def restore(workdir: epath.PathLike) -> Restored:
@@ -68,8 +84,19 @@ def restore(workdir: epath.PathLike) -> Restored:
     config = load_config(folder)
     target = targets.build(config.target, config.apd.batch_size)
     params = weights.load(_target_path(folder), _shapes(target))
-    step, components = train.restore_components(target.problem(params), config.apd, folder)
+    problem = target.problem(params)
+    if "recipe" in config:
+        config = _with(config, recipe.last_config(problem, config.apd, config.recipe))
+    step, components = train.restore_components(problem, config.apd, folder)
     return Restored(config, target, params, step, jax.tree.map(jnp.asarray, components))
+
+
+def _with(config: Config, settings: Config) -> Config:
+    """The experiment with other settings of the method."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.apd = settings
+    return config.lock()
 
 
 def earlier_components(run: Restored, workdir: epath.PathLike) -> dict[int, Components]:
@@ -84,11 +111,56 @@ def earlier_components(run: Restored, workdir: epath.PathLike) -> dict[int, Comp
 
 
 def evaluate(workdir: epath.PathLike, console: Console) -> None:
-    """Evaluation and figures of a run that has a checkpoint, from its saved config."""
+    """Evaluation, figures and report of a run that has a checkpoint, from its saved config."""
     run = restore(workdir)
     if run.step < run.config.apd.num_steps:
         console.print(f"This run is at step {run.step} of {run.config.apd.num_steps}; what follows describes that step.")
-    _report(run.config, epath.Path(workdir), run.params, run.components, run.step, console)
+    _report(run, epath.Path(workdir), console)
+
+
+def report(workdir: epath.PathLike, console: Console) -> None:
+    """`report.html` again (one per instance), from the run's checkpoint and what its evaluation and evidence left there.
+
+    Raises:
+      InputError: the folder is no workdir, or the run has not been evaluated yet.
+    """
+    _pages(restore(workdir), epath.Path(workdir), console)
+
+
+def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) -> None:
+    """Two evaluated runs side by side: on the terminal, and as `compare.html` in the first one's folder.
+
+    Raises:
+      InputError: one of them is no workdir, or has not been evaluated yet.
+    """
+    comparison = compare_lib.compare(*(_run(epath.Path(path)) for path in (workdir, other)))
+    for part in compare_lib.terminal(comparison):
+        console.print(part)
+    console.print(f"Page: {compare_lib.write(epath.Path(workdir) / 'compare.html', comparison)}", soft_wrap=True)
+
+
+def _run(folder: epath.Path) -> compare_lib.Run:
+    """Of several instances the first."""
+    run = restore(folder)
+    metrics = _of_instance(_evaluated(folder), 0)
+    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= run.step]
+    firing_rates = np.load(io.BytesIO(_arrays_path(folder, 0).read_bytes()))["firing_rates"]
+    return compare_lib.Run(folder, run.config.to_dict(), metrics, history, run.params, run.instances[0], firing_rates)
+
+
+def _evaluated(folder: epath.Path) -> dict[str, Any]:
+    """What evaluation.json holds.
+
+    Raises:
+      InputError: there is none yet.
+    """
+    if not (folder / "evaluation.json").exists():
+        raise InputError(f"{folder} has not been evaluated yet; do that first, by --mode=evaluate (which makes the report too).")
+    return json.loads((folder / "evaluation.json").read_text())
+
+
+def _of_instance(metrics: Mapping[str, Any], i: int) -> dict[str, Any]:
+    return {**metrics, **(metrics["instances"][i] if "instances" in metrics else {})}
 
 
 def inspect(workdir: epath.PathLike, console: Console) -> None:
@@ -135,25 +207,25 @@ def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree
     return params
 
 
-def _report(config: Config, folder: epath.Path, params: PyTree, components: Components, step: int, console: Console) -> None:
-    """Evaluation, its files, the figures, and the table on the screen."""
+def _report(run: Restored, folder: epath.Path, console: Console) -> None:
+    """Evaluation, its files, the figures, the report, and the table on the screen."""
+    config = run.config
     target = targets.build(config.target, config.evaluation.batch_size)
-    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= step]
-    # Every logged row stands for the steps since the row before, at the speed of its own call.
-    steps = np.diff([0] + [row["step"] for row in history])
-    minutes = float(sum(n * row["seconds_per_step"] for n, row in zip(steps, history, strict=True))) / 60
+    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= run.step]
+    earlier = [read_rows(path) for path in (folder / "stages").glob("*/metrics.jsonl")]
+    minutes = sum(map(_minutes, [history, *earlier]))
     provenance = {
         "seed": config.apd.seed,
-        "step": step,
+        "step": run.step,
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "minutes_decomposition": minutes,
         "peak_rss_gib": max(_peak_rss_gib(folder), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20),
     }
-    found = instances(components, config)
+    found = run.instances
     results = []
     for i, one in enumerate(found):
-        evaluation = evaluation_lib.evaluate(target, params, one, config)
+        evaluation = evaluation_lib.evaluate(target, run.params, one, config)
         results.append(evaluation.metrics)
         with _arrays_path(folder, i).open("wb") as file:
             np.savez_compressed(file, **evaluation.arrays)
@@ -172,6 +244,47 @@ def _report(config: Config, folder: epath.Path, params: PyTree, components: Comp
     more = {"instances": results} if len(results) > 1 else {}
     (folder / "evaluation.json").write_text(json.dumps({**mean, **provenance, **more}, indent=2))
     console.print(f"Figures: {folder / 'figures'}   Metrics: {folder / 'evaluation.json'}", soft_wrap=True)
+    _pages(run, folder, console)
+
+
+def _minutes(rows: Sequence[Mapping[str, Any]]) -> float:
+    """Every logged row stands for the steps since the row before, at the speed of its own call."""
+    steps = np.diff([0] + [row["step"] for row in rows])
+    return float(sum(n * row["seconds_per_step"] for n, row in zip(steps, rows, strict=True))) / 60
+
+
+def _pages(run: Restored, folder: epath.Path, console: Console) -> None:
+    """report.html, and report_1.html ... for further instances."""
+    config = run.config
+    metrics, evidence = _evaluated(folder), folder / "evidence.json"
+    target = targets.build(config.target, config.evaluation.batch_size)
+    key = jax.random.fold_in(jax.random.key(config.evaluation.seed), STREAM + 2)
+    batches = jax.jit(lambda: jax.lax.map(lambda step: target.sample_fn(key, step), jnp.arange(REPORT_BATCHES)))()
+    x = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), batches)
+    history = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= run.step]
+    found = run.instances
+    paths = [folder / ("report.html" if i == 0 else f"report_{i}.html") for i in range(len(found))]
+    single = config.copy_and_resolve_references().apd
+    with single.unlocked():
+        single.num_instances = 1
+    for i, (path, one) in enumerate(zip(paths, found, strict=True)):
+        drawn = folder / ("figures" if len(found) == 1 else f"figures/instance_{i}")
+        source = html.Source(
+            name=folder.resolve().name,
+            decomposition=Decomposition(target.problem(run.params), one, single, history),
+            x=x,
+            target=target,
+            settings=config.to_dict(),
+            metrics=_of_instance(metrics, i),
+            arrays=dict(np.load(io.BytesIO(_arrays_path(folder, i).read_bytes()))),
+            evidence=json.loads(evidence.read_text()) if evidence.exists() else None,
+            evidence_command=f"python -m apd_jax.evidence --workdir={folder}",
+            figures=sorted(str(figure.relative_to(folder)) for figure in drawn.glob("*.png")) if drawn.exists() else [],
+            instances=[(str(j), other.name) for j, other in enumerate(paths)] if len(paths) > 1 else [],
+            instance=i,
+        )
+        html.write(path, source)
+    console.print(f"Report: {paths[0]}", soft_wrap=True)
 
 
 def _peak_rss_gib(folder: epath.Path) -> float:

@@ -1,9 +1,11 @@
-"""Command line: train (the default), evaluate or inspect one run.
+"""Command line: train (the default), evaluate, inspect or report one run, or compare two.
 
 python -m apd_jax.main --config=configs/resid_mlp.py --workdir=runs/resid_mlp
 python -m apd_jax.main --config=configs/tms.py:5-2 --workdir=runs/tms --config.apd.topk=0.3
 python -m apd_jax.main --mode=evaluate --workdir=runs/tms
 python -m apd_jax.main --mode=inspect --workdir=runs/tms
+python -m apd_jax.main --mode=report --workdir=runs/tms
+python -m apd_jax.main --mode=compare --workdir=runs/tms --other=runs/tms_seed_1
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from apd_jax.errors import InputError, Interrupted
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on where it stopped.")
-_MODE = flags.DEFINE_enum("mode", "train", ["train", "evaluate", "inspect"], "evaluate and inspect read a workdir; they need no --config.")
+_OTHER = flags.DEFINE_string("other", None, "Folder of a second run, for --mode=compare.")
+_READERS = {"evaluate": experiment.evaluate, "inspect": experiment.inspect, "report": experiment.report}
+_MODE = flags.DEFINE_enum("mode", "train", ["train", *_READERS, "compare"], "All but train read a workdir; they need no --config.")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -32,10 +36,12 @@ def main(argv: Sequence[str]) -> None:
             refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:
             refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
-        if _MODE.value == "evaluate":
-            parallel.from_primary(lambda: experiment.evaluate(_WORKDIR.value, console))
-        elif _MODE.value == "inspect":
-            parallel.from_primary(lambda: experiment.inspect(_WORKDIR.value, console))
+        if _MODE.value in _READERS:
+            parallel.from_primary(lambda: _READERS[_MODE.value](_WORKDIR.value, console))
+        elif _MODE.value == "compare":
+            if not _OTHER.value:
+                refuse("--other is missing; give the folder of the second run.")
+            parallel.from_primary(lambda: experiment.compare(_WORKDIR.value, _OTHER.value, console))
         elif _CONFIG.value is None:
             refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py.")
         else:

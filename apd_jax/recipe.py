@@ -132,6 +132,11 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
     return c
 
 
+def last_config(problem: Problem, config: Config, recipe: Config) -> Config:
+    """The settings of the last stage, which the components are evaluated with."""
+    return stage_config(config, recipe, STAGES[-1], scales(problem, config))
+
+
 def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list, Config]:
     """Runs the stages; each resumes from its own checkpoints in `workdir`/stages, the last one from `workdir` itself.
 
@@ -143,7 +148,6 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     reference = scales(problem, config)
     R, n = recipe.restarts, config.num_instances
     begin: Components | None = None
-    components, rows, settings = None, [], config
     for number, stage in enumerate(STAGES):
         settings = stage_config(config, recipe, stage, reference)
         last = stage == STAGES[-1]
@@ -151,11 +155,13 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
         components, rows = train.fit(
             problem, settings, workdir=folder, components=begin, title=f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
         )
-        if stage == "settle":
+        if last:
+            return components, rows, settings
+        if stage == "settle" and n * R > 1:
             best = _best(rows, settings, n, R)
-            components = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components) if n * R > 1 else components
+            components = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components)
         begin = _between(problem, settings, components, n * R if stage == "explore" else n, revive=stage == "explore")
-    return components, rows, settings
+    raise AssertionError("the last stage returns")
 
 
 def _best(rows: list[dict[str, Any]], config: Config, n: int, restarts: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
   params.safetensors       all of the target's params, by dotted path (`params.Dense_0.kernel`)
   components.safetensors   the factors of every decomposed leaf (`params.Dense_0.kernel.U` [C, d_in, m] and `.V` [C, m, d_out])
+  README.md                a card for a model hub
   decomposition.json       what the leaves and containers are, the config, the logged rows; written last
 
 The folder may lie on cloud storage (gs://). The network's function is code, which `load` is given.
@@ -25,9 +26,9 @@ import safetensors.numpy
 from etils import epath
 from jaxtyping import PyTree
 
+from apd_jax import card, parallel
 from apd_jax import components as components_lib
 from apd_jax import decomposition as decomposition_lib
-from apd_jax import parallel
 from apd_jax.components import Components, Factors, path_name
 from apd_jax.config import default_config
 from apd_jax.errors import InputError
@@ -35,7 +36,7 @@ from apd_jax.problem import Problem
 
 FORMAT = 1  # raised with every change after which older versions would misread a folder
 
-_PARAMS, _COMPONENTS, _ABOUT = "params.safetensors", "components.safetensors", "decomposition.json"
+_PARAMS, _COMPONENTS, _ABOUT, _CARD = "params.safetensors", "components.safetensors", "decomposition.json", "README.md"
 _DTYPES = {"BOOL": "bool", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64"}
 _DTYPES |= {f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 # What of a decomposed leaf goes into the file of arrays, and what into decomposition.json.
@@ -43,9 +44,17 @@ _ARRAYS = [field.name for field in dataclasses.fields(Factors) if not field.meta
 _STATIC = [field.name for field in dataclasses.fields(Factors) if field.metadata.get("static")]
 
 
-def save(decomposition: decomposition_lib.Decomposition, path: epath.PathLike) -> None:
+def save(
+    decomposition: decomposition_lib.Decomposition,
+    path: epath.PathLike,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+) -> None:
     """Writes a decomposition into the folder `path`, over one that is there. Of several processes, every one must call it; 0 writes.
 
+    Args:
+      metrics, evidence: what evaluation.json and evidence.json hold; for the card only.
     Raises:
       InputError: params hold something else than numbers, or two leaves of the same dotted path.
     """
@@ -64,7 +73,12 @@ def save(decomposition: decomposition_lib.Decomposition, path: epath.PathLike) -
         "history": list(decomposition.history),
     }
     factors = {f"{name}.{field}": getattr(f, field) for name, f in components.factors.items() for field in _ARRAYS}
-    contents = {_PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))), _COMPONENTS: _encode(factors)}
+    text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
+    contents = {
+        _PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
+        _COMPONENTS: _encode(factors),
+        _CARD: text.encode(),
+    }
     parallel.from_primary(lambda: _write(epath.Path(path), contents, about))
 
 

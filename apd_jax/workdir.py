@@ -22,7 +22,7 @@ def claim(workdir: epath.PathLike, config: Config) -> None:
     folder = epath.Path(workdir)
     wanted = json.loads(json.dumps(config.to_dict()))
     if (folder / "config.json").exists():
-        there, here = _flat(load_config(folder).to_dict()), _flat(wanted)
+        there, here = flat(load_config(folder).to_dict()), flat(wanted)
         absent = "absent"
         if changed := [name for name in sorted(there | here) if there.get(name, absent) != here.get(name, absent)]:
             differences = "; ".join(f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here" for name in changed)
@@ -54,8 +54,9 @@ def load_config(workdir: epath.PathLike) -> Config:
         raise InputError(f"{path} is damaged ({error}); restore it, or start a new workdir.") from None
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, by dotted name."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
-        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        out |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return out

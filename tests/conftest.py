@@ -30,6 +30,7 @@ jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
 
 import dataclasses
 import importlib
+import importlib.util
 import inspect
 import math
 import subprocess
@@ -76,6 +77,15 @@ def make_config(**fields: Any) -> ConfigDict:
     config = default_config()
     config.update(fields)
     return config
+
+
+def get_config(file: str, *args: str) -> ConfigDict:
+    """What a file in configs/ returns for an argument."""
+    spec = importlib.util.spec_from_file_location(f"config_{file}", ROOT / "configs" / f"{file}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config(*args)
 
 
 # The golden arrays
@@ -218,7 +228,7 @@ def main_here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) ->
     def run(*args: str) -> Finished:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["main", *map(str, args)])  # where ml_collections looks for overrides
-        for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "mode")]:
+        for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "other", "mode")]:
             delattr(flags.FLAGS, name)
         sys.modules.pop("apd_jax.main", None)  # its flags are defined anew
         main = importlib.import_module("apd_jax.main")

@@ -1,25 +1,14 @@
 """Every experiment file: the published settings, the variants, and what is refused."""
 
-import importlib.util
 import itertools
-from pathlib import Path
 
 import jax
 import pytest
+from conftest import get_config
 
 from apd_jax import components, targets
 from apd_jax.config import default_config, validate
 from apd_jax.problem import check_function
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def get_config(file, *args):
-    spec = importlib.util.spec_from_file_location(f"config_{file}", CONFIGS / f"{file}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(*args)
-
 
 TMS = [",".join(filter(None, v)) for v in itertools.product(("40-10", "5-2", "8-3", "1-1"), ("", "id", "rotation"), ("", "smoke"))]
 RESID_MLP = [

@@ -61,6 +61,9 @@ def test_a_run_from_start_to_end(run):
     assert [row["step"] for row in rows] == [10, 20, 30, 40]
     assert {"total", "faithfulness", "minimality", "simplicity", "mean_active", "seconds_per_step"} <= set(rows[0])
     assert list((workdir / "tensorboard").glob("events.*"))
+    page = (workdir / "report.html").read_bytes()
+    assert len(page) < 5e6 and b"Not checked yet" in page and b'id="panel"' in page
+    assert f"Report: {workdir / 'report.html'}" in result.stdout.replace("\n", "")
     drawn = {path.stem for path in (workdir / "figures").glob("*.png")}
     assert drawn == figures
     for name in drawn:
@@ -97,6 +100,26 @@ def test_evaluate_gives_the_same_numbers(run, cli):
     after = json.loads((workdir / "evaluation.json").read_text())
     assert {k: v for k, v in after.items() if k != "peak_rss_gib"} == {k: v for k, v in before.items() if k != "peak_rss_gib"}
     assert (workdir / "figures" / "losses.png").exists()
+
+
+def test_the_report_again_with_evidence(run, main_here):
+    workdir = run[0]
+    (workdir / "report.html").unlink()
+    (workdir / "evidence.json").write_text(json.dumps({"provenance": {}, "verdict": "It was <checked>.", "checks": []}))
+    try:
+        result = main_here("--mode=report", f"--workdir={workdir}")
+    finally:
+        (workdir / "evidence.json").unlink()
+    assert result.returncode == 0, result.stderr
+    assert "It was &lt;checked&gt;." in (workdir / "report.html").read_text()
+
+
+def test_a_run_compared_with_itself(run, main_here):
+    workdir = run[0]
+    result = main_here("--mode=compare", f"--workdir={workdir}", f"--other={workdir}")
+    assert result.returncode == 0, result.stderr
+    assert "All settings are the same." in result.stdout and "the median cosine is 1.000" in result.stdout.replace("\n", " ")
+    assert "None: all settings are the same." in (workdir / "compare.html").read_text()
 
 
 def test_the_same_command_again_finishes_at_once(run, main_here):
@@ -169,7 +192,7 @@ def test_missing_workdir(main_here):
     refused(main_here(TMS), "--workdir is missing")
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "inspect"])
+@pytest.mark.parametrize("mode", ["evaluate", "inspect", "report"])
 def test_nothing_to_read(mode, tmp_path, main_here):
     refused(main_here(f"--mode={mode}", f"--workdir={tmp_path}"), str(tmp_path), "config.json")
     refused(main_here(f"--mode={mode}", f"--workdir={tmp_path / 'nowhere'}"), "nowhere")
@@ -177,7 +200,18 @@ def test_nothing_to_read(mode, tmp_path, main_here):
     refused(main_here(f"--mode={mode}", f"--workdir={tmp_path}"), "config.json is damaged")
 
 
-@pytest.mark.parametrize("mode", ["evaluate", "inspect"])
+def test_nothing_to_compare(run, tmp_path, main_here):
+    refused(main_here("--mode=compare", f"--workdir={run[0]}"), "--other is missing")
+    refused(main_here("--mode=compare", f"--workdir={run[0]}", f"--other={tmp_path}"), str(tmp_path), "config.json")
+
+
+def test_a_report_needs_an_evaluation(run, tmp_path, main_here):
+    for name in ("config.json", "target", "checkpoints"):
+        (tmp_path / name).symlink_to(run[0] / name)
+    refused(main_here("--mode=report", f"--workdir={tmp_path}"), "has not been evaluated yet", "--mode=evaluate")
+
+
+@pytest.mark.parametrize("mode", ["evaluate", "inspect", "report"])
 def test_a_run_without_a_checkpoint(mode, tmp_path, main_here):
     # A run that was stopped while its target trained: config.json is all there is.
     (tmp_path / "config.json").write_text(json.dumps(_config(main_here, tmp_path)))
@@ -247,4 +281,7 @@ def test_several_instances(tmp_path, main_here):
     assert len(evaluation["instances"]) == 2
     np.testing.assert_allclose(evaluation["mmcs"], np.mean([one["mmcs"] for one in evaluation["instances"]]))
     assert all((tmp_path / "figures" / f"instance_{i}" / "columns.png").exists() for i in range(2))
+    for name, here, there in (("report.html", 0, "report_1.html"), ("report_1.html", 1, "report.html")):
+        page = (tmp_path / name).read_text()
+        assert f'<strong aria-current="page">{here}</strong>' in page and f'<a href="{there}">{1 - here}</a>' in page
     assert main_here("--mode=inspect", f"--workdir={tmp_path}").returncode == 0

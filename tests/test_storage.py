@@ -1,6 +1,9 @@
 """A decomposition saved and loaded is the same decomposition; whatever does not fit is refused in one sentence."""
 
 import json
+import re
+import subprocess
+import sys
 from typing import NamedTuple
 
 import jax
@@ -80,6 +83,7 @@ def test_round_trip(tmp_path, container):
     np.testing.assert_array_equal(before.sparse_output(X), after.sparse_output(X))
     np.testing.assert_array_equal(before.ablate([1], X), after.ablate([1], X))
     assert sorted(file.name for file in (tmp_path / "saved").iterdir()) == [
+        "README.md",
         "components.safetensors",
         "decomposition.json",
         "params.safetensors",
@@ -180,6 +184,7 @@ def test_a_save_that_was_cut_short_is_noticed(tmp_path, monkeypatch):
     storage.save(decomposition(params, apply_fn), tmp_path)
 
     # Over an old one, between the two files of arrays: the new params must not be taken with the old components.
+    twice = decomposition(jax.tree.map(lambda a: 2 * a, params), apply_fn)  # now: jax's cache of programs writes such files too
     kind = type(epath.Path(tmp_path))
     write = kind.write_bytes
 
@@ -190,7 +195,7 @@ def test_a_save_that_was_cut_short_is_noticed(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(kind, "write_bytes", write_and_die)
         with pytest.raises(KeyboardInterrupt):
-            storage.save(decomposition(jax.tree.map(lambda a: 2 * a, params), apply_fn), tmp_path)
+            storage.save(twice, tmp_path)
     assert np.array_equal(safetensors.numpy.load_file(tmp_path / "params.safetensors")["out.b"], 2 * params["out"]["b"])
     with pytest.raises(InputError, match=r"holds no decomposition\.json: .* its saving was cut short; save it again"):
         storage.load(tmp_path, apply_fn)
@@ -270,3 +275,43 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
     with pytest.raises(InputError, match=r"params leaf 'key' has dtype key<fry>, which a file cannot hold"):
         storage.save(decomposition({"w": leaf(0, 2, 2), "key": jax.random.key(0)}, lambda p, x: x), tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+# The card
+
+
+def test_the_card_says_what_it_is_and_how_to_load_it(tmp_path):
+    params, apply_fn = nested("dict")
+    check = {"number": 1, "title": "Faith | fulness", "passed": False, "bar": "≤ 1e-3", "text": "Not <so>.", "why": ""}
+    evidence = {"verdict": "Needed up to this budget.", "checks": [check]}
+    decomposition(params, apply_fn).save(tmp_path / "mine", metrics={"mmcs": 0.9981, "device": "cpu"}, evidence=evidence)
+    text = (tmp_path / "mine" / "README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert front.splitlines() == ["library_name: apd_jax", "tags:", "- parameter-decomposition", "- interpretability", "- jax"]
+    assert "# mine\n" in body and "5 components" in body and "| `in.w` | 4×6 | 2 |" in body and "| mmcs | 0.9981 |" in body
+    assert "cpu" not in body  # not a number
+    assert "| 1 | Faith \\| fulness | **failed** | ≤ 1e-3 | Not &lt;so>. |" in body and "Needed up to this budget." in body
+
+
+def test_without_metrics_the_card_has_the_last_losses(tmp_path):
+    decomposition(*nested("dict")).save(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "| total | 0.1 |" in text and "Evidence" not in text
+
+
+def test_the_cards_code_needs_no_training_code(tmp_path):
+    params, apply_fn = nested("dict")
+    given = decomposition(params, apply_fn)
+    given.save(tmp_path)
+    (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
+    code = code.replace("apply_fn = ...", "apply_fn = lambda p, x: jnp.tanh(x @ p['in']['w']) @ p['out']['v'] + p['out']['b'][None] ")
+    code = code.replace("path/of/this/folder", str(tmp_path))
+    last = (
+        "import sys; print(mask.sum()); assert not any(name.startswith(('apd_jax.targets', 'apd_jax.experiment')) for name in sys.modules)"
+    )
+    code = (
+        f"import jax.numpy as jnp\nx = jnp.ones((16, 4))\n{code.replace('decomposition.mask(x)', 'mask = decomposition.mask(x)')}\n{last}"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == int(given.mask(jnp.ones((16, 4))).sum())

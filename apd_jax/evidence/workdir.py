@@ -65,6 +65,8 @@ def write(
         console.print(found[-1].table(title))
     paths = card.save(found, folder, list(numbers), several=len(instances) > 1)
     console.print("  ".join(map(str, paths)), soft_wrap=True)
+    if (folder / "evaluation.json").exists():
+        experiment.report(folder, console)  # the page shows the card
     return found
 
 

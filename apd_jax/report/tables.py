@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -39,6 +40,7 @@ _RESULTS = {
     "total_rank": ("effective rank of the alive components, summed", "small"),
     "mean_active_components": ("active components per example", "k"),
 }
+_PROVENANCE = ("seed", "step", "num_devices", "minutes_decomposition", "peak_rss_gib")  # what evaluation.json has beside metrics
 _OUT_OF = {"num_features_owned": "num_features", "num_alive_components": "num_components"}
 
 
@@ -62,13 +64,27 @@ def results_table(
     table.add_column("good", style="dim")
     for name, label in (labels or {}).items():
         table.add_row(label, number(metrics[name]), "")
-    for name, (label, good) in _RESULTS.items():
-        if name in metrics:
-            whole = f" of {metrics[_OUT_OF[name]]}" if name in _OUT_OF else ""
-            table.add_row(label, number(metrics[name]) + whole, good)
+    for row in result_rows(metrics):
+        table.add_row(*row)
     if minutes is not None:
         table.add_row("minutes", f"{minutes:.1f}", "")
     return table
+
+
+def result_rows(metrics: Mapping[str, Any], *, others: bool = False) -> list[tuple[str, str, str]]:
+    """(what it says, value, what good looks like) of the metrics that every kind of target has, in the order of a report.
+
+    Args:
+      others: first, the numbers that this target alone has, by their names.
+    """
+    known = {*_RESULTS, *_OUT_OF.values(), *_PROVENANCE}
+    own = [name for name, value in metrics.items() if name not in known and isinstance(value, int | float)] if others else []
+    rows = [(name.replace("_", " "), number(metrics[name]), "") for name in own]
+    for name, (label, good) in _RESULTS.items():
+        if name in metrics:
+            whole = f" of {number(metrics[_OUT_OF[name]])}" if name in _OUT_OF else ""
+            rows.append((label, number(metrics[name]) + whole, good))
+    return rows
 
 
 def components_table(

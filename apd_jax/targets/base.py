@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax.errors import InputError
 from apd_jax.problem import Problem
+from apd_jax.targets.chain import Layer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Target:
     frozen: tuple[str, ...] = ()  # glob patterns: leaves that pretraining leaves as they were drawn
     num_active_fn: Callable[..., Any] | None = None  # x -> [B], how many features are truly active
     score_fn: Callable[..., Score] | None = None  # (Decomposition, key) -> Score, against what is known of this target
+    layers: tuple[Layer, ...] = ()  # the same function as apply_fn's outputs, on x [B, F], where it is such a chain
 
     def problem(self, params: PyTree) -> Problem:
         """The decomposition of these weights, as `apd_jax.train.fit` takes it."""

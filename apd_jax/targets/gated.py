@@ -30,6 +30,7 @@ from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError, one_of
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.chain import Layer
 
 GATES = ("bias", "weights")
 END = 5.0  # of the interval of t
@@ -232,6 +233,15 @@ def sampler(batch_size: int, num_functions: int, probability: float) -> Callable
     return sample_fn
 
 
+def layers(num_layers: int) -> tuple[Layer, ...]:
+    """The network as a chain."""
+    chain = [Layer("pad", size=1)]
+    for i in range(num_layers):
+        mlp = (Layer("linear", f"mlp_in_{i}"), Layer("bias", f"bias_in_{i}"), Layer("relu"), Layer("linear", f"mlp_out_{i}"))
+        chain += [Layer("keep"), *mlp, Layer("add")]
+    return (*chain, Layer("last", size=1))
+
+
 def build(config: Config, batch_size: int) -> Target:
     """The gated functions of `config` (fields: configs/gated.py).
 
@@ -254,4 +264,5 @@ def build(config: Config, batch_size: int) -> Target:
         select=("mlp_in_*", "mlp_out_*"),
         num_active_fn=lambda x: jnp.sum(x[:, 1:] != 0, axis=1, dtype=jnp.int32),
         score_fn=lambda decomposition, key: score(decomposition, n, L),
+        layers=layers(L),
     )

@@ -21,6 +21,7 @@ from apd_jax import components as components_lib
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.chain import Layer
 
 FOUND_COSINE, FOUND_NORM = 0.99, 0.05  # a block is found if one component has this cosine with it, and a norm this close to its own
 
@@ -69,6 +70,7 @@ def build(config: Config, batch_size: int) -> Target:
         sample_fn=sample_fn,
         select=("W",),
         score_fn=lambda decomposition, key: score(decomposition, n, s),
+        layers=(Layer("linear", "W"),),
     )
 
 

@@ -18,8 +18,8 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from apd_jax.config import Config
 from apd_jax.errors import InputError, one_of
 from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.chain import ACTIVATIONS, Layer
 
-ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=False)}
 EMBEDDINGS = ("random", "identity")
 
 
@@ -106,6 +106,16 @@ def labels(x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     return x + nn.relu(x)
 
 
+def layers(model: ResidMLP) -> tuple[Layer, ...]:
+    """The network as a chain."""
+    chain = [Layer("linear", "W_E")]
+    for i in range(model.num_layers):
+        bias_in, bias_out = [(Layer("bias", f"bias_{side}_{i}"),) if model.use_bias else () for side in ("in", "out")]
+        mlp = (Layer("linear", f"mlp_in_{i}"), *bias_in, Layer(model.activation), Layer("linear", f"mlp_out_{i}"), *bias_out)
+        chain += [Layer("keep"), *mlp, Layer("add")]
+    return (*chain, Layer("linear", "W_U"))
+
+
 def build(config: Config, batch_size: int) -> FeatureTarget:
     """The ResidMLP target of `config` (fields: configs/resid_mlp.py).
 
@@ -144,4 +154,5 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         uses={},
         frozen=("W_E", "W_U"),
         monosemantic_fn=monosemantic_fn,
+        layers=layers(model),
     )

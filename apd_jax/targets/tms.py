@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from apd_jax.config import Config
 from apd_jax.errors import one_of
 from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.chain import Layer
 
 HIDDEN = ("none", "identity", "rotation")
 
@@ -62,6 +63,12 @@ def contracted(params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
     return nn.relu(x @ (through @ W.T) + params["b"][None, :])
 
 
+def layers(hidden: str = "none") -> tuple[Layer, ...]:
+    """The network as a chain."""
+    between = () if hidden == "none" else (Layer("linear", "hidden"),)
+    return (Layer("linear", "W"), *between, Layer("linear", "W", transpose=True), Layer("bias", "b"), Layer("relu"))
+
+
 def build(config: Config, batch_size: int) -> FeatureTarget:
     """The TMS target of `config` (fields: configs/tms.py).
 
@@ -90,4 +97,5 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         select=("W",) if hidden == "none" else ("W", "hidden"),
         uses={"W": 2},
         frozen=() if hidden == "none" else ("hidden",),
+        layers=layers(hidden),
     )

@@ -24,7 +24,7 @@ from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
-from apd_jax.targets.tms import TMS, contracted
+from apd_jax.targets.tms import TMS, contracted, layers
 
 FOUND_COSINE = 0.9  # a group is found if its component points its way in the group's rows ...
 FOUND_NORM_RATIO = 0.5  # ... holds at least this part of their norm ...
@@ -145,4 +145,5 @@ def build(config: Config, batch_size: int) -> Target:
         select=("W",),
         uses={"W": 2},
         score_fn=lambda decomposition, key: score(decomposition, G),
+        layers=layers(),
     )

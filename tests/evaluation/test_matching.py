@@ -1,0 +1,45 @@
+"""Components are found again in another order, sign and length; other leaves are refused."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import close
+
+from apd_jax import components as components_lib
+from apd_jax.errors import InputError
+from apd_jax.evaluation import matching
+
+PARAMS = {"a": jnp.zeros((6, 4)), "b": jnp.zeros((4, 5))}
+
+
+def drawn(seed, C=5):
+    return components_lib.init(jax.random.key(seed), PARAMS, num_components=C, rank=2)
+
+
+def flat(components):
+    parts = components_lib.materialize(components)
+    return np.concatenate([np.asarray(parts[name]).reshape(components.num_components, -1) for name in ("a", "b")], axis=1)
+
+
+def test_cosines_of_whole_components():
+    first, second = drawn(0), drawn(1, C=3)
+    P, Q = flat(first), flat(second)
+    close(matching.cosines(first, second), P @ Q.T / np.outer(np.linalg.norm(P, axis=1), np.linalg.norm(Q, axis=1)))
+
+
+def test_a_permutation_is_found():
+    first, order = drawn(0), np.array([3, 0, 4, 1, 2])
+    scale = jnp.array([2.0, 1.0, 0.5, 1.0, 0.0])  # the last one is nothing, and has cosine 0 with everything
+    second = jax.tree.map(lambda a: a[order] * jnp.sqrt(scale)[:, None, None], first)
+    cosine = matching.cosines(first, second)
+    c, d = matching.one_to_one(cosine)
+    pairs = dict(zip(d.tolist(), c.tolist(), strict=True))
+    assert [pairs[i] for i in range(5)] == order.tolist()
+    close(cosine[c, d], np.array([1.0, 1, 1, 1, 0]), 1e-5)
+
+
+def test_other_leaves_are_refused():
+    other = components_lib.init(jax.random.key(0), {"a": jnp.zeros((6, 4))}, num_components=5)
+    with pytest.raises(InputError, match=r"leaf 'b': \(4, 5\) and absent"):
+        matching.cosines(drawn(0), other)
