@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array, Bool, Float, PyTree
+from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import data, parallel, sparse, train
+from apd_jax import recipe as recipe_lib
 from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
 from apd_jax.config import Config
@@ -128,6 +130,7 @@ def decompose(
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,
     valid_fn: Callable | None = None,
+    recipe: Config | None = None,
     workdir: epath.PathLike | None = None,
 ) -> Decomposition:
     """Splits a trained network's parameters into components that sum to them, few of which are needed on any input.
@@ -148,6 +151,8 @@ def decompose(
       num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
       valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding; the others count in no loss, no
         attribution and no mask.
+      recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the coefficients of `config`. The returned
+        decomposition has the settings of the last stage.
       workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same call then resumes. None: nothing
         is written.
     Raises:
@@ -159,8 +164,11 @@ def decompose(
     check_examples(problem)
     if workdir is not None:
         config_lib.validate(config)
-        parallel.from_primary(lambda: claim(workdir, config))
-    components, history = train.fit(problem, config, workdir=workdir)
+        parallel.from_primary(lambda: claim(workdir, config if recipe is None else ConfigDict({"apd": config, "recipe": recipe})))
+    if recipe is None:
+        components, history = train.fit(problem, config, workdir=workdir)
+    else:
+        components, history, config = recipe_lib.fit(problem, config, recipe, workdir=workdir)
     return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history)
 
 

@@ -26,6 +26,7 @@ from jaxtyping import PyTree
 from ml_collections import config_dict
 
 from apd_jax import components as components_lib
+from apd_jax import config as config_lib
 from apd_jax import data, losses, parallel, train
 from apd_jax import restructure as restructure_lib
 from apd_jax import step as step_lib
@@ -73,6 +74,21 @@ class Scales:
     faithfulness: float
     minimality: float
     simplicity: float
+
+
+_SET_BY_RECIPE = (
+    *("faithfulness_coeff", "minimality_coeff", "simplicity_coeff", "simplicity_coeff_final"),
+    *("mask", "threshold", "num_steps", "learning_rate", "init_scale"),
+)
+
+
+def check(config: Config) -> None:
+    """Raises InputError for a setting of the config that the recipe would silently replace."""
+    default = config_lib.default_config()
+    if changed := [name for name in _SET_BY_RECIPE if config[name] != default[name]]:
+        raise InputError(
+            f"{changed[0]} is set by the recipe, stage by stage; change it there (recipe.explore, ...), or leave the recipe out."
+        )
 
 
 def scales(problem: Problem, config: Config) -> Scales:
@@ -141,10 +157,12 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     """Runs the stages; each resumes from its own checkpoints in `workdir`/stages, the last one from `workdir` itself.
 
     Args:
-      config: as for `train.fit`; what the recipe names is taken from there.
+      config: as for `train.fit`; what the recipe sets must stand at its default here.
     Returns: the components, the logged rows of the last stage, and its settings.
     Raises: as `train.fit`.
     """
+    check(config)
+    config_lib.validate(config)
     reference = scales(problem, config)
     R, n = recipe.restarts, config.num_instances
     begin: Components | None = None

@@ -26,7 +26,8 @@ from apd_jax.problem import Problem
 
 NUM_EXAMPLES = 20_000  # that the statistics are taken on, about; one batch where the data comes from the host
 SCHATTEN_P = 0.5  # of the comparison: well below 1, so that one component is clearly simpler than two halves of it
-LEAST_GAIN = 0.1  # joining must save at least this part of the two components' simplicity
+LEAST_GAIN = 0.1  # joining must save at least this part of the two components' simplicity ...
+PARALLEL = 0.8  # or their cosine is above this: the attributions of parallel components are proportional on every input
 LEAST_OVERLAP = 0.3  # ... and is only tried if one of the two matters on this part of the inputs on which the other does
 LEAST_FIRING = 0.01  # an alive component is kept, and matters, on this part of the average component's inputs, k/C ...
 LEAST_STRENGTH = 0.25  # ... and has, where it is kept, this part of the mean squared attribution of all that are kept
@@ -70,8 +71,9 @@ def restructure(
     """Joins what is one mechanism, and clears what is unused.
 
     Components a and b become P_a + P_b if that is simpler: n_{a∪b}·S(P_a + P_b) < (1 - LEAST_GAIN)·(n_a·S(P_a) + n_b·S(P_b)), with n the
-    inputs on which they matter and S = Σ_l uses_l Σ_j σ_j^SCHATTEN_P the simplicity of all leaves. The pair that saves most goes first. The
-    sum is cut to the leaf's rank. Components that hardly ever matter, or matter little, are set to 0, or to those of `fresh`.
+    inputs on which they matter and S = Σ_l uses_l Σ_j σ_j^SCHATTEN_P the simplicity of all leaves; or if they are PARALLEL. The most
+    parallel pair, or else the one that saves most, goes first. The sum is cut to the leaf's rank. Components that hardly ever matter, or
+    matter little, are set to 0, or to those of `fresh`.
 
     Args:
       components: of one instance, on the host.
@@ -94,7 +96,12 @@ def restructure(
     def size(*members: int) -> float:
         return float(sum(uses[name] * np.sum(joined(name, members)[1] ** SCHATTEN_P) for name in U))
 
+    def inner(a: int, b: int) -> float:
+        return float(sum(np.sum((np.swapaxes(U[n][a], -1, -2) @ U[n][b]) * (V[n][a] @ np.swapaxes(V[n][b], -1, -2))) for n in U))
+
     def gain(a: int, b: int) -> float:
+        if alive[a] and alive[b] and (cosine := inner(a, b) / max(inner(a, a) * inner(b, b), 1e-30) ** 0.5) > PARALLEL:
+            return 1 + cosine
         n_a, n_b, n_ab = together[a, a], together[b, b], together[a, b]
         if not (alive[a] and alive[b]) or n_ab <= LEAST_OVERLAP * min(n_a, n_b):
             return 0.0

@@ -1,0 +1,68 @@
+"""The recipe: stages that find the components on (almost) every seed, with one set of numbers for all targets (`apd_jax.recipe`).
+
+    python -m apd_jax.main --config=configs/recipe.py:tms,40-10 --workdir=runs/recipe_tms
+    python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid_mlp
+
+Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
+decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told.
+`smoke` runs every stage in seconds on a CPU; the result means nothing.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from apd_jax.config import default_config
+from apd_jax.errors import InputError, one_of
+from apd_jax.recipe import STAGES, default_recipe
+
+# (mechanisms, probability of each, rank of the components or None for full rank), from the target's own fields
+SIZES = {
+    "tms": lambda t: (t.num_features, t.feature_probability, None),
+    "tms_coactive": lambda t: (t.num_groups, t.group_probability, None),
+    "resid_mlp": lambda t: (t.num_features, t.feature_probability, 4),
+    "gated": lambda t: (t.num_functions, t.bit_probability, None),
+}
+
+
+def get_config(arg: str = "tms,40-10") -> ConfigDict:
+    """The experiment `arg`, e.g. "tms,5-2" or "resid_mlp,2layer,smoke".
+
+    Raises:
+      InputError: an unknown target, or what the target's own file refuses.
+    """
+    name, *rest = arg.split(",")
+    base = _load(one_of("recipe target", name, tuple(SIZES))).get_config(*[",".join(rest)] if rest else [])
+    mechanisms, probability, rank = SIZES[name](base.target)
+    if name == "tms" and base.target.hidden != "none":
+        raise InputError("the recipe has no answer yet to a matrix in the hidden space of TMS; use configs/tms.py for it.")
+
+    config = ConfigDict()
+    config.seed = 0  # the run's; the others follow it unless they are set themselves
+    config.target = ConfigDict(base.target.to_dict())
+    config.target.seed = config.get_oneway_ref("seed")
+    config.apd = default_config()
+    config.apd.seed = config.get_oneway_ref("seed")
+    config.apd.num_components = 2 * mechanisms
+    config.apd.rank = rank
+    config.apd.topk = mechanisms * probability
+    config.apd.batch_size = 512
+    config.apd.hidden_reconstruction_coeff = 0.0
+    config.recipe = default_recipe()
+    config.evaluation = ConfigDict(base.evaluation.to_dict())
+    config.evaluation.seed = config.get_oneway_ref("seed")
+    if "smoke" in rest:
+        config.apd.batch_size = 64
+        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 5
+        config.recipe.restarts = 2
+        config.recipe.update({stage: {"num_steps": 10} for stage in STAGES})
+    return config.lock()
+
+
+def _load(name: str):
+    spec = importlib.util.spec_from_file_location(f"apd_jax_config_{name}", Path(__file__).with_name(f"{name}.py"))
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,137 @@
+"""The recipe: reference points by hand, stages, and resuming."""
+
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import get_config
+
+import apd_jax
+from apd_jax import recipe, targets
+from apd_jax.config import default_config
+from apd_jax.errors import InputError
+from apd_jax.evaluation import geometry
+from apd_jax.problem import Problem
+
+W = np.diag([3.0, 2.0]).astype(np.float32)
+
+
+def linear_problem(data=None):
+    """f(x) = x W + 1, x standard normal."""
+
+    def sample(key, step):
+        return jax.random.normal(jax.random.fold_in(key, step), (1000, 2))
+
+    return Problem(lambda p, x: x @ p["W"] + p["b"][None], {"W": jnp.asarray(W), "b": jnp.ones(2)}, data or sample)
+
+
+def small(**more):
+    r = recipe.default_recipe()
+    r.update({"restarts": 2} | {stage: {"num_steps": 6} for stage in recipe.STAGES} | more)
+    c = default_config()
+    c.update(num_components=4, batch_size=1000, steps_per_call=3, log_every_steps=3, checkpoint_every_steps=3)
+    return c, r
+
+
+def test_scales_by_hand():
+    """faithfulness of nothing: (9 + 4)/4; distance without W: E mean_o (x W)_o² = (9 + 4)/2; simplicity of W: (3^p + 2^p)/4."""
+    config, _ = small()
+    s = recipe.scales(linear_problem(), config)
+    assert s.faithfulness == pytest.approx(13 / 4)
+    assert s.minimality == pytest.approx(13 / 2, rel=0.05)
+    assert s.simplicity == pytest.approx((3**0.9 + 2**0.9) / 4, rel=1e-5)
+    x = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
+    assert recipe.scales(linear_problem([x]), config).minimality == pytest.approx(np.mean((x @ W) ** 2), rel=1e-5)
+
+
+def test_relative_coefficients_become_absolute():
+    config, r = small()
+    s = recipe.Scales(faithfulness=2.0, minimality=0.5, simplicity=4.0)
+    explore = recipe.stage_config(config, r, "explore", s)
+    assert (explore.faithfulness_coeff, explore.minimality_coeff) == (0.5, pytest.approx(2 * r.minimality_coeff))
+    assert (explore.simplicity_coeff, explore.simplicity_coeff_final) == (5.0, 1.75)
+    assert explore.num_instances == 2 and explore.mask == "batch_topk"
+    polish = recipe.stage_config(config, r, "polish", s)
+    assert polish.simplicity_coeff == 0 and polish.mask == "threshold" and polish.num_instances == 1
+    assert polish.threshold == pytest.approx(r.threshold * 0.5**0.5)
+
+
+@pytest.mark.parametrize("instances", [1, 2])
+def test_stages_run_and_resume_bit_for_bit(tmp_path, instances):
+    config, r = small()
+    config.num_instances = instances
+    whole, rows, settings = recipe.fit(linear_problem(), config, r)
+    assert rows[-1]["step"] == 6 and settings.num_instances == instances
+    assert whole.factors["W"].U.shape == (*[2] * (instances > 1), 4, 2, 2)
+
+    run = tmp_path / "run"
+    recipe.fit(linear_problem(), config, r, workdir=run)
+    shutil.rmtree(run / "checkpoints")  # as if it had been stopped in the middle of the third stage
+    shutil.rmtree(run / "stages" / "clean" / "checkpoints" / "6")
+    (run / "metrics.jsonl").unlink()
+    again, _, _ = recipe.fit(linear_problem(), config, r, workdir=run)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_best_restart_is_chosen_by_its_loss():
+    config, _ = small()
+    config.num_steps = 10
+    rows = [{"step": s, "total": [5.0, 1.0, 2.0, 9.0] if s > 8 else [0.0, 9.0, 9.0, 0.0]} for s in range(1, 11)]
+    assert recipe._best(rows, config, 2, 2).tolist() == [1, 2]
+
+
+def test_what_the_recipe_sets_is_not_silently_replaced():
+    config, r = small()
+    config.learning_rate = 1.0
+    with pytest.raises(InputError, match=r"learning_rate is set by the recipe"):
+        recipe.fit(linear_problem(), config, r)
+
+
+def test_outputs_that_do_not_depend_on_the_weights():
+    problem = Problem(lambda p, x: x + 0 * p["W"].sum(), {"W": jnp.asarray(W)}, lambda key, step: jnp.ones((1000, 2)))
+    with pytest.raises(InputError, match="nothing to decompose"):
+        recipe.scales(problem, small()[0])
+
+
+def test_decompose_with_a_recipe():
+    config, r = small()
+    problem = linear_problem()
+    d = apd_jax.decompose(problem.apply_fn, problem.params, problem.sample_fn, config, recipe=r)
+    assert d.config.mask == "threshold" and d.mask(jnp.ones((3, 2))).shape == (3, 4)
+
+
+@pytest.mark.parametrize("arg", ["tms,5-2", "tms,20-5,smoke", "resid_mlp,2layer", "gated,short", "tms_coactive"])
+def test_configs_take_only_sizes_from_the_target(arg):
+    config = get_config("recipe", arg)
+    recipe.check(config.apd)
+    other = get_config("recipe", "tms,40-10")
+    differing = {name for name in config.apd if config.apd[name] != other.apd[name]}
+    smoke = {"batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps"} if "smoke" in arg else set()
+    assert differing <= {"num_components", "rank", "topk"} | smoke
+    targets.build(config.target, config.apd.batch_size)
+
+
+def test_the_recipe_says_what_it_cannot():
+    with pytest.raises(InputError, match="hidden space"):
+        get_config("recipe", "tms,5-2,id")
+    with pytest.raises(InputError, match="recipe target"):
+        get_config("recipe", "nonsense")
+
+
+@pytest.mark.slow
+def test_tms_3_2_is_found():
+    """Three features in two dimensions, a hundredth of the shipped sizes: every feature has one component of its full length."""
+    target = targets.build(get_config("tms", "3-2").target, 256)
+    W = jnp.asarray(np.stack([np.cos(a := 2 * np.pi * np.arange(3) / 3), np.sin(a)], axis=1), jnp.float32)
+    params = {"W": W, "b": jnp.zeros(3)}
+    config, r = default_config(), recipe.default_recipe()
+    config.update(num_components=6, topk=0.15, batch_size=256)
+    r.update({stage: {"num_steps": 800} for stage in recipe.STAGES})
+    c, _, _ = recipe.fit(target.problem(params), config, r)
+    found = np.asarray(jax.tree.map(jnp.asarray, c).factors["W"].weights)
+    scores = geometry.scores(found, np.asarray(W))
+    assert scores["num_features_owned"] == 3
+    assert scores["mmcs_one_to_one"] > 0.99 and abs(scores["ml2r_one_to_one"] - 1) < 0.02
