@@ -20,8 +20,9 @@ from apd_jax import step as step_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.evaluation import geometry, scrub
-from apd_jax.evaluation.general import ALIVE_NORM, STREAM, Evaluation
+from apd_jax.evaluation.general import STREAM, Evaluation
 from apd_jax.targets.base import FeatureTarget
+from apd_jax.targets.scoring import ALIVE_NORM
 
 SERVED_GAIN = 0.75  # a feature is served by its top-1 component if that alone gives more than this part of the target's gain
 SWEEP_VALUES = 41

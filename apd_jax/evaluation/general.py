@@ -19,8 +19,8 @@ from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.targets.base import Panel, Target
+from apd_jax.targets.scoring import ALIVE_NORM
 
-ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
 STREAM = 0x7E57  # sets the draws of an evaluation apart from training with the same seed
 
 

@@ -16,12 +16,12 @@ from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
 from apd_jax import step as step_lib
-from apd_jax.evaluation.general import ALIVE_NORM
 from apd_jax.evidence import ablate
 from apd_jax.evidence import length as length_lib
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, distance, errors, make, norms, outputs
 from apd_jax.targets.base import Panel
+from apd_jax.targets.scoring import ALIVE_NORM
 
 PARAMETER_BAR = 1e-3
 UNMASKED_BAR = 0.01

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
 import numpy as np
 from jaxtyping import Float, Int
-from scipy.optimize import linear_sum_assignment
 
 from apd_jax.components import Components
-from apd_jax.errors import InputError
-from apd_jax.evaluation.general import ALIVE_NORM
+from apd_jax.evaluation.matching import cosines, one_to_one
 from apd_jax.evidence.subject import norms
+from apd_jax.targets.scoring import ALIVE_NORM
 
 SAME = 0.9  # cosine from which on two components count as the same
 
@@ -40,22 +38,11 @@ def agreement(a: Components, b: Components) -> Agreement:
 
     Raises:
       InputError: the two decompose other leaves, or leaves of other shapes.
-    Cost: C²·|θ|, one leaf's P_c in memory at a time, and an assignment of order C³ on the host.
+    Cost: that of `cosines`, and an assignment of order C³ on the host.
     """
-    theirs = {name: f.shape for name, f in b.factors.items()}
-    if theirs != {name: f.shape for name, f in a.factors.items()}:
-        raise InputError(
-            f"the two decompositions are of other leaves or shapes ({', '.join(a.factors)} and {', '.join(theirs)}); "
-            "compare runs of one target."
-        )
-    inner = np.zeros((a.num_components, b.num_components))
-    for name, f in a.factors.items():
-        P, Q = (np.asarray(jax.device_get(g.weights), np.float64).reshape(g.num_components, -1) for g in (f, b.factors[name]))
-        inner += P @ Q.T
+    cosine = cosines(a, b)
+    rows, columns = one_to_one(cosine)
     norm = np.asarray(norms(a), np.float64)
-    lengths = norm[:, None] * np.asarray(norms(b), np.float64)[None, :]
-    cosine = np.divide(inner, lengths, out=np.zeros_like(inner), where=lengths > 0)
-    rows, columns = linear_sum_assignment(cosine, maximize=True)
     match, matched = np.full(a.num_components, -1), np.zeros(a.num_components)
     match[rows], matched[rows] = columns, cosine[rows, columns]
     return Agreement(match, matched, norm > ALIVE_NORM * norm.max())

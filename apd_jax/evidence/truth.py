@@ -12,10 +12,10 @@ from jaxtyping import Float
 
 from apd_jax import components as components_lib
 from apd_jax.evaluation import geometry, scrub
-from apd_jax.evaluation.general import ALIVE_NORM
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, errors, norms
 from apd_jax.targets.base import FeatureTarget
+from apd_jax.targets.scoring import ALIVE_NORM
 
 SEPARATION = 3.0  # antiscrubbed / scrubbed
 COSINE_BAR, NORM_BAR, PURITY_BAR = 0.999, 0.01, 0.98

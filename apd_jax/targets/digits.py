@@ -8,7 +8,6 @@ No truth is known. One may hope for components that serve one class each: that i
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,27 +16,19 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
-from scipy.stats import rankdata
+from jaxtyping import Array, Float, Int, PyTree, Shaped
 
-from apd_jax import attributions
-from apd_jax import components as components_lib
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.scoring import CORRELATION_LABELS, alive_components, rank_correlations
 
 Batch = dict[str, Any]  # {"image": [B, 8, 8, 1], "label": [B]}
 NUM_CLASSES = 10
 NUM_TEST = 360  # of 1797 images
-ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
 ONE_CLASS = 0.5  # a component is one class's if more than this part of the accuracy that it costs falls on that class
 
-CORRELATION_LABELS = {
-    f"attribution_rank_correlation_{kind}": f"rank correlation of {kind.replace('_', ' ')} attributions with true ablation; 1"
-    for kind in attributions.KINDS
-    if kind != "ablation"
-}
 LABELS = {
     "target_accuracy": "test accuracy of the target; 1",
     "all_accuracy": "test accuracy with all components; the target's",
@@ -73,35 +64,6 @@ def load(split_seed: int) -> tuple[Batch, Batch]:
     return {"image": images[training], "label": labels[training]}, {"image": images[test], "label": labels[test]}
 
 
-def alive_components(decomposition: Decomposition, x: PyTree) -> Bool[np.ndarray, " C"]:
-    """Components that are kept on some example of x with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
-    scores = jax.jit(decomposition.attributions)(x)
-    kept = np.asarray(decomposition.mask_of(scores, x) & (scores > 0)).reshape(-1, decomposition.components.num_components)
-    norms = np.sqrt(np.sum([np.maximum(square, 0) for square in components_lib.squared_norms(decomposition.components).values()], axis=0))
-    return kept.any(axis=0) & (norms > ALIVE_NORM * norms.max())
-
-
-def rank_correlations(decomposition: Decomposition, x: PyTree, alive: Bool[np.ndarray, " C"]) -> dict[str, float]:
-    """Spearman's rank correlation between each kind of attribution and true ablation.
-
-    {"attribution_rank_correlation_{kind}": over all pairs of an example of x and an alive component; 0 if either is constant}
-    """
-
-    def ranks(kind: str) -> np.ndarray:
-        config = decomposition.config.copy_and_resolve_references()
-        config.update(attribution=kind, mask_per="example", attribution_mode="auto")
-        given = jax.jit(dataclasses.replace(decomposition, config=config).attributions)(x)
-        return rankdata(np.asarray(given)[:, alive])
-
-    truth, found = ranks("ablation"), {}
-    for kind in attributions.KINDS:
-        if kind != "ablation":
-            given = ranks(kind)
-            varied = alive.any() and np.ptp(truth) > 0 and np.ptp(given) > 0
-            found[f"attribution_rank_correlation_{kind}"] = float(np.corrcoef(given, truth)[0, 1]) if varied else 0.0
-    return found
-
-
 def by_class(values: Shaped[np.ndarray, "B C"], labels: Int[np.ndarray, " B"]) -> Float[np.ndarray, "10 C"]:
     """The mean over the images of each class."""
     return np.stack([values[labels == k].mean(axis=0) for k in range(NUM_CLASSES)])
@@ -114,7 +76,7 @@ def score(decomposition: Decomposition, key: Array, *, test: Batch) -> Score:
       {target,sparse,all}_accuracy: by the target, with the mask of training, with all components.
       components_of_one_class: share of alive components of whose damage, when ablated, more than ONE_CLASS falls on one class. Damage
         is the fall in accuracy on each class, rises left out. num_classes_served: how many classes have such a component.
-      attribution_rank_correlation_{kind}: see `rank_correlations`.
+      attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
 
     Cost: C + 3 forward passes on 360 images, and the attributions.
     """

@@ -33,7 +33,7 @@ from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
-from apd_jax.targets.digits import CORRELATION_LABELS, alive_components, rank_correlations
+from apd_jax.targets.scoring import CORRELATION_LABELS, alive_components, rank_correlations
 
 NUM_LAYERS = 2
 IN_LAYER = 0.1  # a component is in a layer if more than this part of its norm lies there
@@ -154,7 +154,7 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callabl
       {target,sparse}_previous_token_score, _induction_score: of the head of layer 0 (of layer 1) that scores best in the target.
       num_{accuracy,previous_token,induction}_components: alive components that cost more than NEEDED of it when ablated.
       spans_layers: share of alive components with more than IN_LAYER of their norm in either layer.
-      attribution_rank_correlation_{kind}: see `digits.rank_correlations`.
+      attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
 
     Cost: C + 3 forward passes, and the attributions.
     """

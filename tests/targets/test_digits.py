@@ -13,7 +13,7 @@ from scipy.stats import spearmanr
 from apd_jax import attributions, default_config, targets
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
-from apd_jax.targets import digits
+from apd_jax.targets import digits, scoring
 from apd_jax.targets.pretrain import pretrain
 
 PRETRAIN = {"num_steps": 200, "batch_size": 64, "learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.0, "weight_decay": 0.01}
@@ -116,11 +116,11 @@ def test_rank_correlations_are_spearmans(trained):
     target, params = trained
     decomposition = decomposition_of(target, params, by_output(params), topk=2.0)
     x = target.sample_fn(jax.random.key(2), 0)
-    found = digits.rank_correlations(decomposition, x, np.array([True, True]))
+    found = scoring.rank_correlations(decomposition, x, np.array([True, True]))
     truth = np.asarray(attributions.ablation(target.apply_fn, params, decomposition.components, x)).ravel()
     given = np.asarray(attributions.gradient(target.apply_fn, params, decomposition.components, x)).ravel()
     assert found["attribution_rank_correlation_gradient"] == pytest.approx(spearmanr(given, truth).statistic, abs=1e-3)
-    none = digits.rank_correlations(decomposition, x, np.array([False, False]))
+    none = scoring.rank_correlations(decomposition, x, np.array([False, False]))
     assert set(none) == set(found) == set(digits.CORRELATION_LABELS) and set(none.values()) == {0.0}
 
 
@@ -128,7 +128,7 @@ def test_a_component_of_zero_is_dead(trained):
     target, params = trained
     whole = jax.tree_util.tree_map_with_path(lambda path, a: jnp.stack([a, 0 * a]) if path[-1].key == "kernel" else None, params)
     decomposition = decomposition_of(target, params, components_lib.from_materialized(whole), topk=1.0)
-    alive = digits.alive_components(decomposition, target.sample_fn(jax.random.key(2), 0))
+    alive = scoring.alive_components(decomposition, target.sample_fn(jax.random.key(2), 0))
     assert alive.tolist() == [True, False]
 
 

@@ -1,0 +1,50 @@
+"""What several targets' scores measure of a decomposition: which components are alive, and how good attributions are."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import numpy as np
+from jaxtyping import Bool, PyTree
+from scipy.stats import rankdata
+
+from apd_jax import attributions
+from apd_jax import components as components_lib
+from apd_jax.decomposition import Decomposition
+
+ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
+CORRELATION_LABELS = {
+    f"attribution_rank_correlation_{kind}": f"rank correlation of {kind.replace('_', ' ')} attributions with true ablation; 1"
+    for kind in attributions.KINDS
+    if kind != "ablation"
+}
+
+
+def alive_components(decomposition: Decomposition, x: PyTree) -> Bool[np.ndarray, " C"]:
+    """Components that are kept on some example of x with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
+    scores = jax.jit(decomposition.attributions)(x)
+    kept = np.asarray(decomposition.mask_of(scores, x) & (scores > 0)).reshape(-1, decomposition.components.num_components)
+    norms = np.sqrt(np.sum([np.maximum(square, 0) for square in components_lib.squared_norms(decomposition.components).values()], axis=0))
+    return kept.any(axis=0) & (norms > ALIVE_NORM * norms.max())
+
+
+def rank_correlations(decomposition: Decomposition, x: PyTree, alive: Bool[np.ndarray, " C"]) -> dict[str, float]:
+    """Spearman's rank correlation between each kind of attribution and true ablation.
+
+    {"attribution_rank_correlation_{kind}": over all pairs of an example of x and an alive component; 0 if either is constant}
+    """
+
+    def ranks(kind: str) -> np.ndarray:
+        config = decomposition.config.copy_and_resolve_references()
+        config.update(attribution=kind, mask_per="example", attribution_mode="auto")
+        given = jax.jit(dataclasses.replace(decomposition, config=config).attributions)(x)
+        return rankdata(np.asarray(given)[:, alive])
+
+    truth, found = ranks("ablation"), {}
+    for kind in attributions.KINDS:
+        if kind != "ablation":
+            given = ranks(kind)
+            varied = alive.any() and np.ptp(truth) > 0 and np.ptp(given) > 0
+            found[f"attribution_rank_correlation_{kind}"] = float(np.corrcoef(given, truth)[0, 1]) if varied else 0.0
+    return found
