@@ -18,7 +18,7 @@ def test_defaults_are_valid_and_locked():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mask": "batch_topp"}, "unknown mask 'batch_topp'; known: batch_topk, topk, exact, none. Did you mean 'batch_topk'?"),
+        ({"mask": "batch_topp"}, "unknown mask 'batch_topp'; known: batch_topk, topk, threshold, exact, none. Did you mean 'batch_topk'?"),
         ({"attributions_at": "sum"}, "unknown attributions_at 'sum'; known: target, components."),
         ({"minimality_loss": "mae"}, "unknown minimality_loss 'mae'; known: mse, kl."),
         ({"optimizer": "adamW"}, "unknown optimizer 'adamW'; known: adam, adamw, sgd. Did you mean 'adam"),
