@@ -9,6 +9,7 @@ from conftest import ROOT
 from ml_collections import ConfigDict
 
 from apd_jax.config import default_config
+from apd_jax.recipe import STAGES
 
 SOURCES = {path.relative_to(ROOT).as_posix(): path for folder in ("apd_jax", "configs") for path in (ROOT / folder).rglob("*.py")}
 METHOD = ("components", "attributions", "masks", "sparse", "losses", "schedules", "step")
@@ -57,8 +58,8 @@ def test_arrows_point_downward():
 
 
 def read_names() -> set[str]:
-    """Every attribute that some file of the package reads, and every string literal: fields are also read as config[field]."""
-    names = set()
+    """Every attribute that some file of the package reads, and the stages, which are read as recipe[stage]."""
+    names = set(STAGES)
     for file, path in SOURCES.items():
         if file.startswith("apd_jax/") and file != "apd_jax/config.py":
             for node in ast.walk(ast.parse(path.read_text())):

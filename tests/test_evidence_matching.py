@@ -45,7 +45,7 @@ def test_agreement_of_the_same_in_another_order_among_more():
     assert (found.mean_cosine, found.share) == pytest.approx((1, 1), abs=1e-5)
     back = agreement(as_components(other), as_components(first))
     assert (back.match[4:] == -1).all() and back.share == 1 and not back.large[4:].any()  # the dead do not count
-    with pytest.raises(InputError, match="other leaves or shapes"):
+    with pytest.raises(InputError, match="differ in leaf 'b'"):
         agreement(as_components(first), as_components({"a": first["a"]}))
 
 
