@@ -52,7 +52,7 @@ def default_recipe() -> config_dict.ConfigDict:
     r.minimality_coeff = 1.67
     r.explore = _stage(num_steps=4000, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
-    r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=7.0, topk=1.5)
+    r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
     r.polish = _stage(num_steps=1500, learning_rate=5e-4, simplicity_coeff=0.0, mask="threshold")
     r.init_scale = 3.0
     return r.lock()
