@@ -149,8 +149,10 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
 
 
 def last_config(problem: Problem, config: Config, recipe: Config) -> Config:
-    """The settings of the last stage, which the components are evaluated with."""
-    return stage_config(config, recipe, STAGES[-1], scales(problem, config))
+    """The settings of the last stage, which the components are evaluated with; the seed is the run's."""
+    settings = stage_config(config, recipe, STAGES[-1], scales(problem, config))
+    settings.seed = config.seed
+    return settings
 
 
 def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.PathLike | None = None) -> tuple[Components, list, Config]:
@@ -174,7 +176,7 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
             problem, settings, workdir=folder, components=begin, title=f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
         )
         if last:
-            return components, rows, settings
+            return components, rows, last_config(problem, config, recipe)
         if stage == "settle" and n * R > 1:
             best = _best(rows, settings, n, R)
             components = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components)

@@ -192,3 +192,19 @@ def test_a_network_without_a_target(pentagon):
     assert "true_count" not in found["minimality"].values
     with pytest.raises(InputError, match="no data"):
         decomposition.evidence()
+
+
+def test_a_loss_that_falls_has_converged_where_it_no_longer_matters():
+    """x is one-hot, W the identity: ‖W‖²/N = 1/4 and the unit of error is at most E x²; two windows of five rows, the second at half the first."""
+    config = make_config(num_components=4, topk=1.0)
+    components = components_lib.from_materialized({"W": jnp.eye(4)[:, :, None] * jnp.eye(4)[None]})
+    problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(4)}, None)
+    x = jnp.tile(jnp.eye(4), (8, 1))
+
+    def passed(**first):
+        rows = [{name: value * (1 if i < 5 else 0.5) for name, value in first.items()} | {"step": i} for i in range(10)]
+        return Decomposition(problem, components, config, rows).evidence(x=x, checks=(17,))["convergence"].passed
+
+    assert passed(faithfulness=1e-7, minimality=1e-6)
+    assert not passed(faithfulness=1e-3, minimality=1e-6)  # moves by twice the bar, 1e-3/4
+    assert not passed(faithfulness=1e-7, minimality=0.1)

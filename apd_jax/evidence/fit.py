@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
+from apd_jax import losses
 from apd_jax import step as step_lib
 from apd_jax.evidence import ablate
 from apd_jax.evidence import length as length_lib
@@ -33,6 +34,7 @@ WINDOW = 0.1  # of the logged rows
 MIN_ROWS = 5  # of a window
 LEVEL = 0.1  # what a loss may still change from one window to the next
 STANDARD_ERRORS = 3.0
+IMMATERIAL = 0.01  # ... or this part of what the bars of checks 1 and 3 allow
 
 
 def relative_parameter_error(subject: Subject) -> Float[Array, ""]:
@@ -184,7 +186,12 @@ def convergence(case: Case) -> Check:
     about = SimpleNamespace(number=17, name="convergence", title="Convergence")
     rows = case.decomposition.history
     length = max(int(WINDOW * len(rows)), MIN_ROWS)
-    bar = f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, or within {STANDARD_ERRORS:g} standard errors*"
+    bar = (
+        f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, within {STANDARD_ERRORS:g} standard errors, "
+        f"or by ≤ {IMMATERIAL:.0%} of the bars of checks 1 and 3*"
+    )
+    nothing = losses.faithfulness(jax.tree.map(jnp.zeros_like, case.subject.components), case.subject.params)
+    material = {"faithfulness": PARAMETER_BAR * float(nothing), "minimality": ERROR_BAR * case.scale}
     if len(rows) < 2 * length:
         why = f"the training log has {len(rows)} rows; two windows of {length} are needed"
         return Check(about.number, about.name, about.title, bar=bar, why=why)
@@ -194,7 +201,8 @@ def convergence(case: Case) -> Check:
         error = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / length)
         values[name] = last.mean()
         values[f"{name}_change"] = (last.mean() - before.mean()) / max(abs(before.mean()), 1e-30)
-        level.append(bool(abs(last.mean() - before.mean()) <= max(LEVEL * abs(before.mean()), STANDARD_ERRORS * error)))
+        allowed = max(LEVEL * abs(before.mean()), STANDARD_ERRORS * error, IMMATERIAL * material.get(name, 0.0))
+        level.append(bool(abs(last.mean() - before.mean()) <= allowed))
     for step, components in case.earlier.items():
         s = make(case.subject.setting, case.subject.params, components, case.subject.x)
         values |= {f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()}
