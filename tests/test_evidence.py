@@ -195,7 +195,7 @@ def test_a_network_without_a_target(pentagon):
 
 
 def test_a_loss_that_falls_has_converged_where_it_no_longer_matters():
-    """x is one-hot, W the identity: ‖W‖²/N = 1/4 and the unit of error is at most E x²; two windows of five rows, the second at half the first."""
+    """x one-hot, W the identity: ‖W‖²/N = 1/4, and the unit of error is at most E x². The second window of five rows is half the first."""
     config = make_config(num_components=4, topk=1.0)
     components = components_lib.from_materialized({"W": jnp.eye(4)[:, :, None] * jnp.eye(4)[None]})
     problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(4)}, None)
