@@ -17,12 +17,12 @@ from apd_jax.config import default_config
 from apd_jax.errors import InputError, one_of
 from apd_jax.recipe import STAGES, default_recipe
 
-# (mechanisms, probability of each, rank of the components or None for full rank), from the target's own fields
+# (mechanisms, probability of each), from the target's own fields
 SIZES = {
-    "tms": lambda t: (t.num_features, t.feature_probability, None),
-    "tms_coactive": lambda t: (t.num_groups, t.group_probability, None),
-    "resid_mlp": lambda t: (t.num_features, t.feature_probability, 4),
-    "gated": lambda t: (t.num_functions, t.bit_probability, None),
+    "tms": lambda t: (t.num_features, t.feature_probability),
+    "tms_coactive": lambda t: (t.num_groups, t.group_probability),
+    "resid_mlp": lambda t: (t.num_features, t.feature_probability),
+    "gated": lambda t: (t.num_functions, t.bit_probability),
 }
 
 
@@ -34,7 +34,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     """
     name, *rest = arg.split(",")
     base = _load(one_of("recipe target", name, tuple(SIZES))).get_config(*[",".join(rest)] if rest else [])
-    mechanisms, probability, rank = SIZES[name](base.target)
+    mechanisms, probability = SIZES[name](base.target)
     if name == "tms" and base.target.hidden != "none":
         raise InputError("the recipe has no answer yet to a matrix in the hidden space of TMS; use configs/tms.py for it.")
 
@@ -45,7 +45,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.apd = default_config()
     config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = 2 * mechanisms
-    config.apd.rank = rank
+    config.apd.rank = 4 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost twelve times as much
     config.apd.topk = mechanisms * probability
     config.apd.batch_size = 512
     config.apd.hidden_reconstruction_coeff = 0.0
