@@ -2,6 +2,7 @@
 
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -93,3 +94,14 @@ def test_leaf_parts_of_faithful_components_sum_to_the_whole():
         np.testing.assert_allclose(of_components.sum(axis=0), whole, atol=1e-5)
     # Each component has a quarter of every leaf's squared norm: of four leaves, three quarters of it lie outside any one.
     assert truth.cross_leaf_share(subject) == pytest.approx(0.75, abs=1e-4)
+
+
+def test_audit_sees_where_first_order_breaks():
+    """A saturated softmax, softmax(10 s·e_0) for s from 0.4 to 2: with s the cost of ablation rises, p(10 s) - 1/4, and the gradient falls,
+    10 s·p(1 - p), so their ranks are opposed. Integrated gradients add up to the ablation exactly."""
+    W = 10 * jnp.eye(4)[:1]
+    x = jnp.linspace(0.4, 2.0, 32)[:, None]
+    setting = Setting(Problem(lambda p, x: jax.nn.softmax(x @ p["W"]), {"W": W}, None), make_config(num_components=1, topk=1.0))
+    found, _ = audit.correlations(make(setting, {"W": W}, as_components({"W": W[None]}), x))
+    assert found["gradient_forward"] == pytest.approx(-1, abs=0.01) and found["gradient_reverse"] == pytest.approx(-1, abs=0.01)
+    assert found["integrated_gradient"] > 0.99
