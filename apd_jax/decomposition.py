@@ -32,6 +32,7 @@ class Decomposition:
     components: Components
     config: Config
     history: Sequence[Mapping[str, Any]]  # the logged rows: step, losses
+    recipe: Config | None = None  # in whose stages it was trained; `config` is then the last one's
 
     def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
         """A_c(x), in units of the output, of the kind that the config names; per position if it says so."""
@@ -108,6 +109,13 @@ class Decomposition:
 
         return storage.load(path, apply_fn, params, **more)
 
+    def train_again(self, problem: Problem, **changes: Any) -> Components:
+        """The components of another run by the same settings (and recipe), but for `changes` of the config."""
+        config = (self.config if self.recipe is None else recipe_lib.base_config(self.config)).copy_and_resolve_references()
+        config.update(changes)
+        components = (train.fit(problem, config) if self.recipe is None else recipe_lib.fit(problem, config, self.recipe))[0]
+        return jax.tree.map(jnp.asarray, components)
+
     def instance(self, i: int) -> Decomposition:
         """One of several decompositions that were trained side by side."""
         if not 0 <= i < self.config.num_instances:
@@ -169,7 +177,7 @@ def decompose(
         components, history = train.fit(problem, config, workdir=workdir)
     else:
         components, history, config = recipe_lib.fit(problem, config, recipe, workdir=workdir)
-    return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history)
+    return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history, recipe)
 
 
 def _array(path: tuple[Any, ...], leaf: Any) -> Array:

@@ -91,6 +91,13 @@ def check(config: Config) -> None:
         )
 
 
+def base_config(settings: Config) -> Config:
+    """What `last_config` was made of: the recipe's own fields back at their defaults."""
+    config, default = settings.copy_and_resolve_references(), config_lib.default_config()
+    config.update({name: default[name] for name in _SET_BY_RECIPE})
+    return config
+
+
 def scales(problem: Problem, config: Config) -> Scales:
     """Measures the reference points on fresh batches.
 

@@ -25,6 +25,7 @@ import safetensors
 import safetensors.numpy
 from etils import epath
 from jaxtyping import PyTree
+from ml_collections import ConfigDict
 
 from apd_jax import card, parallel
 from apd_jax import components as components_lib
@@ -71,6 +72,7 @@ def save(
         "containers": _containers(jax.tree_util.tree_map_with_path(lambda p, _: path_name(p), params)),
         "config": decomposition.config.to_dict(),
         "history": list(decomposition.history),
+        "recipe": None if decomposition.recipe is None else decomposition.recipe.to_dict(),
     }
     factors = {f"{name}.{field}": getattr(f, field) for name, f in components.factors.items() for field in _ARRAYS}
     text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
@@ -127,7 +129,8 @@ def load(
             f"{folder} was written by apd_jax {about['apd_jax']} with a setting {unknown[0]!r} that this one lacks; update it."
         )
     config.update(about["config"])
-    return decomposition_lib.Decomposition(problem, components, config, about["history"])
+    recipe = None if about["recipe"] is None else ConfigDict(about["recipe"]).lock()
+    return decomposition_lib.Decomposition(problem, components, config, about["history"], recipe)
 
 
 def _version() -> str:

@@ -92,11 +92,16 @@ def test_outputs_that_do_not_depend_on_the_weights():
         recipe.scales(problem, small()[0])
 
 
-def test_decompose_with_a_recipe():
+def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
     config, r = small()
     problem = linear_problem()
     d = apd_jax.decompose(problem.apply_fn, problem.params, problem.sample_fn, config, recipe=r)
     assert d.config.mask == "threshold" and d.mask(jnp.ones((3, 2))).shape == (3, 4)
+    d.save(tmp_path / "saved")
+    loaded = apd_jax.Decomposition.load(tmp_path / "saved", problem.apply_fn, sample_fn=problem.sample_fn)
+    again = loaded.train_again(loaded.problem)  # by the recipe, not by the settings of its last stage alone
+    for a, b in zip(jax.tree.leaves(d.components), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("arg", ["tms,5-2", "tms,20-5,smoke", "resid_mlp,2layer", "gated,short", "tms_coactive"])

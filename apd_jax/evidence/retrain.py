@@ -12,7 +12,6 @@ import numpy as np
 from jaxtyping import PyTree
 
 from apd_jax import components as components_lib
-from apd_jax import train
 from apd_jax.components import Components
 from apd_jax.evaluation import geometry
 from apd_jax.evidence import fit
@@ -32,13 +31,11 @@ _LEFT = "needs further runs; give --full"
 def again(case: Case, *, params: PyTree = None, sample_fn: Callable | None = None, **changes: Any) -> list[Components]:
     """Decompositions by the same settings but for `changes`, trained side by side if `num_instances` says so."""
     d = case.decomposition
-    config = d.config.copy_and_resolve_references()
-    config.update(changes)
     problem = dataclasses.replace(
         d.problem, params=d.problem.params if params is None else params, sample_fn=sample_fn or d.problem.sample_fn
     )
-    components = jax.tree.map(jnp.asarray, train.fit(problem, config)[0])
-    count = config.num_instances
+    components = d.train_again(problem, **changes)
+    count = changes.get("num_instances", d.config.num_instances)
     return [components] if count == 1 else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
 
 

@@ -46,7 +46,7 @@ def write(
     earlier, problem, found = experiment.earlier_components(run, folder), run.target.problem(run.params), []
     for i in numbers:
         history = [{name: v[i] if isinstance(v, list) else v for name, v in row.items()} for row in rows]
-        several = Decomposition(problem, run.components, run.config.apd, history)
+        several = Decomposition(problem, run.components, run.config.apd, history, run.config.recipe if "recipe" in run.config else None)
         title = f"Evidence: {folder.name}" + (f", instance {i}" if len(instances) > 1 else "")
         found.append(
             evidence(
