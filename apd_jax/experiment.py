@@ -39,12 +39,21 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
       InputError: a setting, or a workdir that cannot be used. Interrupted: by a signal, with a checkpoint saved.
     """
     folder = epath.Path(workdir)
+    target, params = prepare(config, folder)
+    components, _ = train.fit(target.problem(params), config.apd, workdir=folder)
+    parallel.from_primary(lambda: _report(config, folder, params, components, config.apd.num_steps, console))
+
+
+def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
+    """The target network with its weights, trained if the workdir does not hold them yet. The workdir is then this config's.
+
+    Raises:
+      InputError: a setting, or a workdir that cannot be used.
+    """
     config_lib.validate(config.apd)
     parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
     target = targets.build(config.target, config.apd.batch_size)
-    params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
-    components, _ = train.fit(target.problem(params), config.apd, workdir=folder)
-    parallel.from_primary(lambda: _report(config, folder, params, components, config.apd.num_steps, console))
+    return target, parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
 
 
 @dataclasses.dataclass(frozen=True)

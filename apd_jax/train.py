@@ -50,7 +50,7 @@ def fit(
     Raises: as `advance`.
     """
     state, rows = advance(problem, config, components=components, workdir=workdir, title=title)
-    return _finished(state.components, config), rows
+    return finished(state.components, config), rows
 
 
 def advance(
@@ -192,10 +192,10 @@ def restore_components(problem: Problem, config: Config, workdir: epath.PathLike
     """
     like = jax.eval_shape(lambda: _build(problem, config, None)[0])
     _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like, until=until)
-    return step, _finished(state.components, config)
+    return step, finished(state.components, config)
 
 
-def _finished(components: Components, config: Config) -> Components:
+def finished(components: Components, config: Config) -> Components:
     """The components as the next step would use them: unit-norm U is restored at the beginning of a step."""
     return components_lib.normalize_U(components) if config.unit_norm_U else components
 
