@@ -40,9 +40,5 @@ def main(argv: Sequence[str]) -> None:
             experiment.run(_CONFIG.value, _WORKDIR.value, console)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-    return parse(argv, _CONFIG)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=lambda argv: parse(argv, _CONFIG))
