@@ -219,19 +219,21 @@ def _build(problem: Problem, config: Config, settings: Settings | None):
         valid_fn=problem.valid_fn,
         axis_name=parallel.AXIS,
     )
-    if settings is not None and "seed" in settings:  # each is the first instance of a run with this seed
-        init_keys, data_keys = jax.vmap(lambda seed: _keys(seed, 0))(jnp.asarray(settings["seed"], jnp.uint32))
-    else:
-        init_keys, data_keys = jax.vmap(lambda i: _keys(config.seed, i))(jnp.arange(config.num_instances))
+    if settings is None:
+        roots, instances = jax.random.key(config.seed)[None], jnp.arange(config.num_instances)
+    else:  # each is the first instance of a run of its own
+        seeds = ({"seed": [config.seed]} | dict(settings))["seed"]
+        roots, instances = jnp.stack([jax.random.key(int(seed)) for seed in seeds]), jnp.zeros(config.num_instances, jnp.int32)
+    init_keys, data_keys = jax.vmap(_keys)(jnp.broadcast_to(roots, instances.shape), instances)
     if config.num_instances == 1 and settings is None:
         return jax.jit(make_state)(init_keys[0]), data_keys[0], step
     state = jax.jit(jax.vmap(make_state))(init_keys, None if settings is None else _traced(settings))
     return state, data_keys, jax.vmap(step, in_axes=(0, None, 0, None) if fed else (0, None, 0))
 
 
-def _keys(seed: Any, instance: Any) -> tuple[jax.Array, jax.Array]:
+def _keys(root: jax.Array, instance: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The keys of one instance: for its initial components, and for its batches."""
-    init_key, data_key = jax.random.split(jax.random.key(seed))
+    init_key, data_key = jax.random.split(root)
     return jax.random.fold_in(init_key, instance), jax.random.fold_in(data_key, instance)
 
 

@@ -181,6 +181,7 @@ def pentagon() -> Pentagon:
 
 _FLAGS = ("config", "workdir", "mode", "sweep", "halve", "criterion")
 
+
 @dataclasses.dataclass(frozen=True)
 class Finished:
     returncode: int

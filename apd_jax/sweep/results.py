@@ -108,7 +108,9 @@ class Results:
             mmcs, success = (self.of(name)[self.complete].ravel() for name in ("mmcs", "success"))
             figures["sweep_criteria"] = sweeps.criteria(scores, CRITERIA, mmcs, success > 0)
             if len(self.grid.seeds) > 1:
-                figures["sweep_picks"] = sweeps.panel(self._picks())
+                figures["sweep_picks"] = sweeps.picks(
+                    {name: values.mean(axis=0) for name, values in self.picked().items()}, int(self.complete.sum())
+                )
                 figures["sweep_picks_by_setting"] = sweeps.panel(self._picks_by_setting())
         return figures
 
@@ -134,12 +136,12 @@ class Results:
             ]
             matrix[i, j] = np.mean(cell) if cell else np.nan
         others = [field for field, values in self.grid.axes.items() if field not in fields and len(values) > 1]
-        mean_of = " and ".join(["the seeds", *others])
+        mean_of = " and ".join([f"{len(self.grid.seeds)} seeds", *others])
         what = "Share of runs in which every feature has a component of its own" if self.has_truth else f"Mean {self.criterion}"
         good = "Good: a broad bright region, not a single cell." if self.has_truth else "Good: low, and flat around the lowest cell."
         return Panel(
             title="Success rate" if self.has_truth else self.criterion.replace("_", " "),
-            caption=f"{what}, over {mean_of} ({len(self.grid.seeds)} seeds). {good} White: given up before the end.",
+            caption=f"{what}, over {mean_of}. {good} White: given up before the end.",
             xlabel=column_field,
             ylabel=row_field or "",
             matrix=matrix,
@@ -154,19 +156,6 @@ class Results:
         found = {name: np.array([chosen(c, s) for c, s in zip(self.of(name)[self.complete], success, strict=True)]) for name in CRITERIA}
         best = np.array([chosen(-s, s) for s in success])
         return found | {"chance": np.repeat(success.mean(axis=1, keepdims=True), success.shape[1], axis=1), "best possible": best}
-
-    def _picks(self) -> Panel:
-        curves = {name.replace("_", " "): values.mean(axis=0) for name, values in self.picked().items()}
-        n, S = len(self.grid.seeds), int(self.complete.sum())
-        return Panel(
-            title="How well the criteria pick",
-            caption=f"Success rate of the seed that a criterion chooses among some of the {n}, mean over {S} settings. Good: far above "
-            "chance, and close to the best possible, which takes a success wherever there is one.",
-            xlabel="seeds to choose among",
-            ylabel="success rate of the chosen",
-            x=np.arange(1, n + 1),
-            lines=curves,
-        )
 
     def _picks_by_setting(self) -> Panel:
         picked = {name: values[:, -1] for name, values in self.picked().items()}
