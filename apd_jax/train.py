@@ -86,7 +86,7 @@ def advance(
     initial, key, step = _build(problem, config, settings)
     if components is not None:
         initial = dataclasses.replace(initial, components=components)
-    with _resumed(workdir, config, initial if state is None else state) as (start, state, record):
+    with _resumed(workdir, config, initial if state is None else state) as (start, reached, record):
         if start < end:
             params = jax.tree.map(jnp.asarray, problem.params)
             traced = None if settings is None else _traced(settings)
@@ -94,10 +94,10 @@ def advance(
             calls = data.calls(problem.sample_fn, start, end, config.steps_per_call)
             run = lambda state, num_steps, batches: program(num_steps)(state, params, key, *batches, settings=traced)  # noqa: E731
             with _caught_signals() if workdir is not None else contextlib.nullcontext([]) as caught:
-                state = parallel.replicate(state, devices)
-                state = _train(run, state, start, end, calls, config, record, caught, title, may_diverge=settings is not None)
-            state = parallel.unreplicate(state)
-        return state, record.rows
+                reached = parallel.replicate(reached, devices)
+                reached = _train(run, reached, start, end, calls, config, record, caught, title, may_diverge=settings is not None)
+            reached = parallel.unreplicate(reached)
+        return reached, record.rows
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Bool, Float
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from apd_jax.report import style
 from apd_jax.report.figures import panel
@@ -38,6 +38,9 @@ def criteria(
             axes.plot(of_run[shown], mmcs[shown], marker, color=color, markersize=4, alpha=0.7, label=f"{label} ({shown.sum()})")
         if finite.any() and of_run[finite].max() > 10 * of_run[finite].min() > 0:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter("{x:g}")
+            axes.xaxis.set_minor_formatter(NullFormatter())
         style.tidy(axes, xlabel=meanings[name], ylabel="MMCS (1 is the truth)", title=name.replace("_", " "))
         style.legend(axes)
     for axes in grid[len(values) :]:

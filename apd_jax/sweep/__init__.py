@@ -17,9 +17,7 @@ from apd_jax.sweep.halving import rungs, train_all
 from apd_jax.sweep.results import Results
 
 
-def run(
-    config: Config, workdir: epath.PathLike, text: str, console: Console, *, criterion: str = "sparse_error", halve: int = 0
-) -> Results:
+def run(config: Config, workdir: epath.PathLike, text: str, console: Console, *, criterion: str = "worst_error", halve: int = 0) -> Results:
     """A sweep in one folder: target, training of all runs, sweep.json, table, figures/sweep_*.png. The same call goes on where it stopped.
 
     Args:

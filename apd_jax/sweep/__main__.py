@@ -19,7 +19,7 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:var
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep; the same command goes on where it stopped.")
 _SWEEP = flags.DEFINE_string("sweep", "", "Axes field=values, separated by semicolons; values a,b,c, log(first,last,count), seeds 0:20.")
 _HALVE = flags.DEFINE_integer("halve", 0, "Successive halving: the best 1/N of the settings go on, up to three times; 0: all to the end.")
-_CRITERION = flags.DEFINE_enum("criterion", "sparse_error", list(CRITERIA), "What settings and seeds are chosen by; needs no truth.")
+_CRITERION = flags.DEFINE_enum("criterion", "worst_error", list(CRITERIA), "What settings and seeds are chosen by; needs no truth.")
 
 
 def main(argv: Sequence[str]) -> None:

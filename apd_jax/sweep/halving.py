@@ -77,7 +77,7 @@ def train_all(
     config: Config,
     grid: Grid,
     *,
-    criterion: str = "sparse_error",
+    criterion: str = "worst_error",
     halve: int = 0,
     evaluation_seed: int = 0,
     workdir: epath.PathLike | None = None,

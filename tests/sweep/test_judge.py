@@ -60,7 +60,7 @@ def test_criteria_by_hand(judged, pentagon):
         # Without any component W is 0 and the output relu(b) = 0: its error is mean y². The best constant output's is y's variance.
         y = np.asarray(target_out)
         scale = min(np.mean(y**2), np.mean((y - y.mean(axis=0, keepdims=True)) ** 2))
-        close(criteria["sparse_error"][i], error / scale, 1e-4)
+        assert criteria["sparse_error"][i] == pytest.approx(error / scale, rel=1e-4, abs=1e-9)
         # Ablation does at least the damage of one corner: all inactive components on.
         everything = components_lib.total(components, pentagon.params)
         unmasked = np.mean((np.asarray(pentagon.apply_fn(everything, x)) - y) ** 2) / scale
