@@ -54,6 +54,11 @@ def _write(results: Results, folder: epath.Path, console: Console) -> None:
     (folder / "sweep.json").write_text(json.dumps(results.as_json(), indent=2, allow_nan=False))
     figures.save(folder / "figures", results.figures())
     console.print(results.table(f"{folder.name}: {len(results.runs)} runs"))
+    if best := results.best():
+        values = {"seed": best.seed} | results.grid.settings[best.setting]
+        again = " ".join(f"--config.apd.{field}={value}" for field, value in values.items())
+        weights = f"--config.target.weights_path={folder / 'target' / 'params.npz'}"
+        console.print(f"Best by {results.criterion.replace('_', ' ')}; alone: python -m apd_jax.main ... {again} {weights}", soft_wrap=True)
     console.print(f"Figures: {folder / 'figures'}   Runs: {folder / 'sweep.json'}", soft_wrap=True)
 
 

@@ -64,15 +64,21 @@ class Results:
             rows.append(row)
         return rows
 
+    def best(self) -> Run | None:
+        """The run that the criterion picks of all that were trained to the end; None if none is finite."""
+        finite = [run for run in self.runs if run.step == self.num_steps and math.isfinite(run.scores[self.criterion])]
+        return min(finite, key=lambda run: run.scores[self.criterion], default=None)
+
     def as_json(self) -> dict[str, Any]:
-        """Settings and runs. What is not finite is null."""
-        names = self.grid.settings
+        """The best run's number, settings and runs. What is not finite is null."""
+        names, best = self.grid.settings, self.best()
         runs = [
             {**names[run.setting], "seed": run.seed, "step": run.step, "diverged": run.diverged}
             | {name: value if math.isfinite(value) else None for name, value in run.scores.items()}
             for run in self.runs
         ]
-        return {"criterion": self.criterion, "settings": self.settings(), "runs": runs}
+        number = None if best is None else self.runs.index(best)
+        return {"criterion": self.criterion, "best_run": number, "settings": self.settings(), "runs": runs}
 
     def table(self, title: str) -> Table:
         """A row per setting."""
@@ -141,7 +147,7 @@ class Results:
         good = "Good: a broad bright region, not a single cell." if self.has_truth else "Good: low, and flat around the lowest cell."
         return Panel(
             title="Success rate" if self.has_truth else self.criterion.replace("_", " "),
-            caption=f"{what}, over {mean_of}. {good} White: given up before the end.",
+            caption=f"{what}, over {mean_of}. {good}" + ("" if self.complete.all() else " White: given up before the end."),
             xlabel=column_field,
             ylabel=row_field or "",
             matrix=matrix,

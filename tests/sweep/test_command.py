@@ -1,11 +1,15 @@
 """python -m apd_jax.sweep, end to end, and what it refuses."""
 
+import importlib.util
 import json
+import re
 
 import pytest
+from conftest import ROOT
 
 from apd_jax import parallel
 from apd_jax.sweep import halving
+from apd_jax.sweep.grid import parse
 
 TMS = "--config=configs/tms.py:5-2,smoke"
 SMALL = (TMS, "--config.apd.num_steps=8", "--config.apd.steps_per_call=2", "--config.target.pretrain.num_steps=5")
@@ -61,6 +65,9 @@ def test_a_grid_of_two_by_two_by_two(sweep_here, tmp_path, monkeypatch):
     figures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
     assert figures == {"sweep_topk_learning_rate", "sweep_criteria", "sweep_picks", "sweep_picks_by_setting"}
 
+    best = there["runs"][there["best_run"]]
+    assert best["step"] == 8 and f"--config.apd.seed={best['seed']} --config.apd.topk={best['topk']}" in result.stdout
+
     steps.clear()
     again = sweep_here(*command)
     assert again.returncode == 0 and not steps and json.loads((tmp_path / "sweep.json").read_text()) == there
@@ -89,3 +96,14 @@ def test_refused_in_a_sentence(sweep_here, tmp_path, args, message):
 def test_without_a_config_or_workdir(sweep_here, tmp_path):
     assert "--workdir is missing" in sweep_here(TMS, "--sweep=topk=0.3").stderr
     assert "--config is missing" in sweep_here(f"--workdir={tmp_path}", "--sweep=topk=0.3").stderr
+
+
+def test_the_commands_that_are_written_down_span_a_grid():
+    spec = importlib.util.spec_from_file_location("tms", ROOT / "configs" / "tms.py")
+    tms = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tms)
+    texts = [(ROOT / path).read_text() for path in ("README.md", "apd_jax/sweep/__main__.py")]
+    axes = [found for text in texts for found in re.findall(r"--sweep='([^']*)'", text)]
+    assert len(axes) >= 3
+    for text in axes:
+        assert len(parse(text, tms.get_config("5-2").apd).settings) > 1

@@ -52,6 +52,12 @@ def test_a_row_per_setting():
     assert rows[2]["reference_loss"] == pytest.approx(2.1)  # of the finite two
 
 
+def test_the_best_run_was_trained_to_the_end():
+    # Losses of 1.0: seed 0 of settings 0 and 3, of which the first counts, unless it was given up.
+    assert (make_results().best().setting, make_results().as_json()["best_run"]) == (0, 0)
+    assert (make_results(given_up=(0,)).best().setting, make_results(given_up=(0,)).as_json()["best_run"]) == (3, 9)
+
+
 def test_what_criteria_pick():
     picked = make_results().picked()
     assert picked["chance"][:, -1] == pytest.approx([2 / 3, 1 / 3, 0, 1])
