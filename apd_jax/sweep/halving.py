@@ -17,6 +17,7 @@ from etils import epath
 from jaxtyping import Float, Int, PyTree
 
 from apd_jax import parallel, train
+from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.errors import InputError
 from apd_jax.sweep import judge
@@ -129,7 +130,7 @@ def train_all(
 
 
 def _judged(
-    target: Target, params: PyTree, config: Config, components: train.Components, seed: int, folder: epath.Path | None
+    target: Target, params: PyTree, config: Config, components: Components, seed: int, folder: epath.Path | None
 ) -> dict[str, np.ndarray]:
     """Criteria and truth of every run of a rung, from its folder if they are there."""
     path = None if folder is None else folder / "judged.npz"

@@ -58,9 +58,10 @@ class Results:
             for name in CRITERIA:
                 finite = [run.scores[name] for run in runs if math.isfinite(run.scores[name])]
                 row |= {name: float(np.mean(finite)) if finite else None}
-            row["best_seed"] = None if chosen.diverged else chosen.seed
+            found = math.isfinite(chosen.scores[self.criterion])
+            row["best_seed"] = chosen.seed if found else None
             if self.has_truth:
-                row["best_seed_succeeds"] = bool(chosen.scores["success"])
+                row["best_seed_succeeds"] = found and bool(chosen.scores["success"])
             rows.append(row)
         return rows
 
