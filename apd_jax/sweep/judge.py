@@ -5,12 +5,12 @@ Shapes: R runs, C components, F features, d the length of a feature's vector. Co
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import step as step_lib
@@ -50,31 +50,40 @@ def criteria(problem: Problem, config: Config, components: Components, seed: int
     Args:
       config: the reference, not that of the runs.
       seed: of the held-out batch.
-    Cost: R · (two train steps · ATTACK_STEPS + sparse passes at 25 values of k), one run after another in one program.
+    Cost: for every run, one after another, ATTACK_STEPS sparse passes forward and back, and as many passes as values of k.
     """
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
-    x = problem.sample_fn(key, jnp.zeros((), jnp.int32))
+    x = jax.jit(problem.sample_fn)(key, jnp.zeros((), jnp.int32))
     ks = length.grid(config, config.num_components)
-    measure = jax.jit(lambda components: jax.lax.map(functools.partial(_measured, problem, config, ks, key, x), components))
-    found = {name: np.asarray(values, np.float64) for name, values in measure(components).items()}
-    scale = np.where(found["scale"] > 0, found["scale"], 1.0)
-    finite = found["finite"] > 0
+    setting, loss = Setting(problem, config), _loss_fn(problem, config)
 
-    def bits(error: np.ndarray, bits: np.ndarray) -> float:
-        needed = length.smallest_k(ks, error)
-        return float(np.interp(needed, ks, bits)) if needed is not None else np.inf
+    def judged(components: Components) -> list[float]:
+        total = float(loss(components, problem.params, key, x))
+        if not all(np.isfinite(leaf).all() for leaf in [total, *map(np.asarray, jax.tree.leaves(components))]):
+            return [np.inf] * len(CRITERIA)
+        subject = make(setting, problem.params, train.finished(components, config), x)
+        scale = float(jnp.minimum(*baselines(subject))) or 1.0
+        error, bits = map(np.asarray, length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK))
+        needed = length.smallest_k(ks, error / scale)
+        worst = ablate.attack(subject, key, shared=True, steps=ATTACK_STEPS, starts=1)[-1]
+        return [
+            total,
+            float(jnp.mean(errors(subject, subject.mask.astype(jnp.float32)))) / scale,
+            np.inf if needed is None else float(np.interp(needed, ks, bits)),
+            float(jnp.mean(worst)) / scale,
+        ]
 
-    measured = {
-        "reference_loss": found["loss"],
-        "sparse_error": found["sparse"] / scale,
-        "bits": np.array([bits(error, b) for error, b in zip(found["error"] / scale[:, None], found["bits"], strict=True)]),
-        "worst_error": found["worst"] / scale,
-    }
-    return {name: np.where(finite & np.isfinite(values), values, np.inf) for name, values in measured.items()}
+    found = np.array([judged(one) for one in _each(components)], np.float64)
+    return dict(zip(CRITERIA, np.where(np.isfinite(found), found, np.inf).T, strict=True))
 
 
-def _measured(problem: Problem, config: Config, ks: np.ndarray, key: jax.Array, x: PyTree, components: Components) -> dict[str, jax.Array]:
-    """What the criteria of one run are made of."""
+def _each(components: Components) -> list[Components]:
+    count = len(jax.tree.leaves(components)[0])
+    return [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
+
+
+def _loss_fn(problem: Problem, config: Config) -> Callable[..., Float[Array, ""]]:
+    """(components, params, key, x) -> the loss of the last train step. The step's update is not used, so XLA leaves it out."""
     step = step_lib.make_step(
         problem.apply_fn,
         None,
@@ -83,21 +92,13 @@ def _measured(problem: Problem, config: Config, ks: np.ndarray, key: jax.Array, 
         num_active_fn=problem.num_active_fn,
         valid_fn=problem.valid_fn,
     )
-    opt_state = step_lib.make_optimizer(config).init(components)
-    # The loss of a step; its update is not used, so XLA leaves it out.
-    _, metrics = step(TrainState(jnp.asarray(config.num_steps - 1), components, opt_state), problem.params, key, x)
-    subject = make(Setting(problem, config), problem.params, train.finished(components, config), x)
-    error, bits = length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK)
-    finite = [jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(components)]
-    return {
-        "loss": metrics["total"],
-        "sparse": jnp.mean(errors(subject, subject.mask.astype(jnp.float32))),
-        "worst": jnp.mean(ablate.attack(subject, key, shared=True, steps=ATTACK_STEPS, starts=1)[-1]),
-        "error": error,
-        "bits": bits,
-        "scale": jnp.minimum(*baselines(subject)),
-        "finite": jnp.all(jnp.stack([*finite, jnp.isfinite(metrics["total"])])).astype(jnp.float32),
-    }
+
+    @jax.jit
+    def loss(components: Components, params: PyTree, key: PRNGKeyArray, x: PyTree) -> Float[Array, ""]:
+        state = TrainState(jnp.asarray(config.num_steps - 1), components, step_lib.make_optimizer(config).init(components))
+        return step(state, params, key, x)[1]["total"]
+
+    return loss
 
 
 def truth(target: Target, params: PyTree, components: Components) -> dict[str, Float[np.ndarray, " R"]]:
