@@ -2,12 +2,56 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import re
 import sys
+from collections.abc import Iterator, Sequence
 
+import jax
+from absl import flags
+from etils import epath
 from rich.console import Console
 
 from apd_jax import parallel
+from apd_jax.errors import InputError, Interrupted
+
+
+def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
+    """absl's parser; whatever a config file or an override raises is the user's to mend, so it ends in a sentence."""
+    try:
+        rest = flags.FLAGS(argv)
+        if config.value is not None:
+            _ = config.value.apd  # a file that could not be loaded only says so now
+        return rest
+    except Exception as error:
+        refuse(sentence(error))
+        raise
+
+
+@contextlib.contextmanager
+def told_in_a_sentence() -> Iterator[None]:
+    """Ends the program on the user's mistakes with status 2, and after an interruption with the signal's."""
+    try:
+        yield
+    except InputError as error:
+        refuse(str(error))
+    except Interrupted as stop:
+        if parallel.is_primary():
+            print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except KeyboardInterrupt:  # outside the decomposition itself
+        print("Stopped; the same command goes on from what the workdir holds.", file=sys.stderr)
+        sys.exit(130)
+
+
+def keep_programs(workdir: str) -> None:
+    """Compiled programs are kept beside the workdir, in .jax_cache: the next run of the same shapes begins at once.
+
+    JAX_COMPILATION_CACHE_DIR names another place, or none if it is empty.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(epath.Path(workdir).parent / ".jax_cache"))
 
 
 def make_console() -> Console:

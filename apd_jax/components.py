@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax.errors import InputError
@@ -135,7 +136,7 @@ def init(
     select: Select = None,
     uses: Mapping[str, int] | None = None,
     layouts: Mapping[str, Layout] | None = None,
-    init_scale: float = 1.0,
+    init_scale: Float[ArrayLike, ""] = 1.0,
 ) -> Components:
     r"""Random components, small on purpose.
 

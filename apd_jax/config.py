@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import config_dict
@@ -17,6 +19,21 @@ ATTRIBUTIONS_AT = ("target", "components")
 MINIMALITY_LOSSES = ("mse", "kl")
 OPTIMIZERS = ("adam", "adamw", "sgd")
 SPARSE_ROUTES = ("auto", "materialize", "masked", "dispatch")
+TRACEABLE = (  # fields that are numbers in a program rather than its shape: runs that differ in these alone share one program
+    "init_scale",
+    "topk",
+    "threshold",
+    "faithfulness_coeff",
+    "minimality_coeff",
+    "hidden_reconstruction_coeff",
+    "simplicity_coeff",
+    "simplicity_coeff_final",
+    "schatten_p",
+    "attribution_lp_coeff",
+    "attribution_lp_p",
+    "learning_rate",
+    "weight_decay",
+)
 
 
 def default_config() -> config_dict.ConfigDict:
@@ -70,6 +87,11 @@ def default_config() -> config_dict.ConfigDict:
     c.checkpoint_every_steps = 1000
     c.keep_checkpoints = 2
     return c.lock()
+
+
+def override(config: Config, settings: Mapping[str, Any] | None) -> Config:
+    """The config with the values of some fields of `TRACEABLE` replaced, which may be traced; itself without any."""
+    return SimpleNamespace(**(config.to_dict() | dict(settings))) if settings else config
 
 
 def validate(config: Config) -> None:

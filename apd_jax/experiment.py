@@ -46,10 +46,7 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
       InputError: a setting, or a workdir that cannot be used. Interrupted: by a signal, with a checkpoint saved.
     """
     folder = epath.Path(workdir)
-    config_lib.validate(config.apd)
-    parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
-    target = targets.build(config.target, config.apd.batch_size)
-    params = parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
+    target, params = prepare(config, folder)
     problem = target.problem(params)
     if "recipe" in config:
         components, _, settings = recipe.fit(problem, config.apd, config.recipe, workdir=folder)
@@ -57,6 +54,18 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
         (components, _), settings = train.fit(problem, config.apd, workdir=folder), config.apd
     done = Restored(_with(config, settings), target, params, settings.num_steps, components)
     parallel.from_primary(lambda: _report(done, folder, console))
+
+
+def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
+    """The target network with its weights, trained if the workdir does not hold them yet. The workdir is then this config's.
+
+    Raises:
+      InputError: a setting, or a workdir that cannot be used.
+    """
+    config_lib.validate(config.apd)
+    parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
+    target = targets.build(config.target, config.apd.batch_size)
+    return target, parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
@@ -81,7 +82,9 @@ def hidden_reconstruction(
     return jnp.asarray(squares) / sum(h.size for h in target_hidden.values())
 
 
-def simplicity(components: Components, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"], schatten_p: float) -> Float[Array, ""]:
+def simplicity(
+    components: Components, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"], schatten_p: Float[ArrayLike, ""]
+) -> Float[Array, ""]:
     r"""Schatten-p norm of the active components, on their factors  (APD eq. 8).
 
     Σ_l uses_l Σ_b Σ_c Σ_j ( s_c(x_b) ‖U_{c,l}[:, j]‖² ‖V_{c,l}[j, :]‖² )^{p/2} / (N·B),   j over the m rank-one parts
@@ -106,7 +109,7 @@ def simplicity(components: Components, mask: Bool[Array, "B *T C"] | Float[Array
     return jnp.asarray(total) / (components.num_params * mask.shape[0])
 
 
-def attribution_lp(attributions_squared: Float[Array, "B C"], p: float) -> Float[Array, "B C"]:
+def attribution_lp(attributions_squared: Float[Array, "B C"], p: Float[ArrayLike, ""]) -> Float[Array, "B C"]:
     r"""|A_c(x)|^p per pair, from A_c(x)²: the terms of the alternative minimality loss  (APD appendix A.2).
 
     The loss is its sum over components, averaged over the batch; its gradient flows through the attributions.

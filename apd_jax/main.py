@@ -10,15 +10,13 @@ python -m apd_jax.main --mode=compare --workdir=runs/tms --other=runs/tms_seed_1
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from apd_jax import experiment, parallel
-from apd_jax.cli import make_console, refuse, sentence
-from apd_jax.errors import InputError, Interrupted
+from apd_jax.cli import keep_programs, make_console, parse, refuse, told_in_a_sentence
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on where it stopped.")
@@ -29,13 +27,14 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", *_READERS, "compare"], "All
 
 def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax tells every file it writes; our own warnings have a logger of their own
-    try:
+    with told_in_a_sentence():
         parallel.initialize()
         console = make_console()
         if len(argv) > 1:
             refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:
             refuse("--workdir is missing; give the folder of the run, e.g. --workdir=runs/tms.")
+        keep_programs(_WORKDIR.value)
         if _MODE.value in _READERS:
             parallel.from_primary(lambda: _READERS[_MODE.value](_WORKDIR.value, console))
         elif _MODE.value == "compare":
@@ -46,28 +45,7 @@ def main(argv: Sequence[str]) -> None:
             refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py.")
         else:
             experiment.run(_CONFIG.value, _WORKDIR.value, console)
-    except InputError as error:
-        refuse(str(error))
-    except Interrupted as stop:
-        if parallel.is_primary():
-            print(f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.", file=sys.stderr)
-        sys.exit(128 + stop.signum)
-    except KeyboardInterrupt:  # outside the decomposition itself
-        print("Stopped; the same command goes on from what the workdir holds.", file=sys.stderr)
-        sys.exit(130)
-
-
-def _parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser; whatever a config file or an override raises is the user's to mend, so it ends in a sentence."""
-    try:
-        rest = flags.FLAGS(argv)
-        if _CONFIG.value is not None:
-            _ = _CONFIG.value.apd  # a file that could not be loaded only says so now
-        return rest
-    except Exception as error:
-        refuse(sentence(error))
-        raise
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse)
+    app.run(main, flags_parser=lambda argv: parse(argv, _CONFIG))

@@ -124,18 +124,19 @@ def pmap_steps(step: Callable, num_steps: int, devices: Devices) -> Callable:
       devices: of all processes, in the same order on each.
     Returns: (replicated state, params, key) -> (replicated state, metrics of one device, stacked over steps). The state's
       buffers are donated. Batches from the host come as one more argument, leaves [num_steps, B, ...], the same in every process.
+      The step's `settings` are passed on.
     """
     many = step_lib.scan_steps(step, num_steps)
     program = jax.pmap(
-        lambda state, params, key, batches: many(state, params, key, *batches),
+        lambda state, params, key, batches, settings: many(state, params, key, *batches, settings=settings),
         axis_name=AXIS,
-        in_axes=(0, None, None, None),
+        in_axes=(0, None, None, None, None),
         donate_argnums=0,
         devices=devices,
     )
 
-    def run(state: PyTree, params: PyTree, key: jax.Array, *batches: PyTree):
-        state, metrics = program(state, params, key, batches)
+    def run(state: PyTree, params: PyTree, key: jax.Array, *batches: PyTree, settings: PyTree = None):
+        state, metrics = program(state, params, key, batches, settings)
         return state, jax.tree.map(lambda a: a[0], metrics)
 
     return run

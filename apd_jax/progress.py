@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -79,7 +80,8 @@ class MetricsLog:
             if name != "step":
                 named = {f"{name}/{i}": v for i, v in enumerate(value)} if isinstance(value, list) else {name: value}  # by instance
                 for tag, scalar in named.items():
-                    self._board.add_scalar(tag, scalar, row["step"])
+                    if math.isfinite(scalar):  # TensorBoard has no place for others, and warns of each
+                        self._board.add_scalar(tag, scalar, row["step"])
 
     def close(self) -> None:
         self._board.close()

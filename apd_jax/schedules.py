@@ -6,6 +6,8 @@ import math
 
 import jax.numpy as jnp
 import optax
+from jax.typing import ArrayLike
+from jaxtyping import Float
 
 from apd_jax.errors import InputError
 
@@ -13,7 +15,7 @@ KINDS = ("constant", "linear", "cosine", "exponential")
 _HALF_LIFE_STEPS = 300
 
 
-def learning_rate(kind: str, peak: float, num_steps: int, warmup_fraction: float = 0.0) -> optax.Schedule:
+def learning_rate(kind: str, peak: Float[ArrayLike, ""], num_steps: int, warmup_fraction: float = 0.0) -> optax.Schedule:
     r"""Linear warm-up from 0, then a decay over the remaining T steps, t counted from the end of the warm-up.
 
     constant: 1      linear: 1 - t/T      cosine: cos(½π t/(T-1))      exponential: 2^(-t/300)
@@ -43,7 +45,7 @@ def learning_rate(kind: str, peak: float, num_steps: int, warmup_fraction: float
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps])
 
 
-def geometric(first: float, last: float | None, num_steps: int) -> optax.Schedule:
+def geometric(first: Float[ArrayLike, ""], last: Float[ArrayLike, ""] | None, num_steps: int) -> optax.Schedule:
     """From `first` to `last` in equal factors: first^(1-t) · last^t with t = step / (num_steps - 1); `first` throughout if last is None."""
     if last is None:
         return optax.constant_schedule(first)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
+from apd_jax import config as config_lib
 from apd_jax import dispatch, losses, masks, schedules, sparse
 from apd_jax.components import Components
 from apd_jax.config import Config
@@ -24,6 +25,7 @@ from apd_jax.errors import InputError
 from apd_jax.layout import Layout
 
 Metrics = dict[str, Float[Array, ""]]
+Settings = Mapping[str, Float[Array, ""]]
 _PROBES = 0x960BE  # sets the draws of attribution probes apart from those of the data
 
 
@@ -53,8 +55,10 @@ def init_state(
     select: components_lib.Select = None,
     uses: Mapping[str, int] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    settings: Settings | None = None,
 ) -> TrainState:
-    """Step 0 with random components."""
+    """Step 0 with random components; `settings` as in `make_step`, of which init_scale matters here."""
+    config = config_lib.override(config, settings)
     components = components_lib.init(
         rng,
         params,
@@ -119,7 +123,7 @@ def make_mask_fn(
         if config.mask == "batch_topk":
             return masks.batch_topk(scores, config.topk, axis_name=axis_name, valid=valid)
         if config.mask == "topk":
-            return masks.topk(scores, int(config.topk))
+            return masks.topk(scores, config.topk)
         if config.mask == "threshold":
             return scores > config.threshold
         if config.mask == "exact" and num_active_fn is not None:
@@ -147,7 +151,11 @@ def make_step(
     valid_fn: Callable | None = None,
     axis_name: str | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
-    """The train step `(state, target_params, key, x = None) -> (state, metrics)`, pure and ready for jit, scan, vmap or pmap.
+    """The train step `(state, target_params, key, x = None, settings = None) -> (state, metrics)`, pure: for jit, scan, vmap or pmap.
+
+    `settings` are values, traced or not, of fields in `config.TRACEABLE`, to be used instead of the config's. What is decided before
+    tracing stays the config's: a term whose coefficient is 0 there is left out, and topk there should be the largest, for which the
+    sparse pass makes room (a larger one is as exact, but slower).
 
     Args:
       apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden).
@@ -158,20 +166,21 @@ def make_step(
       axis_name: the mapped axis over which the batch is split.
     Returns: metrics holds every loss term before its coefficient, their weighted sum `total`, and `mean_active`.
     """
-    optimizer = make_optimizer(config)
-    mask_fn = make_mask_fn(config, num_active_fn=num_active_fn, valid_fn=valid_fn, axis_name=axis_name)
+    make_mask_fn(config, num_active_fn=num_active_fn)  # refuses what it must before anything is traced
     attribute = make_attribution_fn(apply_fn, config, attribution_fn=attribution_fn, valid_fn=valid_fn)
     use_sparse = config.minimality_coeff > 0 or config.hidden_reconstruction_coeff > 0
     use_lp = config.attribution_lp_coeff > 0
-    coefficients = {
-        "faithfulness": config.faithfulness_coeff,
-        "minimality": config.minimality_coeff,
-        "hidden_reconstruction": config.hidden_reconstruction_coeff,
-        "attribution_lp": config.attribution_lp_coeff,
-    }
-    simplicity_coeff = schedules.geometric(config.simplicity_coeff, config.simplicity_coeff_final, config.num_steps)
 
-    def loss_terms(components, params, x, mask, rng) -> Metrics:
+    def coefficients(now: Config, step: Array) -> dict[str, Any]:
+        return {
+            "faithfulness": now.faithfulness_coeff,
+            "minimality": now.minimality_coeff,
+            "hidden_reconstruction": now.hidden_reconstruction_coeff,
+            "simplicity": schedules.geometric(now.simplicity_coeff, now.simplicity_coeff_final, config.num_steps)(step),
+            "attribution_lp": now.attribution_lp_coeff,
+        }
+
+    def loss_terms(now: Config, components, params, x, mask, rng) -> Metrics:
         terms = {}
         weights, share = _weights(x, valid_fn, axis_name)
         if config.faithfulness_coeff > 0:
@@ -188,14 +197,19 @@ def make_step(
                 terms["hidden_reconstruction"] = losses.hidden_reconstruction(sparse_hidden, target_hidden, weights)
         active = mask
         if use_lp:  # the one variant in which gradients flow through the attributions
-            powers = losses.attribution_lp(attribute(components, params, x, rng), config.attribution_lp_p)
+            powers = losses.attribution_lp(attribute(components, params, x, rng), now.attribution_lp_p)
             terms["attribution_lp"] = jnp.mean(losses.weighted(jnp.sum(powers, axis=-1), weights))
             active = powers if config.mask == "none" else mask
         if config.simplicity_coeff > 0:
-            terms["simplicity"] = losses.simplicity(components, active, config.schatten_p) / (share if mask.ndim == 3 else 1)
+            terms["simplicity"] = losses.simplicity(components, active, now.schatten_p) / (share if mask.ndim == 3 else 1)
         return terms
 
-    def step(state: TrainState, params: PyTree, key: PRNGKeyArray, x: PyTree = None) -> tuple[TrainState, Metrics]:
+    def step(
+        state: TrainState, params: PyTree, key: PRNGKeyArray, x: PyTree = None, settings: Settings | None = None
+    ) -> tuple[TrainState, Metrics]:
+        now = config_lib.override(config, settings)
+        optimizer = make_optimizer(now)
+        mask_fn = make_mask_fn(now, num_active_fn=num_active_fn, valid_fn=valid_fn, axis_name=axis_name)
         x = _local_batch(sample_fn(key, state.step) if x is None and sample_fn else x, axis_name)
         components = components_lib.normalize_U(state.components) if config.unit_norm_U else state.components
 
@@ -209,9 +223,9 @@ def make_step(
             mask = mask_fn(jnp.sqrt(squares) if config.mask == "threshold" else squares, x)  # the others ask for the order only
 
         def loss(components):
-            terms = loss_terms(components, params, x, mask, rng)
-            now = coefficients | {"simplicity": simplicity_coeff(state.step)}
-            return sum(now[name] * term for name, term in terms.items()), terms
+            terms = loss_terms(now, components, params, x, mask, rng)
+            coefficient = coefficients(now, state.step)
+            return sum(coefficient[name] * term for name, term in terms.items()), terms
 
         (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(components)
         metrics = {"total": total, **terms, "mean_active": _mean_active(mask, x, valid_fn, axis_name)}
@@ -229,11 +243,11 @@ def make_step(
 def scan_steps(step: Callable, num_steps: int) -> Callable:
     """`num_steps` steps in one program: (state, params, key) -> (state, metrics stacked over steps).
 
-    Batches that are not drawn on the device come as one more argument, leaves [num_steps, B, ...].
+    Batches that are not drawn on the device come as one more argument, leaves [num_steps, B, ...]; `settings` is passed on.
     """
 
-    def many(state, params, key, *batches):
-        return lax.scan(lambda state, x: step(state, params, key, *x), state, batches, length=num_steps)
+    def many(state, params, key, *batches, settings=None):
+        return lax.scan(lambda state, x: step(state, params, key, *x, settings=settings), state, batches, length=num_steps)
 
     return many
 

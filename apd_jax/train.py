@@ -30,6 +30,8 @@ from apd_jax.problem import Problem
 from apd_jax.progress import MetricsLog, ProgressDisplay
 from apd_jax.step import TrainState
 
+Settings = Mapping[str, np.ndarray]  # {field: [instances]}
+
 
 def fit(
     problem: Problem,
@@ -41,13 +43,37 @@ def fit(
 ) -> tuple[Components, list[dict[str, Any]]]:
     """Trains components until `config.num_steps`, going on from the newest checkpoint in `workdir` if there is one.
 
-    Of several processes every one must call this, with the same arguments; only process 0 touches `workdir`, and only its rows go
-    back to before a resume.
-
     Args:
       components: where to begin (with the leading axis of instances, if there are several) instead of at random.
       title: of the progress display.
     Returns: the components (with a leading axis of instances if there are several) and the logged rows.
+    Raises: as `advance`.
+    """
+    state, rows = advance(problem, config, components=components, workdir=workdir, title=title)
+    return finished(state.components, config), rows
+
+
+def advance(
+    problem: Problem,
+    config: Config,
+    state: TrainState | None = None,
+    *,
+    components: Components | None = None,
+    settings: Settings | None = None,
+    until: int | None = None,
+    workdir: epath.PathLike | None = None,
+    title: str = "decomposition",
+) -> tuple[TrainState, list[dict[str, Any]]]:
+    """`fit` by parts, and with instances that differ in settings: from a state, or the newest checkpoint in `workdir`, to a step.
+
+    Of several processes every one must call this, with the same arguments; only process 0 touches `workdir`, and only its rows go
+    back to before a resume.
+
+    Args:
+      state: where to begin; None is step 0, at random but for `components`.
+      settings: {field: a value per instance}, of "seed" and the fields in `config.TRACEABLE`; see `step.make_step`. An instance is the
+        run that has these values in its config. Instances that stop being finite are then carried on, as they harm no others.
+      until: the step to end at; `config.num_steps`, which the schedules go by, if None.
     Raises:
       InputError: settings, data or checkpoints that do not fit. NonFiniteError: a loss is not finite.
       Interrupted: SIGINT or SIGTERM came; a checkpoint is saved (only with a workdir, otherwise signals are left alone).
@@ -56,19 +82,22 @@ def fit(
     devices = parallel.global_devices()
     parallel.check_batch(config.batch_size, len(devices))
     _check_batch_size(problem, config)
-    state, key, step = _build(problem, config, *jax.random.split(jax.random.key(config.seed)))
+    end = config.num_steps if until is None else until
+    initial, key, step = _build(problem, config, settings)
     if components is not None:
-        state = dataclasses.replace(state, components=components)
-    with _resumed(workdir, config, state) as (start, state, record):
-        if start < config.num_steps:
+        initial = dataclasses.replace(initial, components=components)
+    with _resumed(workdir, config, initial if state is None else state) as (start, reached, record):
+        if start < end:
             params = jax.tree.map(jnp.asarray, problem.params)
+            traced = None if settings is None else _traced(settings)
             program = functools.cache(lambda num_steps: parallel.pmap_steps(step, num_steps, devices))
-            calls = data.calls(problem.sample_fn, start, config.num_steps, config.steps_per_call)
-            run = lambda state, num_steps, batches: program(num_steps)(state, params, key, *batches)  # noqa: E731
+            calls = data.calls(problem.sample_fn, start, end, config.steps_per_call)
+            run = lambda state, num_steps, batches: program(num_steps)(state, params, key, *batches, settings=traced)  # noqa: E731
             with _caught_signals() if workdir is not None else contextlib.nullcontext([]) as caught:
-                state = _train(run, parallel.replicate(state, devices), start, calls, config, record, caught, title)
-            state = parallel.unreplicate(state)
-        return _finished(state.components, config), record.rows
+                reached = parallel.replicate(reached, devices)
+                reached = _train(run, reached, start, end, calls, config, record, caught, title, may_diverge=settings is not None)
+            reached = parallel.unreplicate(reached)
+        return reached, record.rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,16 +121,16 @@ class _Record:
 
 @contextlib.contextmanager
 def _resumed(workdir: epath.PathLike | None, config: Config, initial: TrainState) -> Iterator[tuple[int, TrainState, _Record]]:
-    """Where a run goes on: at step 0 with the initial state, or at the workdir's newest checkpoint."""
+    """Where a run goes on: at the workdir's newest checkpoint, or with the initial state."""
+    begin = (int(np.max(initial.step)), initial)  # the same of all instances
     if workdir is None:
-        yield 0, initial, _Record([])
+        yield *begin, _Record([])
         return
     with contextlib.ExitStack() as stack:
         manager = None
         if parallel.is_primary():
             folder = epath.Path(workdir) / "checkpoints"
             manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(folder, config.keep_checkpoints)))
-        begin = (0, initial)
         start, state = parallel.from_primary(lambda: checkpoint.restore_latest(manager, initial) or begin, like=begin)
         record = _Record([])
         if parallel.is_primary():
@@ -114,20 +143,24 @@ def _train(
     run: Callable,
     state: PyTree,
     step: int,
+    end: int,
     calls: Iterator[tuple[int, tuple]],
     config: Config,
     record: _Record,
     caught: list[int],
     title: str,
+    *,
+    may_diverge: bool,
 ) -> PyTree:
     """Makes the calls one after another; after each logs, saves and stops, whatever is due.
 
     Args:
       run: (replicated state, number of steps, batches) -> (state, metrics stacked over steps).
-      step: where the state stands.
+      step: where the state stands. end: where it shall get to.
       caught: a signal that asks to stop is in it.
+      may_diverge: losses that are not finite are logged, and training goes on.
     """
-    with ProgressDisplay(title, config.num_steps, console=Console(stderr=True, quiet=not parallel.is_primary())) as display:
+    with ProgressDisplay(title, end, console=Console(stderr=True, quiet=not parallel.is_primary())) as display:
         upcoming = next(calls)
         while upcoming:
             (length, batches), began = upcoming, time.monotonic()
@@ -135,14 +168,15 @@ def _train(
             upcoming = next(calls, None)  # the host pulls the next batches while the devices work
             metrics = jax.device_get(metrics)
             seconds_per_step = (time.monotonic() - began) / length
-            _check_finite(metrics, step, record.checkpoints)
-            for row in _rows(metrics, step, config):
+            if not may_diverge:
+                _check_finite(metrics, step, record.checkpoints)
+            for row in _rows(metrics, step, end, config):
                 record.add(row | {"seconds_per_step": seconds_per_step})
             previous, step = step, step + length
-            display.update(step, {name: float(np.mean(values[-1])) for name, values in metrics.items() if name != "mean_active"})
+            display.update(step, {name: _finite_mean(values[-1]) for name, values in metrics.items() if name != "mean_active"})
             signum = parallel.largest(caught[0] if caught else 0)  # whichever process was told to stop, all do, and here
             due = step // config.checkpoint_every_steps > previous // config.checkpoint_every_steps
-            if due or signum or step == config.num_steps:
+            if due or signum or step == end:
                 record.save(step, state)
             if signum:
                 record.wait_until_saved()
@@ -156,22 +190,24 @@ def restore_components(problem: Problem, config: Config, workdir: epath.PathLike
     Raises:
       InputError: there is none.
     """
-    like = jax.eval_shape(lambda: _build(problem, config, *jax.random.split(jax.random.key(config.seed)))[0])
+    like = jax.eval_shape(lambda: _build(problem, config, None)[0])
     _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like, until=until)
-    return step, _finished(state.components, config)
+    return step, finished(state.components, config)
 
 
-def _finished(components: Components, config: Config) -> Components:
+def finished(components: Components, config: Config) -> Components:
     """The components as the next step would use them: unit-norm U is restored at the beginning of a step."""
     return components_lib.normalize_U(components) if config.unit_norm_U else components
 
 
-def _build(problem: Problem, config: Config, init_key, data_key):
-    """Initial state, data key and per-device step; with a leading axis of instances if there are several."""
+def _build(problem: Problem, config: Config, settings: Settings | None):
+    """Initial state, data key and per-device step; with a leading axis of instances if there are several, or settings of theirs."""
     layouts = problem.layouts
 
-    def make_state(key):
-        return step_lib.init_state(key, problem.params, config, select=problem.select, uses=problem.uses, layouts=layouts)
+    def make_state(key, settings=None):
+        return step_lib.init_state(
+            key, problem.params, config, select=problem.select, uses=problem.uses, layouts=layouts, settings=settings
+        )
 
     fed = isinstance(problem.sample_fn, data.Batches)
     step = step_lib.make_step(
@@ -183,10 +219,33 @@ def _build(problem: Problem, config: Config, init_key, data_key):
         valid_fn=problem.valid_fn,
         axis_name=parallel.AXIS,
     )
-    keys = [jax.vmap(lambda i, key=key: jax.random.fold_in(key, i))(jnp.arange(config.num_instances)) for key in (init_key, data_key)]
-    if config.num_instances == 1:
-        return jax.jit(make_state)(keys[0][0]), keys[1][0], step
-    return jax.jit(jax.vmap(make_state))(keys[0]), keys[1], jax.vmap(step, in_axes=(0, None, 0, None) if fed else (0, None, 0))
+    if settings is None:
+        roots, instances = jax.random.key(config.seed)[None], jnp.arange(config.num_instances)
+    else:  # each is the first instance of a run of its own
+        seeds = ({"seed": [config.seed]} | dict(settings))["seed"]
+        roots, instances = jnp.stack([jax.random.key(int(seed)) for seed in seeds]), jnp.zeros(config.num_instances, jnp.int32)
+    init_keys, data_keys = jax.vmap(_keys)(jnp.broadcast_to(roots, instances.shape), instances)
+    if config.num_instances == 1 and settings is None:
+        return jax.jit(make_state)(init_keys[0]), data_keys[0], step
+    state = jax.jit(jax.vmap(make_state))(init_keys, None if settings is None else _traced(settings))
+    return state, data_keys, jax.vmap(step, in_axes=(0, None, 0, None) if fed else (0, None, 0))
+
+
+def _keys(root: jax.Array, instance: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of one instance: for its initial components, and for its batches."""
+    init_key, data_key = jax.random.split(root)
+    return jax.random.fold_in(init_key, instance), jax.random.fold_in(data_key, instance)
+
+
+def _traced(settings: Settings) -> dict[str, jax.Array]:
+    """What the step is given of them, [instances] each."""
+    return {name: jnp.asarray(values, jnp.float32) for name, values in settings.items() if name != "seed"}
+
+
+def _finite_mean(values: Any) -> float:
+    """The mean over the instances that are finite."""
+    finite = np.extract(np.isfinite(values), values)
+    return float(finite.mean()) if finite.size else float("nan")
 
 
 def _check_batch_size(problem: Problem, config: Config) -> None:
@@ -197,11 +256,11 @@ def _check_batch_size(problem: Problem, config: Config) -> None:
         )
 
 
-def _rows(metrics: Mapping[str, np.ndarray], start: int, config: Config) -> Iterator[dict[str, Any]]:
+def _rows(metrics: Mapping[str, np.ndarray], start: int, end: int, config: Config) -> Iterator[dict[str, Any]]:
     length = len(metrics["total"])
     for i in range(length):
         step = start + i + 1
-        if step % config.log_every_steps == 0 or step == config.num_steps:
+        if step % config.log_every_steps == 0 or step == end:
             yield {"step": step} | {name: values[i].tolist() for name, values in metrics.items()}
 
 

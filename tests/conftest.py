@@ -47,6 +47,7 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
+from apd_jax import cli as cli_lib
 from apd_jax import components as components_lib
 from apd_jax import default_config, targets
 from apd_jax.components import Components, Factors
@@ -188,6 +189,8 @@ def pentagon() -> Pentagon:
 
 # The command line
 
+_FLAGS = ("config", "workdir", "other", "mode", "sweep", "halve", "criterion")
+
 
 @dataclasses.dataclass(frozen=True)
 class Finished:
@@ -225,19 +228,19 @@ def cli(start_cli: Callable[..., subprocess.Popen]) -> Callable[..., Finished]:
 def main_here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
     """The same in this process, which saves the seconds of an import; on this process's 4 devices."""
 
-    def run(*args: str) -> Finished:
+    def run(*args: str, module: str = "apd_jax.main") -> Finished:
         monkeypatch.chdir(ROOT)
         monkeypatch.setattr(sys, "argv", ["main", *map(str, args)])  # where ml_collections looks for overrides
-        for name in [name for name in flags.FLAGS if name.split(".")[0] in ("config", "workdir", "other", "mode")]:
+        for name in [name for name in flags.FLAGS if name.split(".")[0] in _FLAGS]:
             delattr(flags.FLAGS, name)
-        sys.modules.pop("apd_jax.main", None)  # its flags are defined anew
-        main = importlib.import_module("apd_jax.main")
+        sys.modules.pop(module, None)  # its flags are defined anew
+        main = importlib.import_module(module)
         code = 0
         capsys.readouterr()
         with warnings.catch_warnings():  # under Python 3.11 ml_collections loads a config file by a deprecated call
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
             try:
-                main.main(main._parse(sys.argv))
+                main.main(cli_lib.parse(sys.argv, main._CONFIG))
             except SystemExit as stop:
                 code = stop.code
         return Finished(code, *capsys.readouterr())

@@ -31,6 +31,7 @@ def main(argv: Sequence[str]) -> None:
             cli.refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:
             cli.refuse("--workdir is missing; give the folder of a run, e.g. --workdir=runs/tms.")
+        cli.keep_programs(_WORKDIR.value)
         workdir.write(
             _WORKDIR.value,
             cli.make_console(),

@@ -79,17 +79,17 @@ def _redrawn_error(subject: Subject, key: PRNGKeyArray) -> Float[Array, ""]:
     return jnp.mean(distance(both, outputs(both, mask)))
 
 
-@functools.partial(jax.jit, static_argnames="shared")
-def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool) -> Float[Array, "S n"]:
+@functools.partial(jax.jit, static_argnames=("shared", "steps", "starts"))
+def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool, steps: int = LADDER[-1], starts: int = NUM_STARTS) -> Float[Array, "S n"]:
     """The largest error that projected gradient ascent finds over the factors of inactive components.
 
-    r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from NUM_STARTS uniform random starts; the worst point seen counts, all-off and
+    r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from uniform random starts; the worst point seen counts, all-off and
     all-on included.
 
     Args:
       shared: one factor per component, used wherever it is inactive; else one per example (position) and component.
-    Returns: every example's error at the worst point seen after 0, 1, …, LADDER[-1] steps.
-    Cost: NUM_STARTS · LADDER[-1] sparse passes forward and back.
+    Returns: every example's error at the worst point seen after 0, 1, …, `steps` steps.
+    Cost: starts · steps sparse passes forward and back.
     """
     shape = (*[1] * (subject.mask.ndim - 1), subject.num_components) if shared else subject.mask.shape
 
@@ -109,9 +109,9 @@ def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool) -> Float[Array,
     corners = worse(mean_error(jnp.zeros(shape))[1], mean_error(jnp.ones(shape))[1])
 
     def climb(key):
-        return jax.lax.scan(ascend, (jax.random.uniform(key, shape), corners), length=LADDER[-1] + 1)[1]
+        return jax.lax.scan(ascend, (jax.random.uniform(key, shape), corners), length=steps + 1)[1]
 
-    climbs = jax.lax.map(climb, jax.random.split(key, NUM_STARTS))  # [starts, S, n]
+    climbs = jax.lax.map(climb, jax.random.split(key, starts))  # [starts, S, n]
     return functools.reduce(jax.vmap(worse), list(climbs))
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
+from apd_jax.config import Config
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, errors
 from apd_jax.targets.base import Panel
@@ -33,7 +34,9 @@ def bits(subject: Subject, mask: Array, bits_per_rank: float) -> Float[Array, ""
 
 
 @functools.partial(jax.jit, static_argnames="bits_per_rank")
-def _curves(subject: Subject, ks: Float[Array, " K"], bits_per_rank: float) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+def over_k(subject: Subject, ks: Float[Array, " K"], bits_per_rank: float) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+    """Mean sparse error and bits per datapoint with the k largest kept, of every k."""
+
     def at(k):
         mask = subject.setting.mask(subject.attributions, subject.x, k=k)
         return jnp.mean(errors(subject, mask.astype(jnp.float32))), bits(subject, mask, bits_per_rank)
@@ -41,16 +44,15 @@ def _curves(subject: Subject, ks: Float[Array, " K"], bits_per_rank: float) -> t
     return jax.lax.map(at, ks)
 
 
-def _grid(case: Case) -> np.ndarray:
+def grid(config: Config, num_components: int) -> np.ndarray:
     """k from an eighth of the trained one to all components, in equal ratios."""
-    config = case.decomposition.config
-    return np.geomspace(config.topk / 8, case.subject.num_components - config.num_always_on, NUM_KS)
+    return np.geomspace(config.topk / 8, num_components - config.num_always_on, NUM_KS)
 
 
 def curves(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """k, sparse error in units of `Case.scale`, and bits per datapoint."""
-    ks = _grid(case)
-    error, length = _curves(case.subject, jnp.asarray(ks, jnp.float32), case.bits_per_rank)
+    ks = grid(case.decomposition.config, case.subject.num_components)
+    error, length = over_k(case.subject, jnp.asarray(ks, jnp.float32), case.bits_per_rank)
     return ks, np.array([case.relative(e) for e in error]), np.asarray(length)
 
 

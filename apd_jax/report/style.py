@@ -53,8 +53,8 @@ def corner(axes: Axes, xlabel: str, ylabel: str) -> None:
 
 
 def heat(axes: Axes, matrix: np.ndarray, *, signed: bool = False, limit: float | None = None) -> AxesImage:
-    """A heat map from 0 to the largest entry, or from minus to plus it. Cells are never blended into each other."""
-    top = limit or float(np.abs(matrix).max()) or 1.0
+    """A heat map from 0 to the largest entry, or from minus to plus it; NaN is left white. Cells are never blended into each other."""
+    top = limit or float(np.abs(matrix[np.isfinite(matrix)]).max(initial=0.0)) or 1.0
     bottom, cmap = (-top, SIGNED) if signed else (0.0, MAGNITUDE)
     return axes.imshow(matrix, cmap=cmap, vmin=bottom, vmax=top, aspect="auto", interpolation="nearest")
 

@@ -1,0 +1,67 @@
+"""Many settings of one decomposition at once: seeds × coefficients × k × learning rate as instances of one program."""
+
+from __future__ import annotations
+
+import json
+
+from etils import epath
+from ml_collections import ConfigDict
+from rich.console import Console
+
+from apd_jax import experiment, parallel
+from apd_jax.config import Config
+from apd_jax.errors import InputError
+from apd_jax.report import figures
+from apd_jax.sweep import grid as grid_lib
+from apd_jax.sweep.halving import rungs, train_all
+from apd_jax.sweep.results import Results
+
+
+def run(config: Config, workdir: epath.PathLike, text: str, console: Console, *, criterion: str = "worst_error", halve: int = 0) -> Results:
+    """A sweep in one folder: target, training of all runs, sweep.json, table, figures/sweep_*.png. The same call goes on where it stopped.
+
+    Args:
+      config: the experiment's. Its `apd` fills in what is not swept, and is the reference that all runs are judged by.
+      text: as of --sweep; see `grid.parse`.
+      criterion, halve: as of `halving.train_all`.
+    Raises:
+      InputError: a setting, or a workdir that cannot be used. Interrupted: by a signal, with a checkpoint saved.
+    """
+    folder = epath.Path(workdir)
+    grid = grid_lib.parse(text, config.apd)
+    rungs(len(grid.settings), config.apd.num_steps, halve)  # refuses a bad number
+    if config.apd.num_instances != 1:
+        raise InputError(f"a sweep makes its own instances; give seed=0:{config.apd.num_instances} in --sweep instead of num_instances.")
+    if "recipe" in config:
+        raise InputError("a sweep trains once with the settings of `apd`, not in the stages of a recipe; give the target's own config.")
+    asked = {"axes": {field: list(values) for field, values in grid.axes.items()}, "seeds": list(grid.seeds)}
+    whole = ConfigDict(config.to_dict() | {"sweep": asked | {"criterion": criterion, "halve": halve}})
+    target, params = experiment.prepare(whole, folder)
+    found = train_all(
+        target,
+        params,
+        config.apd,
+        grid,
+        criterion=criterion,
+        halve=halve,
+        evaluation_seed=config.evaluation.seed,
+        workdir=folder,
+    )
+    results = Results(grid, found, config.apd.num_steps, criterion)
+    parallel.from_primary(lambda: _write(results, folder, console))
+    return results
+
+
+def _write(results: Results, folder: epath.Path, console: Console) -> None:
+    (folder / "sweep.json").write_text(json.dumps(results.as_json(), indent=2, allow_nan=False))
+    figures.save(folder / "figures", results.figures())
+    console.print(results.table(f"{folder.name}: {len(results.runs)} runs"))
+    if best := results.best():
+        values = {"seed": best.seed} | results.grid.settings[best.setting]
+        again = " ".join(f"--config.apd.{field}={value}" for field, value in values.items())
+        weights = f"--config.target.weights_path={folder / 'target' / 'params.npz'}"
+        console.print(f"Best by {results.criterion.replace('_', ' ')}; alone: python -m apd_jax.main ... {again} {weights}", soft_wrap=True)
+    console.print(f"Figures: {folder / 'figures'}   Runs: {folder / 'sweep.json'}", soft_wrap=True)
+
+
+__all__ = ["Results", "run"]

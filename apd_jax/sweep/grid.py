@@ -1,0 +1,120 @@
+"""Which runs a sweep has: the text of --sweep as axes, and the settings that they span."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import re
+from typing import Any
+
+import numpy as np
+
+from apd_jax import config as config_lib
+from apd_jax.config import Config
+from apd_jax.errors import InputError, one_of
+
+_USED_BY = {  # fields that only one choice of another field reads
+    "weight_decay": ("optimizer", ("adamw",)),
+    "threshold": ("mask", ("threshold",)),
+    "topk": ("mask", ("batch_topk", "topk")),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """The Cartesian product of a few fields' values, by a number of seeds each."""
+
+    axes: dict[str, tuple[float, ...]]  # {field: values}, in the order given; without the seed
+    seeds: tuple[int, ...]
+
+    @property
+    def settings(self) -> list[dict[str, float]]:
+        """All settings, the last axis changing fastest; a single empty one without axes."""
+        return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
+
+    def config_of(self, config: Config, setting: dict[str, float]) -> Config:
+        """The config with one setting's values."""
+        one = config.copy_and_resolve_references()
+        one.update(setting)
+        return one
+
+    def ceiling(self, config: Config) -> Config:
+        """The config with every axis at its largest value: what decides before tracing which terms are on, and how much room k needs."""
+        return self.config_of(config, {field: max(values) for field, values in self.axes.items()})
+
+
+def parse(text: str, config: Config) -> Grid:
+    """Reads "seed=0:20;topk=0.5,1,2;simplicity_coeff=log(1,100,5)".
+
+    Axes are `field=values`, separated by semicolons. Values are a list `a,b,c`; or `log(first,last,count)`, `count` of them in equal
+    ratios; or, for the seed, a range `first:stop` without `stop`. Fields are "seed" and those in `config.TRACEABLE`. Without seeds the
+    config's is taken.
+
+    Args:
+      config: of the decomposition (`apd`); every setting is checked as if it stood there.
+    Raises:
+      InputError: an unknown field, one that cannot be swept or has no effect, no values or the same twice, or a setting refused.
+    """
+    axes: dict[str, tuple[Any, ...]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        field, equals, values = (piece.strip() for piece in part.partition("="))
+        if not equals:
+            raise InputError(f"--sweep has {part!r}; write field=values, as in topk=0.5,1,2.")
+        _check_field(field, config)
+        if field in axes:
+            raise InputError(f"--sweep names {field} twice; give all its values at once.")
+        axes[field] = _values(field, values)
+    if not axes:
+        raise InputError("--sweep is empty; give what to sweep, e.g. --sweep='seed=0:5;topk=0.5,1,2'.")
+    seeds = tuple(axes.pop("seed", (config.seed,)))
+    grid = Grid(axes, seeds)
+    for setting in grid.settings:
+        config_lib.validate(grid.config_of(config, setting))
+    config_lib.validate(grid.ceiling(config))
+    return grid
+
+
+def _check_field(field: str, config: Config) -> None:
+    one_of("field in --sweep", field, ("seed", *config_lib.TRACEABLE, *config))
+    if field != "seed" and field not in config_lib.TRACEABLE:
+        raise InputError(
+            f"{field} cannot be swept, as it changes the program itself; "
+            f"what can are seed, {', '.join(config_lib.TRACEABLE)}. Make a run, or a sweep, for each value of it."
+        )
+    other, needed = _USED_BY.get(field, ("", ()))
+    if other and config[other] not in needed:
+        raise InputError(f"sweeping {field} would change nothing: it is read with {other} = {' or '.join(map(repr, needed))} only.")
+
+
+def _values(field: str, text: str) -> tuple[Any, ...]:
+    """The values of one axis, in their order."""
+    spaced = re.fullmatch(r"log\(([^,]*),([^,]*),([^,]*)\)", text)
+    between = re.fullmatch(r"(\d+):(\d+)", text)
+    if field == "seed":
+        values = range(*map(int, between.groups())) if between else [_number(field, piece, whole=True) for piece in text.split(",")]
+    elif spaced:
+        first, last, count = _number(field, spaced[1]), _number(field, spaced[2]), _number(field, spaced[3], whole=True)
+        if not (first > 0 and last > 0 and count >= 2):
+            raise InputError(f"{field}={text} in --sweep: log(first,last,count) needs two numbers above 0 and a count of at least 2.")
+        values = [float(f"{value:.6g}") for value in np.geomspace(first, last, count)]  # as one would write them
+    else:
+        values = [_number(field, piece) for piece in text.split(",")]
+    if not values:
+        raise InputError(f"{field}={text} in --sweep holds no value; the end of a range is not part of it.")
+    if len(set(values)) < len(values):
+        raise InputError(f"{field}={text} in --sweep holds a value twice; name each once.")
+    return tuple(values)
+
+
+def _number(field: str, text: str, *, whole: bool = False) -> Any:
+    try:
+        number = int(text) if whole else float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or (whole and number < 0):
+        raise InputError(
+            f"{field} in --sweep has {text.strip()!r} where a {'whole number of at least 0' if whole else 'number'} is needed; "
+            "write a,b,c, or log(first,last,count), or for the seed first:stop."
+        )
+    return number
