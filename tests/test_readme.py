@@ -31,7 +31,7 @@ def test_documented_commands_name_things_that_exist(command):
     assert "workdir" in options
     if "config" in options:
         path, _, variant = options.pop("config").partition(":")
-        namespace: dict = {}
+        namespace: dict = {"__file__": str(ROOT / path)}
         exec(compile((ROOT / path).read_text(), path, "exec"), namespace)
         config = namespace["get_config"](*[variant] if variant else [])
         for name in options:
