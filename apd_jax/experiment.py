@@ -226,6 +226,8 @@ def _report(run: Restored, folder: epath.Path, console: Console) -> None:
     provenance = {
         "seed": config.apd.seed,
         "step": run.step,
+        "num_stages": 1 + len(earlier),
+        "total_steps": run.step + sum(rows[-1]["step"] for rows in earlier if rows),
         "device": jax.devices()[0].device_kind,
         "num_devices": jax.device_count(),
         "minutes_decomposition": minutes,

@@ -185,7 +185,9 @@ def _headline(source: Source) -> str:
     shapes = ", ".join(f"{name} {'×'.join(map(str, f.shape))}" for name, f in list(d.components.factors.items())[:4])
     more = len(d.components.factors) - 4
     said = f"{d.components.num_components} parameter components of {kind} ({shapes}{f' and {more} more leaves' if more > 0 else ''})"
-    trained = [f"{metrics['step']:,} steps" if "step" in metrics else "", f"seed {metrics['seed']}" if "seed" in metrics else ""]
+    steps = f"{metrics['total_steps']:,} steps in {metrics['num_stages']} stages" if metrics.get("num_stages", 1) > 1 else ""
+    steps = steps or (f"{metrics['step']:,} steps" if "step" in metrics else "")
+    trained = [steps, f"seed {metrics['seed']}" if "seed" in metrics else ""]
     device = f"on {metrics['num_devices']} {metrics['device']} device{'s' * (metrics['num_devices'] > 1)}" if "device" in metrics else ""
     minutes = f"in {metrics['minutes_decomposition']:.1f} minutes" if "minutes_decomposition" in metrics else ""
     trained = ", ".join(filter(None, [*trained, " ".join(filter(None, [minutes, device]))]))
