@@ -1,4 +1,4 @@
-"""A recipe: stages of training that find the components on (almost) every seed, with one set of numbers for all targets.
+"""A recipe: training in stages, with one set of numbers for all targets. What it finds, and what not yet: docs/results.md.
 
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a weak one: mechanisms emerge one after
            the other, each in components of its own, several of which may share it.

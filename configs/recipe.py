@@ -1,4 +1,4 @@
-"""The recipe: stages that find the components on (almost) every seed, with one set of numbers for all targets (`apd_jax.recipe`).
+"""The recipe: training in stages, with one set of numbers for all targets (`apd_jax.recipe`). Results: docs/results.md.
 
     python -m apd_jax.main --config=configs/recipe.py:tms,40-10 --workdir=runs/recipe_tms
     python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid_mlp
