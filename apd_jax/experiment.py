@@ -63,6 +63,8 @@ def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
       InputError: a setting, or a workdir that cannot be used.
     """
     config_lib.validate(config.apd)
+    if "recipe" in config:
+        recipe.check(config.apd, config.recipe)
     parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
     target = targets.build(config.target, config.apd.batch_size)
     return target, parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))

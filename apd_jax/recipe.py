@@ -82,13 +82,21 @@ _SET_BY_RECIPE = (
 )
 
 
-def check(config: Config) -> None:
-    """Raises InputError for a setting of the config that the recipe would silently replace."""
+def check(config: Config, recipe: Config) -> None:
+    """Raises InputError for a setting of the config that the recipe would silently replace, or a stage that cannot run."""
     default = config_lib.default_config()
     if changed := [name for name in _SET_BY_RECIPE if config[name] != default[name]]:
         raise InputError(
             f"{changed[0]} is set by the recipe, stage by stage; change it there (recipe.explore, ...), or leave the recipe out."
         )
+    if recipe.restarts < 1:
+        raise InputError(f"recipe.restarts must be at least 1; got {recipe.restarts}.")
+    config_lib.validate(config)
+    for stage in STAGES:
+        try:
+            config_lib.validate(stage_config(config, recipe, stage, Scales(1.0, 1.0, 1.0)))
+        except InputError as error:
+            raise InputError(f"recipe.{stage}: {error}") from None
 
 
 def base_config(settings: Config) -> Config:
@@ -170,8 +178,7 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     Returns: the components, the logged rows of the last stage, and its settings.
     Raises: as `train.fit`.
     """
-    check(config)
-    config_lib.validate(config)
+    check(config, recipe)
     reference = scales(problem, config)
     R, n = recipe.restarts, config.num_instances
     begin: Components | None = None

@@ -86,6 +86,17 @@ def test_what_the_recipe_sets_is_not_silently_replaced():
         recipe.fit(linear_problem(), config, r)
 
 
+def test_a_stage_that_cannot_run_is_refused_before_the_first():
+    config, r = small()
+    config.topk = 3.0
+    r.clean.topk = 1.5
+    with pytest.raises(InputError, match=r"recipe.clean: topk must be above 0 and at most 4"):
+        recipe.check(config, r)
+    r.restarts = 0
+    with pytest.raises(InputError, match="restarts must be at least 1"):
+        recipe.check(config, r)
+
+
 def test_outputs_that_do_not_depend_on_the_weights():
     problem = Problem(lambda p, x: x + 0 * p["W"].sum(), {"W": jnp.asarray(W)}, lambda key, step: jnp.ones((1000, 2)))
     with pytest.raises(InputError, match="nothing to decompose"):
@@ -107,7 +118,7 @@ def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
 @pytest.mark.parametrize("arg", ["tms,5-2", "tms,20-5,smoke", "resid_mlp,2layer", "gated,short", "tms_coactive"])
 def test_configs_take_only_sizes_from_the_target(arg):
     config = get_config("recipe", arg)
-    recipe.check(config.apd)
+    recipe.check(config.apd, config.recipe)
     other = get_config("recipe", "tms,40-10")
     differing = {name for name in config.apd if config.apd[name] != other.apd[name]}
     smoke = {"batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps"} if "smoke" in arg else set()
