@@ -9,7 +9,8 @@
            attribution exceeds a small threshold, so that nothing that matters is dropped: the components grow to their full length.
 
 Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`Scales`), so that one
-number means the same on every target. k, the mean number of active components, is `config.topk`.
+number means the same on every target. k, the mean number of active components, is `config.topk`. If hidden activations are to be
+reconstructed too, say so by a `config.hidden_reconstruction_coeff` above 0; how strongly is the recipe's.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import PyTree
+from jaxtyping import PRNGKeyArray, PyTree
 from ml_collections import config_dict
 
 from apd_jax import components as components_lib
@@ -50,7 +51,8 @@ def default_recipe() -> config_dict.ConfigDict:
     r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
     r.faithfulness_coeff = 1.0
     r.minimality_coeff = 1.67
-    r.explore = _stage(num_steps=4000, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
+    r.hidden_reconstruction_coeff = 1.67  # where the config's is above 0
+    r.explore = _stage(num_steps=4000, topk=1.25, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
     r.polish = _stage(num_steps=1500, learning_rate=5e-4, simplicity_coeff=0.0, mask="threshold")
@@ -67,12 +69,14 @@ def _stage(**settings: Any) -> config_dict.ConfigDict:
 class Scales:
     """The reference points of a target.
 
-    faithfulness: the loss of components that sum to 0. minimality: the distance of the model without the decomposed leaves.
+    faithfulness: the loss of components that sum to 0. minimality: the distance of the model without the decomposed leaves; hidden: the
+    same of the hidden activations, 0 where there are none.
     simplicity: the loss of the whole target as one component, kept on every input: Σ_l uses_l Σ_j σ_j(θ*_l)^p / N.
     """
 
     faithfulness: float
     minimality: float
+    hidden: float
     simplicity: float
 
 
@@ -94,7 +98,7 @@ def check(config: Config, recipe: Config) -> None:
     config_lib.validate(config)
     for stage in STAGES:
         try:
-            config_lib.validate(stage_config(config, recipe, stage, Scales(1.0, 1.0, 1.0)))
+            config_lib.validate(stage_config(config, recipe, stage, Scales(1.0, 1.0, 1.0, 1.0)))
         except InputError as error:
             raise InputError(f"recipe.{stage}: {error}") from None
 
@@ -110,27 +114,44 @@ def scales(problem: Problem, config: Config) -> Scales:
     """Measures the reference points on fresh batches.
 
     Raises:
-      InputError: the output does not change when the decomposed leaves are set to 0.
+      InputError: the output, or the hidden activations where they count, do not change when the decomposed leaves are set to 0; or are
+        not finite.
     """
     whole = components_lib.from_materialized(_decomposed(problem), uses=problem.uses, layouts=problem.layouts)
     nothing = components_lib.weighted_sum(whole, problem.params, jnp.zeros(1))
     x_fn = problem.sample_fn
 
-    def distance(x: PyTree) -> jax.Array:
-        outs = [step_lib.split_result(problem.apply_fn(params, x))[0] for params in (nothing, problem.params)]
-        return losses.minimality(outs[0], outs[1], config.minimality_loss, step_lib.position_weights(x, problem.valid_fn))
+    def distances(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
+        (out, hidden), (target_out, target_hidden) = [step_lib.split_result(problem.apply_fn(params, x)) for params in ends]
+        weights = step_lib.position_weights(x, problem.valid_fn)
+        distance = losses.minimality(out, target_out, config.minimality_loss, weights)
+        return distance, losses.hidden_reconstruction(hidden, target_hidden, weights) if hidden else jnp.zeros(())
 
+    def mean_distances(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
+        drawn = jax.lax.map(lambda step: distances(ends, x_fn(key, step)), jnp.arange(_SCALE_BATCHES))
+        return jax.tree.map(jnp.mean, drawn)
+
+    ends = (nothing, jax.tree.map(jnp.asarray, problem.params))
     if isinstance(x_fn, data.Batches):
-        minimality = float(jax.jit(distance)(jax.tree.map(jnp.asarray, x_fn.first)))
+        measured = jax.jit(distances)(ends, jax.tree.map(jnp.asarray, x_fn.first))
     else:
-        key = jax.random.fold_in(jax.random.key(config.seed), _DRAWS)
-        minimality = float(jax.jit(lambda: jnp.mean(jax.lax.map(lambda s: distance(x_fn(key, s)), jnp.arange(_SCALE_BATCHES))))())
+        measured = jax.jit(mean_distances)(ends, jax.random.fold_in(jax.random.key(config.seed), _DRAWS))
+    minimality, hidden = map(float, measured)
     zero = jax.tree.map(jnp.zeros_like, whole)
-    if not minimality > 0:
+    if not np.isfinite([minimality, hidden]).all():
+        raise InputError(
+            "the outputs are not finite, of the network itself or with all decomposed leaves set to 0; look at its weights and data."
+        )
+    if minimality == 0:
         raise InputError("the outputs stay the same when all decomposed leaves are set to 0; there is nothing to decompose.")
+    if hidden == 0 and config.hidden_reconstruction_coeff > 0:
+        raise InputError(
+            "hidden_reconstruction_coeff is above 0, but apply_fn returns no hidden activations that depend on the decomposed leaves."
+        )
     return Scales(
         faithfulness=float(losses.faithfulness(zero, problem.params)),
         minimality=minimality,
+        hidden=hidden,
         simplicity=float(losses.simplicity(whole, jnp.ones((1, 1), jnp.bool_), config.schatten_p)),
     )
 
@@ -149,6 +170,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
     c.update(
         faithfulness_coeff=recipe.faithfulness_coeff / scales.faithfulness,
         minimality_coeff=recipe.minimality_coeff / scales.minimality,
+        hidden_reconstruction_coeff=recipe.hidden_reconstruction_coeff / scales.hidden if config.hidden_reconstruction_coeff > 0 else 0.0,
         simplicity_coeff=settings.simplicity_coeff / scales.simplicity,
         simplicity_coeff_final=settings.simplicity_coeff_final / scales.simplicity if settings.simplicity_coeff_final > 0 else None,
         topk=config.topk * settings.topk,

@@ -48,7 +48,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.apd.rank = 4 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost twelve times as much
     config.apd.topk = mechanisms * probability
     config.apd.batch_size = 512
-    config.apd.hidden_reconstruction_coeff = 0.0
+    config.apd.hidden_reconstruction_coeff = float(base.apd.hidden_reconstruction_coeff > 0)  # whether; how strongly, the recipe says
     config.recipe = default_recipe()
     config.evaluation = ConfigDict(base.evaluation.to_dict())
     config.evaluation.seed = config.get_oneway_ref("seed")

@@ -45,13 +45,35 @@ def test_scales_by_hand():
     assert recipe.scales(linear_problem([x]), config).minimality == pytest.approx(np.mean((x @ W) ** 2), rel=1e-5)
 
 
+def test_hidden_scale_by_hand():
+    """Hidden activation x W: the squares of x W, mean over examples and widths, as the output without its constant."""
+    problem, (config, _) = linear_problem(), small()
+    hidden = Problem(lambda p, x: (x @ p["W"], {"h": x @ p["W"]}), problem.params, problem.sample_fn)
+    s = recipe.scales(hidden, config)
+    assert s.hidden == pytest.approx(s.minimality, rel=1e-6)
+    config.hidden_reconstruction_coeff = 1.0
+    with pytest.raises(InputError, match="no hidden activations"):
+        recipe.scales(problem, config)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_outputs_that_are_not_finite(bad):
+    problem = linear_problem()
+    broken = Problem(problem.apply_fn, {**problem.params, "b": jnp.full(2, bad)}, problem.sample_fn)
+    with pytest.raises(InputError, match="not finite"):
+        recipe.scales(broken, small()[0])
+
+
 def test_relative_coefficients_become_absolute():
     config, r = small()
-    s = recipe.Scales(faithfulness=2.0, minimality=0.5, simplicity=4.0)
+    s = recipe.Scales(faithfulness=2.0, minimality=0.5, hidden=0.2, simplicity=4.0)
     explore = recipe.stage_config(config, r, "explore", s)
     assert (explore.faithfulness_coeff, explore.minimality_coeff) == (0.5, pytest.approx(2 * r.minimality_coeff))
     assert (explore.simplicity_coeff, explore.simplicity_coeff_final) == (5.0, 1.75)
-    assert explore.num_instances == 2 and explore.mask == "batch_topk"
+    assert explore.num_instances == 2 and explore.mask == "batch_topk" and explore.hidden_reconstruction_coeff == 0
+    config.hidden_reconstruction_coeff = 10.0  # says whether, not how strongly
+    strength = pytest.approx(5 * r.hidden_reconstruction_coeff)
+    assert recipe.stage_config(config, r, "explore", s).hidden_reconstruction_coeff == strength
     polish = recipe.stage_config(config, r, "polish", s)
     assert polish.simplicity_coeff == 0 and polish.mask == "threshold" and polish.num_instances == 1
     assert polish.threshold == pytest.approx(r.threshold * 0.5**0.5)
@@ -122,7 +144,8 @@ def test_configs_take_only_sizes_from_the_target(arg):
     other = get_config("recipe", "tms,40-10")
     differing = {name for name in config.apd if config.apd[name] != other.apd[name]}
     smoke = {"batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps"} if "smoke" in arg else set()
-    assert differing <= {"num_components", "rank", "topk"} | smoke
+    assert differing <= {"num_components", "rank", "topk", "hidden_reconstruction_coeff"} | smoke
+    assert config.recipe == other.recipe or "smoke" in arg
     targets.build(config.target, config.apd.batch_size)
 
 
