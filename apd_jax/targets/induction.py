@@ -33,7 +33,7 @@ from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
-from apd_jax.targets.scoring import CORRELATION_LABELS, alive_components, rank_correlations
+from apd_jax.targets.scoring import CORRELATION_LABELS, rank_correlations
 
 NUM_LAYERS = 2
 IN_LAYER = 0.1  # a component is in a layer if more than this part of its norm lies there
@@ -146,7 +146,7 @@ def layer_shares(components: Components) -> Float[np.ndarray, "C 2"]:
     return np.sqrt(layers / np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny))
 
 
-def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callable) -> Score:
+def score(decomposition: Decomposition, key: PRNGKeyArray, alive: Bool[np.ndarray, " C"], *, sample_fn: Callable) -> Score:
     """What every component does for the two heads, on one batch of the sampler's mixture.
 
     Metrics
@@ -171,7 +171,6 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callabl
 
     measured = {"target": measure(target), "sparse": measure(sparse), "all": measure(decomposition.ablate([], tokens))}
     lost = np.stack([measured["all"] - measure(decomposition.ablate([c], tokens)) for c in range(components.num_components)])
-    alive = alive_components(decomposition, tokens)
     needed = (lost > NEEDED * measured["all"]) & alive[:, None]
     spans = layer_shares(components).min(axis=1) > IN_LAYER
     metrics = {f"{who}_{what}": float(value) for who, values in measured.items() for what, value in zip(MEASURED, values, strict=True)}

@@ -1,17 +1,16 @@
 """The induction target: its data, its scores against plain numpy and numbers worked by hand, and a small one trained to its bar."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import get_config
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
 from apd_jax import default_config, targets
 from apd_jax.components import Components
+from apd_jax.config import validate
 from apd_jax.decomposition import Decomposition
 from apd_jax.targets import induction
 from apd_jax.targets.pretrain import pretrain
@@ -119,7 +118,7 @@ def test_pretraining_learns_and_the_scores_know_the_whole_from_nothing():
     target = targets.build(config, 64)
     params, _ = pretrain(target, config)
     # One component is the target, the other is 0: k = 1 keeps the first everywhere.
-    score = target.score_fn(decomposed(target, params, (1.0, 0.0), topk=1.0), jax.random.key(5))
+    score = target.score_fn(decomposed(target, params, (1.0, 0.0), topk=1.0), jax.random.key(5), np.array([True, False]))
     m = score.metrics
     assert m["target_accuracy"] >= 0.9  # this small one; the shipped setting is measured in docs/networks.md
     for name in induction.MEASURED:
@@ -166,17 +165,11 @@ def test_refused(change, message):
         targets.build(make_config(**change), 8)
 
 
-def get_config(arg=""):
-    spec = importlib.util.spec_from_file_location("induction_config", ROOT / "configs" / "induction.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
-
-
-@pytest.mark.parametrize("arg", ["", "smoke"])
+@pytest.mark.parametrize("arg", ["", "position", "position,smoke"])
 def test_config_builds(arg):
-    config = get_config(arg)
+    config = get_config("induction", arg)
     assert config.is_locked
+    validate(config.apd)
     target = targets.build(config.target, config.apd.batch_size)
     x = jax.eval_shape(target.sample_fn, jax.random.key(0), 0)
     assert x.shape == (config.apd.batch_size, 1 + 2 * config.target.max_block)
@@ -184,4 +177,4 @@ def test_config_builds(arg):
 
 def test_unknown_variant_is_refused():
     with pytest.raises(ValueError, match=r"unknown induction variant 'smok'; known: .*smoke. Did you mean 'smoke'"):
-        get_config("smok")
+        get_config("induction", "smok")
