@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Float, PyTree
 
+_SAME_AXES = ("convert_element_type", "copy", "copy_p", "slice", "dynamic_slice", "rev", "neg", "reduce_precision", "sharding_constraint")
+
 Axes = tuple[frozenset[int], ...]  # for every axis of a value, the axes of the leaf that it is made of
 
 
@@ -112,13 +114,19 @@ def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str,
             yield known[0][0], _union(axes, looked_up), _union(axes, [i for i in range(len(axes)) if i not in looked_up])
         elif name == "split" and known[0] is not None:
             env |= dict.fromkeys(eqn.outvars, known[0])
+        elif name in ("mul", "div") and () in shapes and (scaled := [k for k in known if k is not None and k[1]]):  # by a number
+            env[eqn.outvars[0]] = scaled[0]
         elif known[0] is not None and (axes := _view(name, p, known[0][1], shapes[0])) is not None:
             env[eqn.outvars[0]] = (known[0][0], axes)
         else:
             if name == "scan":
                 yield from ((k[0], set(), set(k[1][1])) for k in known[-_num_scanned(eqn) :] if k is not None and len(k[1]) == 2)
             for inner, operands in _inner(eqn, known):
-                yield from _uses(inner, {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None})
+                within = {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None}
+                yield from _uses(inner, within)
+                if name not in ("scan", "while", "cond"):
+                    outs = zip(eqn.outvars, inner.outvars, strict=True)
+                    env |= {outer: within[v] for outer, v in outs if not isinstance(v, Literal) and v in within}
 
 
 def _union(axes: Axes, chosen: Any) -> set[int]:
@@ -127,7 +135,7 @@ def _union(axes: Axes, chosen: Any) -> set[int]:
 
 def _view(name: str, p: dict[str, Any], axes: Axes, shape: tuple[int, ...]) -> Axes | None:
     """The axes of a view of a weight; None where the operation makes something else of it."""
-    if name in ("convert_element_type", "copy", "slice", "dynamic_slice", "reduce_precision", "sharding_constraint"):
+    if name in _SAME_AXES:
         return axes
     if name == "transpose":
         return tuple(axes[i] for i in p["permutation"])
