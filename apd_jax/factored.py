@@ -147,6 +147,7 @@ class Kappa:
         num_positions = self.weights.shape[-2]
         rows = rows.reshape(*rows.shape[:n], num_positions, math.prod(free) // num_positions, *rows.shape[n + len(free) :])
         U, V = self.matrices(reading, ins)
+        rows = rows if looked_up else rows.astype(jnp.result_type(rows, U))
         flavor = self._cheaper(rows, U, V) if self.flavor == "cheaper" else self.flavor
 
         def matrix(whole):  # [*b, d, e]

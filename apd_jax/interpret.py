@@ -55,9 +55,8 @@ def _call(*values: Value, jaxpr: Any, **_: Any) -> list[Value]:
     return run(jaxpr.jaxpr, jaxpr.consts, *values)
 
 
-def _checkpoint(*values: Value, jaxpr: Jaxpr, prevent_cse: Any, policy: Any, **_: Any) -> list[Any]:
-    again = jax.checkpoint(lambda *values: arrays(run(jaxpr, (), *values)), policy=policy, prevent_cse=bool(np.any(prevent_cse)))
-    return again(*values)
+def _checkpoint(*values: Value, jaxpr: Jaxpr, prevent_cse: Any, policy: Any, **_: Any) -> list[Value]:
+    return jax.checkpoint(functools.partial(run, jaxpr, ()), policy=policy, prevent_cse=bool(np.any(prevent_cse)))(*values)
 
 
 def _cond(index: Array, *values: Value, branches: Any, **_: Any) -> list[Any]:

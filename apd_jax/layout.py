@@ -120,7 +120,7 @@ def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str,
             env[eqn.outvars[0]] = (known[0][0], axes)
         else:
             if name == "scan":
-                yield from ((k[0], set(), set(k[1][1])) for k in known[-_num_scanned(eqn) :] if k is not None and len(k[1]) == 2)
+                yield from ((k[0], set(), set(k[1][1])) for k in known[_first_scanned(p) :] if k is not None and len(k[1]) == 2)
             for inner, operands in _inner(eqn, known):
                 within = {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None}
                 yield from _uses(inner, within)
@@ -171,7 +171,7 @@ def _inner(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
         body = p["jaxpr"].jaxpr
-        first_x = len(known) - _num_scanned(eqn)
+        first_x = _first_scanned(p)
         yield body, [*known[:first_x], *(None if k is None else (k[0], k[1][1:]) for k in known[first_x:])]
     elif name == "while":
         n, m = p["cond_nconsts"], p["body_nconsts"]
@@ -187,7 +187,6 @@ def _inner(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
                 yield inner, known
 
 
-def _num_scanned(eqn: Any) -> int:
-    """How many of a scan's operands, the last ones, are sliced: the body sees them with one axis less."""
-    body = eqn.params["jaxpr"].jaxpr
-    return sum(1 for outer, inner in zip(eqn.invars, body.invars, strict=True) if len(outer.aval.shape) == len(inner.aval.shape) + 1)
+def _first_scanned(p: dict[str, Any]) -> int:
+    """Which of a scan's operands is the first that it slices: the body sees this one and all after it with one axis less."""
+    return p["num_consts"] + p["num_carry"]

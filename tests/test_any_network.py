@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from networks import NETWORKS
 
-from apd_jax import attributions, components, factored, layout, masks, sparse
+from apd_jax import attributions, components, decompose, default_config, factored, layout, masks, sparse
 from apd_jax.layout import Layout
 
 C = 3
@@ -87,6 +87,8 @@ def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
         ("layers_by_index", {"w": Layout((0,), (1,), (2,)), "u": Layout((0,), (2,), (1,))}),
         ("fused_and_reshaped", {"qkv": Layout((), (0,), (1,)), "heads": Layout((), (0,), (1,))}),
         ("several_axes", {"w": Layout((), (0, 1), (2, 3)), "o": Layout((), (0, 1), (2,))}),
+        ("weights_in_a_carry_and_in_branches", {"stack": Layout((0,), (1,), (2,)), "u": Layout((), (0,), (1,))}),
+        ("custom_vjp_on_weights_and_in_a_scan", {"v": Layout((), (0,), (1,)), "layers": Layout((0,), (1,), (2,))}),
         ("normalised_weights", {"v": Layout((), (0,), (1,))}),
     ],
 )
@@ -94,6 +96,23 @@ def test_layouts_are_read_off_the_network(name, expected):
     found = layout.infer(*NETWORKS[name]())
     assert {key: found[key] for key in expected} == expected
     assert "w" not in found or name != "normalised_weights"  # divided by its norm: no view of itself
+
+
+def test_weights_of_a_loop_that_slices_nothing_are_matrices():
+    params = {"w": jnp.ones((4, 4))}
+    fn = lambda p, x: jax.lax.fori_loop(0, 3, lambda i, h: jnp.tanh(h @ p["w"]), x)  # noqa: E731
+    assert layout.infer(fn, params, jnp.ones((2, 4))) == {"w": Layout((), (0,), (1,))}
+
+
+def test_half_precision_weights_have_components_in_single():
+    params = {"w": jnp.ones((4, 6), jnp.float16), "v": jnp.ones((6, 3), jnp.float16)}
+    fn = lambda p, x: (jax.nn.relu(x.astype(jnp.float16) @ p["w"]) @ p["v"]).astype(jnp.float32)  # noqa: E731
+    config = default_config()
+    config.update(num_components=C, batch_size=4, num_steps=2, steps_per_call=2, sparse_route="masked")
+    found = decompose(fn, params, lambda rng, step: jax.random.normal(rng, (4, 4)), config)
+    assert {f.U.dtype for f in found.components.factors.values()} == {jnp.dtype("float32")}
+    assert components.total(found.components, params)["w"].dtype == jnp.float16
+    assert np.isfinite(found.history[-1]["total"])
 
 
 def test_stacked_vectors_are_not_decomposed_unless_asked():
