@@ -52,7 +52,7 @@ def _dot(value: Kappa, x: Array, dimension_numbers: Any, kappa_first: bool, dtyp
 
 
 @_rule("dot_general")
-def _(lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, *, dimension_numbers, preferred_element_type, **_):
+def _(lhs: Any, rhs: Any, *, dimension_numbers, preferred_element_type, **_):
     dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
     if isinstance(lhs, Kappa):
         return None if isinstance(rhs, Kappa) else _dot(lhs, jnp.asarray(rhs), dimension_numbers, True, dtype)

@@ -87,7 +87,7 @@ def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
         ("layers_by_index", {"w": Layout((0,), (1,), (2,)), "u": Layout((0,), (2,), (1,))}),
         ("fused_and_reshaped", {"qkv": Layout((), (0,), (1,)), "heads": Layout((), (0,), (1,))}),
         ("several_axes", {"w": Layout((), (0, 1), (2, 3)), "o": Layout((), (0, 1), (2,))}),
-        ("weights_in_a_carry_and_in_branches", {"stack": Layout((0,), (1,), (2,)), "u": Layout((), (0,), (1,))}),
+        ("weights_in_a_carry_and_in_branches", {"w": Layout((), (0,), (1,)), "u": Layout((), (0,), (1,))}),
         ("custom_vjp_on_weights_and_in_a_scan", {"v": Layout((), (0,), (1,)), "layers": Layout((0,), (1,), (2,))}),
         ("normalised_weights", {"v": Layout((), (0,), (1,))}),
     ],

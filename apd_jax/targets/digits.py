@@ -22,7 +22,7 @@ from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
-from apd_jax.targets.scoring import CORRELATION_LABELS, rank_correlations
+from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
 Batch = dict[str, Any]  # {"image": [B, 8, 8, 1], "label": [B]}
 NUM_CLASSES = 10
@@ -30,9 +30,7 @@ NUM_TEST = 360  # of 1797 images
 ONE_CLASS = 0.5  # a component is one class's if more than this part of the accuracy that it costs falls on that class
 
 LABELS = {
-    "target_accuracy": "test accuracy of the target; 1",
-    "all_accuracy": "test accuracy with all components; the target's",
-    "sparse_accuracy": "test accuracy with the mask of training; the target's",
+    **accuracy_labels("test accuracy"),
     "components_of_one_class": "share of alive components whose ablation mostly costs one class; 1",
     "num_classes_served": "classes that such a component serves; 10",
     **CORRELATION_LABELS,

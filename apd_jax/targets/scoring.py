@@ -20,6 +20,15 @@ CORRELATION_LABELS = {
 }
 
 
+def accuracy_labels(what: str) -> dict[str, str]:
+    """What the accuracies of the target, of all components and of the sparse model say, for the table."""
+    return {
+        "target_accuracy": f"{what} of the target; 1",
+        "all_accuracy": f"{what} with all components; the target's",
+        "sparse_accuracy": f"{what} with the mask of training; the target's",
+    }
+
+
 def alive_components(firing_rates: Float[np.ndarray, " C"], norms: Float[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:
     """Components that are kept at all, with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
     return (firing_rates > 0) & (norms > ALIVE_NORM * norms.max())

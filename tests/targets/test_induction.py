@@ -143,6 +143,15 @@ def test_seed_decides_everything():
     assert not np.array_equal(first["unembed"]["kernel"], pretrain(target, config)[0]["unembed"]["kernel"])
 
 
+def test_kept_by_kind_by_hand():
+    # Sequence 0: positions 0 to 3 are its first block (with the start), 4 to 6 determined; sequence 1 has no repetition.
+    mask = np.zeros((2, 7, 3), bool)
+    mask[0, :2, 0], mask[0, 4:, 1], mask[1, 0, 1], mask[0, 0, 2] = True, True, True, True
+    np.testing.assert_allclose(induction.kept_by_kind(jnp.asarray(mask), TOKENS), [[2 / 4, 0, 1 / 4], [0, 1, 0], [0, 1 / 7, 0]])
+    per_example = jnp.array([[True, False, True], [False, False, True]])  # counts at all positions
+    np.testing.assert_allclose(induction.kept_by_kind(per_example, TOKENS), [[1, 0, 1], [1, 0, 1], [0, 0, 1]])
+
+
 def test_layer_shares_by_hand():
     # Norms 3 in layer 0 and 4 in layer 1: 3/5 and 4/5. A component of 0 has 0 in both.
     leaf = lambda value: components_lib.from_materialized({"w": jnp.array([[[value]], [[0.0]]])}).tree["w"]  # noqa: E731
