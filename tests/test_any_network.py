@@ -104,6 +104,20 @@ def test_weights_of_a_loop_that_slices_nothing_are_matrices():
     assert layout.infer(fn, params, jnp.ones((2, 4))) == {"w": Layout((), (0,), (1,))}
 
 
+def test_a_weight_that_a_loop_repeats_is_formed_once_where_that_is_cheaper():
+    w, s, x = jnp.ones((4, 4)), jnp.array([1.0, 0.0, 1.0]), jnp.arange(4.0)[None]
+    cs = components.init(jax.random.key(0), {"w": w}, num_components=3)
+    f = cs.factors["w"]
+    once = factored.kappa(f, s, None, like=w, name="w", flavor="cheaper", per_position=False, num_examples=1)
+    # Multiplications of one row by the factors: 3·4·(4 + 4) = 96. Forming costs 3·3·4·4 = 144 and the product 16: over 4 steps 36 + 16 each.
+    rows, factors = x[None], once.matrices("i")
+    repeated = once.before_loop(4)
+    assert (once._cheaper(rows, *factors), repeated._cheaper(rows, *factors)) == ("kept", "dense")
+    expected = x @ jnp.einsum("c,cde->de", s, f.weights)
+    for value in (once, repeated, repeated.transposed((1, 0))):
+        np.testing.assert_allclose(value.product(x, "i", x.dtype), expected, rtol=1e-5)
+
+
 def test_half_precision_weights_have_components_in_single():
     params = {"w": jnp.ones((4, 6), jnp.float16), "v": jnp.ones((6, 3), jnp.float16)}
     fn = lambda p, x: (jax.nn.relu(x.astype(jnp.float16) @ p["w"]) @ p["v"]).astype(jnp.float32)  # noqa: E731
