@@ -109,7 +109,7 @@ def test_a_weight_that_a_loop_repeats_is_formed_once_where_that_is_cheaper():
     cs = components.init(jax.random.key(0), {"w": w}, num_components=3)
     f = cs.factors["w"]
     once = factored.kappa(f, s, None, like=w, name="w", flavor="cheaper", per_position=False, num_examples=1)
-    # Multiplications of one row by the factors: 3·4·(4 + 4) = 96. Forming costs 3·3·4·4 = 144 and the product 16: over 4 steps 36 + 16 each.
+    # Multiplications of one row by the factors: 3·4·(4 + 4) = 96; by a formed weight 16, and 3·3·4·4 = 144 to form it, over 4 steps 36.
     rows, factors = x[None], once.matrices("i")
     repeated = once.before_loop(4)
     assert (once._cheaper(rows, *factors), repeated._cheaper(rows, *factors)) == ("kept", "dense")
