@@ -67,6 +67,8 @@ def unfold(leaf: Float[Array, "..."], layout: Layout) -> Float[Array, "..."]:
 def infer(apply_fn: Callable, params: PyTree, x: PyTree) -> dict[str, Layout]:
     """{dotted path: layout} of the leaves that apply_fn(params, x) multiplies, convolves or looks up; by their first such use.
 
+    Rows of a lookup that are multiplied in turn (experts chosen by index) are matrices of a stack.
+
     Vectors that are stacked for a scan (one bias per layer) have a layout without inputs.
 
     Cost: one trace; nothing is computed, and x may be abstract.
@@ -80,16 +82,18 @@ def infer(apply_fn: Callable, params: PyTree, x: PyTree) -> dict[str, Layout]:
         for var, name, ndim in zip(closed.jaxpr.invars, names, ndims, strict=False)
     }
     found: dict[str, Layout] = {}
-    for name, ins, outs in _uses(closed.jaxpr, start):
+    tentative: dict[str, Layout] = {}
+    for name, ins, outs, is_tentative in _uses(closed.jaxpr, start):
         num_axes = ndims[names.index(name)]
         batch = set(range(num_axes)) - ins - outs
-        if name not in found and not ins & outs:
-            found[name] = Layout(tuple(sorted(batch)), tuple(sorted(ins)), tuple(sorted(outs)))
-    return found
+        if not ins & outs:
+            (tentative if is_tentative else found).setdefault(name, Layout(tuple(sorted(batch)), tuple(sorted(ins)), tuple(sorted(outs))))
+    return tentative | found
 
 
-def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str, set[int], set[int]]]:
-    """(leaf, axes contracted, axes kept) of every product, convolution, lookup and stack of vectors; follows views and inner jaxprs."""
+def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str, set[int], set[int], bool]]:
+    """(leaf, axes contracted, axes kept, whether a later use knows better) of every product, convolution, lookup and stack of
+    vectors; follows views and inner jaxprs."""
     for eqn in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         known = [None if isinstance(v, Literal) or v not in env else env[v] for v in eqn.invars]
@@ -101,17 +105,21 @@ def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str,
             for operand, contract, batch in zip(known, contracting, batching, strict=True):
                 if operand is not None and contract:
                     kept = [axis for axis in range(len(operand[1])) if axis not in contract and axis not in batch]
-                    yield operand[0], _union(operand[1], contract), _union(operand[1], kept)
+                    yield operand[0], _union(operand[1], contract), _union(operand[1], kept), False
         elif name == "conv_general_dilated" and known[1] is not None:
             out = p["dimension_numbers"].rhs_spec[0]
             axes = known[1][1]
-            yield known[1][0], _union(axes, [i for i in range(len(axes)) if i != out]), set(axes[out])
+            yield known[1][0], _union(axes, [i for i in range(len(axes)) if i != out]), set(axes[out]), False
         elif name == "gather" and known[0] is not None:
             looked_up, axes = p["dimension_numbers"].start_index_map, known[0][1]
-            if len(shapes[1]) == 1:  # one index: a matrix of a stack
-                env[eqn.outvars[0]] = (known[0][0], tuple(a for i, a in enumerate(axes) if i not in looked_up))
-                continue
-            yield known[0][0], _union(axes, looked_up), _union(axes, [i for i in range(len(axes)) if i not in looked_up])
+            rest = tuple(a for i, a in enumerate(axes) if i not in looked_up)
+            offsets = p["dimension_numbers"].offset_dims
+            one = len(shapes[1]) == 1
+            if len(offsets) == len(rest) and (one or len(rest) > 1):  # a matrix of a stack, or several
+                row = dict(zip(offsets, rest, strict=True))
+                env[eqn.outvars[0]] = (known[0][0], tuple(row.get(i, frozenset()) for i in range(len(eqn.outvars[0].aval.shape))))
+            if not one:
+                yield known[0][0], _union(axes, looked_up), _union(rest, range(len(rest))), len(rest) > 1
         elif name == "split" and known[0] is not None:
             env |= dict.fromkeys(eqn.outvars, known[0])
         elif name in ("mul", "div") and () in shapes and (scaled := [k for k in known if k is not None and k[1]]):  # by a number
@@ -120,7 +128,7 @@ def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str,
             env[eqn.outvars[0]] = (known[0][0], axes)
         else:
             if name == "scan":
-                yield from ((k[0], set(), set(k[1][1])) for k in known[_first_scanned(p) :] if k is not None and len(k[1]) == 2)
+                yield from ((k[0], set(), set(k[1][1]), False) for k in known[_first_scanned(p) :] if k is not None and len(k[1]) == 2)
             for inner, operands in _inner(eqn, known):
                 within = {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None}
                 yield from _uses(inner, within)

@@ -61,6 +61,13 @@ def test_routes_and_attributions_agree(name, monkeypatch):
 FORMED = {  # the leaves that have to be formed for every example: no product, convolution or lookup of a plain view
     "conv_channels_first_depthwise": {"depthwise"},
     "normalised_weights": {"w"},
+    "custom_vjp_on_weights_and_in_a_scan": {"w", "layers"},
+    "weights_in_a_carry_and_in_branches": {"w", "u", "v", "stack"},
+    "experts_by_top_k": {"up", "down"},
+    "state_space_and_fourier": {"decay", "drive", "filter"},
+    "fast_weights": {"w"},
+    "linen_vision": {"params.Conv_1.kernel"},
+    "nnx_sequences": {f"attention.{name}.bias.value" for name in ("query", "key", "value")},
 }
 
 
@@ -89,6 +96,7 @@ def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
         ("several_axes", {"w": Layout((), (0, 1), (2, 3)), "o": Layout((), (0, 1), (2,))}),
         ("weights_in_a_carry_and_in_branches", {"w": Layout((), (0,), (1,)), "u": Layout((), (0,), (1,))}),
         ("custom_vjp_on_weights_and_in_a_scan", {"v": Layout((), (0,), (1,)), "layers": Layout((0,), (1,), (2,))}),
+        ("experts_by_top_k", {"up": Layout((0,), (1,), (2,)), "gate": Layout((), (0,), (1,))}),
         ("normalised_weights", {"v": Layout((), (0,), (1,))}),
     ],
 )

@@ -224,8 +224,8 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, alive: Bool[np.ndarra
     )
     panels["kept_by_kind"] = Panel(
         title="Where in a sequence components are kept",
-        caption="Share of positions of each kind that keep a component. Good, with masks per position: it is kept in first blocks, "
-        "where tokens look at the one before, or where the token came before, and in sequences without repetition none.",
+        caption="Share of positions of each kind that keep a component. Good, with masks per position: a component is bright in one of the "
+        "upper rows only, which need different steps, and none is in the lowest.",
         xlabel="component (ordered by cost in accuracy)",
         ylabel="",
         matrix=kept[:, order],
