@@ -117,7 +117,7 @@ def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str,
             one = len(shapes[1]) == 1
             if len(offsets) == len(rest) and (one or len(rest) > 1):  # a matrix of a stack, or several
                 row = dict(zip(offsets, rest, strict=True))
-                env[eqn.outvars[0]] = (known[0][0], tuple(row.get(i, frozenset()) for i in range(len(eqn.outvars[0].aval.shape))))
+                env[eqn.outvars[0]] = (known[0][0], tuple(row.get(i, frozenset()) for i in range(len(rest) + len(shapes[1]) - 1)))
             if not one:
                 yield known[0][0], _union(axes, looked_up), _union(rest, range(len(rest))), len(rest) > 1
         elif name == "split" and known[0] is not None:
