@@ -5,7 +5,7 @@
 Argument: nothing, or one or both of
     position   masks per position: every token chooses its own components, so that the steps of one head can be told apart
     smoke      every stage in seconds on a CPU; the result means nothing
-About 45 s of CPU time for the target and 150 s for the decomposition (per position 200 s).
+About 45 s of CPU time for the target and 150 s for the decomposition.
 """
 
 from ml_collections import ConfigDict
