@@ -155,6 +155,7 @@ def init(
         A component that a leaf does not have is 0 there, and stays so: its gradient is 0 where U and V are.
       uses: {dotted path: times the forward pass uses the leaf}, 1 where absent.
       layouts: {dotted path: Layout} as `apd_jax.layout.infer` finds them; where absent the last axis is the output.
+    Returns: factors in at least single precision, whatever the leaf has.
     Raises:
       InputError: C or a rank below 1, an unknown option, a component that does not exist, or `select`/`uses` name a leaf that is not there.
     """
@@ -180,13 +181,14 @@ def init(
         members = sorted(set(options["components"]))
         if not members or members[0] < 0 or members[-1] >= num_components:
             raise InputError(f"select gives {name!r} components outside 0 to {num_components - 1}, or none.")
-        here = jnp.zeros(num_components, leaf.dtype).at[jnp.asarray(members)].set(1)
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)  # half precision has no room for small steps
+        here = jnp.zeros(num_components, dtype).at[jnp.asarray(members)].set(1)
         batch = tuple(leaf.shape[axis] for axis in layout.batch)
         key_u, key_v = jax.random.split(jax.random.fold_in(rng, chosen.index(name)))
 
         def draw(key, a, b):
             std = init_scale * math.sqrt(2 / ((num_components + 1) * a * b))
-            drawn = std * jax.random.normal(key, (num_components, *batch, a, b), leaf.dtype)
+            drawn = std * jax.random.normal(key, (num_components, *batch, a, b), dtype)
             return drawn * here.reshape(-1, *[1] * (drawn.ndim - 1))
 
         kept = None if layout == Layout.default(leaf.ndim) else layout

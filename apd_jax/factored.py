@@ -2,7 +2,7 @@
 
 κ(x_b) = base + Σ_c s_c P_c is an array-like value that knows how to meet activations in a matrix product, a convolution or a
 lookup without being formed, and how to be transposed, reshaped, sliced, cast and scaled. In any other operation it is
-materialised, for that leaf only. The unmodified network runs on such values through quax.
+materialised, for that leaf only. `apd_jax.interpret` runs the unmodified network on such values.
 
 Shapes: B examples, C components, m rank, p positions with a mask of their own (1 for masks per example), r rows that share
 one mask in a matrix product, d inputs, e outputs.
@@ -10,16 +10,14 @@ one mask in a matrix product, d inputs, e outputs.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import equinox as eqx
 import jax
-import jax.core
 import jax.numpy as jnp
-import quax
 from jax import lax
 from jaxtyping import Array
 
@@ -31,11 +29,9 @@ from apd_jax.errors import InputError
 _FORMING = 3  # a multiplication that forms κ costs so many of those in a product: it waits for memory (measured on CPU)
 
 
-class NotFactorableError(Exception):
-    """A `lax.scan` slices the axis of components of this leaf (its layout was not known): materialise the leaf."""
-
-
-class Kappa(quax.ArrayValue):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Kappa:
     """One leaf for one example.
 
     `sides` says of every axis whether it belongs to the inputs (i), the outputs (o) or counts matrices (b). A scan over the
@@ -53,19 +49,18 @@ class Kappa(quax.ArrayValue):
     weights: Array  # s: [*b, p, C]
     plan: Plan | None  # with leading *b
     base: Array | None  # of the value's own shape
-    sides: str = eqx.field(static=True)
-    kind: Any = eqx.field(static=True)
-    name: str = eqx.field(static=True)
-    flavor: str = eqx.field(static=True)
-    per_position: bool = eqx.field(static=True)
-    num_examples: int = eqx.field(static=True)  # or positions: all that share a plan
+    formed: Array | None  # the value itself, formed before a loop that uses it at every step
+    sides: str = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+    flavor: str = dataclasses.field(metadata={"static": True})
+    per_position: bool = dataclasses.field(metadata={"static": True})
+    num_examples: int = dataclasses.field(metadata={"static": True})  # or positions: all that share a plan
+    uses: int = dataclasses.field(default=1, metadata={"static": True})  # how often a loop goes round with `formed`
 
     @property
     def num_batch(self) -> int:
-        n = self.U.ndim - 2 - self.sides.count("i")
-        if n < 0:
-            raise NotFactorableError(self.name)
-        return n
+        return self.U.ndim - 2 - self.sides.count("i")
 
     @property
     def current(self) -> str:
@@ -78,15 +73,22 @@ class Kappa(quax.ArrayValue):
         sizes = {"b": iter(self.U.shape[:n]), "i": iter(self.U.shape[n + 1 : -1]), "o": iter(self.V.shape[n + 2 :])}
         return tuple(next(sizes[side]) for side in self.current)
 
-    def aval(self):
-        return jax.core.ShapedArray(self.shape, self.kind)
+    @property
+    def ndim(self) -> int:
+        return len(self.current)
 
     def replace(self, **changes: Any) -> Kappa:
-        fields = {name: getattr(self, name) for name in self.__dataclass_fields__} | {"sides": self.current}
-        return Kappa(**(fields | changes))
+        return dataclasses.replace(self, **({"sides": self.current} | changes))
 
-    def map_base(self, fn: Any) -> Array | None:
-        return None if self.base is None else fn(self.base)
+    def map_whole(self, fn: Callable[[Array], Array]) -> dict[str, Array | None]:
+        """`fn` of the arrays that have the value's own shape, by field."""
+        return {"base": jax.tree.map(fn, self.base), "formed": jax.tree.map(fn, self.formed)}
+
+    def before_loop(self, times: int) -> Kappa:
+        """For a loop that goes round `times` times: formed outside, and dropped by the compiler where that is not used."""
+        return (
+            self if self.per_position else self.replace(formed=self._form() if self.formed is None else self.formed, uses=self.uses * times)
+        )
 
     def matrices(self, reading: str, ins: Sequence[int] | None = None) -> tuple[Array, Array]:
         """([*b, C, d, m], [*b, C, m, e]) with the `reading` side as inputs, its axes in the given order."""
@@ -108,7 +110,7 @@ class Kappa(quax.ArrayValue):
             V=jnp.transpose(V, (*range(n + 2), *(n + 2 + i for i in outs))),
             weights=lead(self.weights),
             plan=jax.tree.map(lead, self.plan),
-            base=self.map_base(lambda a: jnp.transpose(a, permutation)),
+            **self.map_whole(lambda a: jnp.transpose(a, permutation)),
             sides="".join(sides[i] for i in permutation),
         )
 
@@ -117,7 +119,10 @@ class Kappa(quax.ArrayValue):
         axes = {side: iter([i for i, s in enumerate(sorted(self.current, key="bio".index)) if s == side]) for side in "bio"}
         return jnp.transpose(canonical, [next(axes[side]) for side in self.current])
 
-    def materialise(self):
+    def materialise(self) -> Array:
+        return self._form() if self.formed is None else self.formed
+
+    def _form(self) -> Array:
         U, V = self.matrices("i")
         if self.per_position:
             raise InputError(
@@ -129,7 +134,7 @@ class Kappa(quax.ArrayValue):
         value = self._in_order(joint.reshape(*U.shape[:n], *self.U.shape[n + 1 : -1], *self.V.shape[n + 2 :]))
         if self.flavor == "activation":
             value = lax.stop_gradient(value)
-        return (value if self.base is None else self.base + value).astype(self.kind)
+        return (value if self.base is None else self.base + value).astype(self.dtype)
 
     def product(self, rows: Array, reading: str, dtype: Any, ins: Sequence[int] | None = None) -> Array:
         """rows [*b, *free, d], or integers [*b, *free] to look up -> [*b, *free, *outs]."""
@@ -142,18 +147,21 @@ class Kappa(quax.ArrayValue):
         num_positions = self.weights.shape[-2]
         rows = rows.reshape(*rows.shape[:n], num_positions, math.prod(free) // num_positions, *rows.shape[n + len(free) :])
         U, V = self.matrices(reading, ins)
+        rows = rows if looked_up else rows.astype(jnp.result_type(rows, U))
         flavor = self._cheaper(rows, U, V) if self.flavor == "cheaper" else self.flavor
+
+        def matrix(whole):  # [*b, d, e]
+            order = [i for side in ("b", reading, "o" if reading == "i" else "i") for i, s in enumerate(self.current) if s == side]
+            if ins is not None:
+                order[n : n + len(ins)] = [order[n + i] for i in ins]
+            return jnp.transpose(whole, order).reshape(*U.shape[:n], U.shape[-2], V.shape[-1])
+
         if flavor == "kept":
             fn, more = kept_product, self.plan
         elif flavor == "dense":
-            fn, more = _dense_product, None
+            fn, more = _dense_product, jax.tree.map(matrix, self.formed)
         else:
-            rest = "o" if reading == "i" else "i"
-            order = [i for side in ("b", reading, rest) for i, s in enumerate(self.current) if s == side]
-            if ins is not None:
-                order[n : n + len(ins)] = [order[n + i] for i in ins]
-            fn = functools.partial(_at_zero, self.flavor == "activation")
-            more = jnp.transpose(self.base, order).reshape(*U.shape[:n], U.shape[-2], V.shape[-1])
+            fn, more = functools.partial(_at_zero, self.flavor == "activation"), matrix(self.base)
         for _ in range(n):
             fn = jax.vmap(fn)
         out = fn(rows, U, V, self.weights, more).astype(dtype)
@@ -166,7 +174,7 @@ class Kappa(quax.ArrayValue):
         C, d, m, e = *U.shape[-3:], V.shape[-1]
         r = rows.shape[self.num_batch + 1]
         pairs = C if self.plan is None else self.plan.example.shape[-1] * C / self.num_examples
-        formed = _FORMING * C * d * e + r * d * e
+        formed = _FORMING * C * d * e / self.uses + r * d * e
         return "dense" if not is_lookup(rows) and formed < pairs * r * m * (d + e) else "kept"
 
     def _position_axis(self, free: tuple[int, ...]) -> int | None:
@@ -200,8 +208,9 @@ def kappa(
         weights=stacked(weights if per_position else weights[None]),
         plan=None if plan is None else jax.tree.map(stacked, plan),
         base=None,
+        formed=None,
         sides="b" * n + "i" * len(ins) + "o" * len(outs),
-        kind=like.dtype,
+        dtype=like.dtype,
         name=name,
         flavor=flavor,
         per_position=per_position,
@@ -212,9 +221,10 @@ def kappa(
     return value if axes.order == tuple(range(len(shape))) else value.transposed([axes.order.index(i) for i in range(len(shape))])
 
 
-def _dense_product(x, U, V, s, _):
-    """The same as `kept_product`, with every position's own weight formed."""
-    return jax.vmap(read)(x, jnp.einsum("pc,cde->pde", s.astype(U.dtype), U @ V))
+def _dense_product(x, U, V, s, formed):
+    """The same as `kept_product`, with every position's own weight formed (before, if all share one)."""
+    weights = jnp.einsum("pc,cde->pde", s.astype(U.dtype), U @ V) if formed is None else formed[None]
+    return jax.vmap(read)(x, weights)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

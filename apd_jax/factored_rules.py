@@ -1,30 +1,34 @@
-"""What every operation of a network does to a `factored.Kappa`: quax rules.
+"""What the operations of a network do to a `factored.Kappa`.
 
-Products, convolutions and lookups multiply by the factors. Views (transpose, reshape, slice, split, squeeze, cast, scaling by a
-number) give another Kappa. Everything else works on the materialised weight, of this leaf only.
+Products, convolutions and lookups multiply by the factors. Views (transpose, reshape, slice, split, squeeze, flip, cast, scaling by
+a number) give another Kappa. Everything else works on the materialised weight, of this leaf only: it has no rule, or its rule
+returns None.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
-import quax
 from jax import lax
-from jax.extend.core.primitives import remat_p
 from jaxtyping import Array, ArrayLike
 
 from apd_jax import layout
 from apd_jax.factored import Kappa
 
+RULES: dict[str, Callable] = {}  # (operands, some of them a Kappa; parameters of the primitive) -> result, or None, by primitive
 
-def _other(primitive: Any, *args: Any, **params: Any) -> Any:
-    """The operation on the materialised weight."""
-    return primitive.bind(*(a.materialise() if isinstance(a, Kappa) else a for a in args), **params)
+
+def _rule(*primitives: str) -> Callable[[Callable], Callable]:
+    def register(fn: Callable) -> Callable:
+        RULES.update(dict.fromkeys(primitives, fn))
+        return fn
+
+    return register
 
 
 def _dot(value: Kappa, x: Array, dimension_numbers: Any, kappa_first: bool, dtype: Any) -> Array | None:
@@ -47,30 +51,26 @@ def _dot(value: Kappa, x: Array, dimension_numbers: Any, kappa_first: bool, dtyp
     return jnp.transpose(out, (*batch, *outs, *rest) if kappa_first else (*batch, *rest, *outs))
 
 
-@quax.register(lax.dot_general_p)
-def _(lhs: ArrayLike, rhs: Kappa, **params):
-    dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs.kind)
-    out = _dot(rhs, jnp.asarray(lhs), params["dimension_numbers"], False, dtype)
-    return _other(lax.dot_general_p, lhs, rhs, **params) if out is None else out
+@_rule("dot_general")
+def _(lhs: Any, rhs: Any, *, dimension_numbers, preferred_element_type, **_):
+    dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
+    if isinstance(lhs, Kappa):
+        return None if isinstance(rhs, Kappa) else _dot(lhs, jnp.asarray(rhs), dimension_numbers, True, dtype)
+    return _dot(rhs, jnp.asarray(lhs), dimension_numbers, False, dtype)
 
 
-@quax.register(lax.dot_general_p)
-def _(lhs: Kappa, rhs: ArrayLike, **params):
-    dtype = params["preferred_element_type"] or jnp.result_type(lhs.kind, rhs)
-    out = _dot(lhs, jnp.asarray(rhs), params["dimension_numbers"], True, dtype)
-    return _other(lax.dot_general_p, lhs, rhs, **params) if out is None else out
-
-
-@quax.register(lax.conv_general_dilated_p)
-def _(lhs: ArrayLike, rhs: Kappa, **params):
+@_rule("conv_general_dilated")
+def _(lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, **params):
     """A convolution as a matrix product with the patches that it sees."""
+    if isinstance(lhs, Kappa) or not isinstance(rhs, Kappa):
+        return None
     numbers, sides = params["dimension_numbers"], rhs.current
     out_axis, in_axis, *window = numbers.rhs_spec
     reading = sides[in_axis]
     simple = params["feature_group_count"] == params["batch_group_count"] == 1 and not rhs.per_position
     others = {side for i, side in enumerate(sides) if i != out_axis}
     if not simple or "b" in sides or others != {reading} or sides[out_axis] == reading:
-        return _other(lax.conv_general_dilated_p, lhs, rhs, **params)
+        return None
     patches = lax.conv_general_dilated_patches(
         jnp.asarray(lhs),
         [rhs.shape[axis] for axis in window],
@@ -83,13 +83,13 @@ def _(lhs: ArrayLike, rhs: Kappa, **params):
     batch_axis, feature_axis, *spatial = numbers.out_spec
     rows = jnp.transpose(patches, (batch_axis, *spatial, feature_axis))  # features ordered (channel, *window)
     of_reading = [axis for axis, side in enumerate(sides) if side == reading]
-    dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs.kind)
+    dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs.dtype)
     out = rhs.product(rows, reading, dtype, ins=[of_reading.index(axis) for axis in (in_axis, *window)])
     order = (batch_axis, *spatial, feature_axis)
     return jnp.transpose(out, [order.index(axis) for axis in range(out.ndim)])
 
 
-@quax.register(lax.gather_p)
+@_rule("gather")
 def _(operand: Kappa, indices: ArrayLike, **params):
     """A lookup of rows."""
     numbers, sides, shape = params["dimension_numbers"], operand.current, operand.shape
@@ -104,32 +104,32 @@ def _(operand: Kappa, indices: ArrayLike, **params):
         and sides.count(sides[looked_up[0]]) == 1
     )
     if not fits:
-        return _other(lax.gather_p, operand, indices, **params)
+        return None
     rows = jnp.asarray(indices)[..., 0]
     filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     size = shape[looked_up[0]]
-    out = operand.product(jnp.clip(rows, 0, size - 1), sides[looked_up[0]], operand.kind)
+    out = operand.product(jnp.clip(rows, 0, size - 1), sides[looked_up[0]], operand.dtype)
     if filled:
         outside = ((rows < 0) | (rows >= size)).reshape(*rows.shape, *[1] * len(whole))
         out = jnp.where(outside, jnp.nan if params["fill_value"] is None else params["fill_value"], out)
     return jnp.moveaxis(out, range(rows.ndim, out.ndim), numbers.offset_dims)
 
 
-@quax.register(lax.transpose_p)
+@_rule("transpose")
 def _(value: Kappa, *, permutation):
     return value.transposed(permutation)
 
 
-@quax.register(lax.convert_element_type_p)
-def _(value: Kappa, *, new_dtype, **params):
+@_rule("convert_element_type")
+def _(value: Kappa, *, new_dtype, **_):
     if not jnp.issubdtype(new_dtype, jnp.floating):
-        return _other(lax.convert_element_type_p, value, new_dtype=new_dtype, **params)
+        return None
     U, V = value.U.astype(new_dtype), value.V.astype(new_dtype)
-    return value.replace(U=U, V=V, base=value.map_base(lambda a: a.astype(new_dtype)), kind=jnp.dtype(new_dtype))
+    return value.replace(U=U, V=V, dtype=jnp.dtype(new_dtype), **value.map_whole(lambda a: a.astype(new_dtype)))
 
 
-@quax.register(lax.reshape_p)
-def _(value: Kappa, *, new_sizes, **params):
+@_rule("reshape")
+def _(value: Kappa, *, new_sizes, **_):
     """Splits and merges axes that belong to the same side; others mix inputs with outputs and materialise."""
     sides, n = value.current, value.num_batch
     groups = layout.regroup(value.shape, tuple(new_sizes)) or [(list(range(len(sides))), [])]
@@ -137,13 +137,13 @@ def _(value: Kappa, *, new_sizes, **params):
     for old, made in groups:
         kinds = {sides[i] for i in old}
         if len(kinds) != 1 or not made or (kinds == {"b"} and len(old) + len(made) > 2):
-            return _other(lax.reshape_p, value, new_sizes=new_sizes, **params)
+            return None
         new += [(kinds.copy().pop(), new_sizes[i]) for i in made]
     ins, outs = ([size for side, size in new if side == which] for which in "io")
     return value.replace(
         U=value.U.reshape(*value.U.shape[: n + 1], *ins, value.U.shape[-1]),
         V=value.V.reshape(*value.V.shape[: n + 2], *outs),
-        base=value.map_base(lambda a: a.reshape(new_sizes)),
+        **value.map_whole(lambda a: a.reshape(new_sizes)),
         sides="".join(side for side, _ in new),
     )
 
@@ -152,7 +152,7 @@ def _cut(value: Kappa, axis: int, fn: Any) -> Kappa:
     """One axis cut by fn(array, axis of the array)."""
     side, n = value.current[axis], value.num_batch
     place = value.current[:axis].count(side)
-    arrays: dict[str, Any] = {"base": value.map_base(lambda a: fn(a, axis))}
+    arrays: dict[str, Any] = value.map_whole(lambda a: fn(a, axis))
     if side == "b":
         arrays |= {name: fn(getattr(value, name), place) for name in ("U", "V", "weights")}
         arrays["plan"] = jax.tree.map(lambda a: fn(a, place), value.plan)
@@ -163,7 +163,7 @@ def _cut(value: Kappa, axis: int, fn: Any) -> Kappa:
     return value.replace(**arrays)
 
 
-@quax.register(lax.slice_p)
+@_rule("slice")
 def _(value: Kappa, *, start_indices, limit_indices, strides):
     for axis, (start, limit) in enumerate(zip(start_indices, limit_indices, strict=True)):
         if (start, limit) != (0, value.shape[axis]) or strides:
@@ -172,7 +172,7 @@ def _(value: Kappa, *, start_indices, limit_indices, strides):
     return value
 
 
-@quax.register(lax.dynamic_slice_p)
+@_rule("dynamic_slice")
 def _(value: Kappa, *starts: ArrayLike, slice_sizes):
     for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
         if size != value.shape[axis]:
@@ -180,13 +180,13 @@ def _(value: Kappa, *starts: ArrayLike, slice_sizes):
     return value
 
 
-@quax.register(lax.split_p)
+@_rule("split")
 def _(value: Kappa, *, sizes, axis):
     starts = np.cumsum([0, *sizes])
     return [_cut(value, axis, lambda a, i, s=s, e=e: lax.slice_in_dim(a, s, e, axis=i)) for s, e in itertools.pairwise(starts.tolist())]
 
 
-@quax.register(lax.squeeze_p)
+@_rule("squeeze")
 def _(value: Kappa, *, dimensions):
     for axis in sorted(dimensions, reverse=True):
         sides = value.current
@@ -197,23 +197,33 @@ def _(value: Kappa, *, dimensions):
     return value
 
 
-@quax.register(lax.mul_p)
-def _(value: Kappa, scale: ArrayLike, **params):
-    if jnp.ndim(scale):
-        return _other(lax.mul_p, value, scale, **params)
-    return value.replace(V=value.V * scale, base=value.map_base(lambda a: a * scale))
+@_rule("rev")
+def _(value: Kappa, *, dimensions):
+    for axis in dimensions:
+        value = _cut(value, axis, lambda a, i: jnp.flip(a, i))
+    return value
 
 
-@quax.register(lax.mul_p)
-def _(scale: ArrayLike, value: Kappa, **params):
-    if jnp.ndim(scale):
-        return _other(lax.mul_p, scale, value, **params)
-    return value.replace(V=value.V * scale, base=value.map_base(lambda a: a * scale))
+@_rule("copy", "copy_p")
+def _(value: Kappa, **_):
+    return value
 
 
-@quax.register(remat_p)
-def _(*args: ArrayLike | Kappa, jaxpr, prevent_cse, differentiated, policy):
-    leaves, tree = jax.tree.flatten(args)
-    inner = quax.quaxify(lambda *values: jax.core.eval_jaxpr(jaxpr, (), *values))
-    again = jax.checkpoint(lambda *leaves: inner(*tree.unflatten(leaves)), policy=policy, prevent_cse=bool(np.any(prevent_cse)))
-    return again(*leaves)
+@_rule("mul")
+def _(x: ArrayLike | Kappa, y: ArrayLike | Kappa, **_):
+    value, scale = (x, y) if isinstance(x, Kappa) else (y, x)
+    return None if isinstance(scale, Kappa) or jnp.ndim(scale) else _scaled(value, scale)
+
+
+@_rule("div")
+def _(x: ArrayLike | Kappa, y: ArrayLike | Kappa, **_):
+    return None if isinstance(y, Kappa) or jnp.ndim(y) else _scaled(x, 1 / y)
+
+
+@_rule("neg")
+def _(value: Kappa, **_):
+    return _scaled(value, -1)
+
+
+def _scaled(value: Kappa, scale: Any) -> Kappa:
+    return value.replace(V=value.V * scale, **value.map_whole(lambda a: a * scale))

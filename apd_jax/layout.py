@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, Float, PyTree
 
+_SAME_AXES = ("convert_element_type", "copy", "copy_p", "slice", "dynamic_slice", "rev", "neg", "reduce_precision", "sharding_constraint")
+
 Axes = tuple[frozenset[int], ...]  # for every axis of a value, the axes of the leaf that it is made of
 
 
@@ -65,6 +67,8 @@ def unfold(leaf: Float[Array, "..."], layout: Layout) -> Float[Array, "..."]:
 def infer(apply_fn: Callable, params: PyTree, x: PyTree) -> dict[str, Layout]:
     """{dotted path: layout} of the leaves that apply_fn(params, x) multiplies, convolves or looks up; by their first such use.
 
+    Rows of a lookup that are multiplied in turn (experts chosen by index) are matrices of a stack.
+
     Vectors that are stacked for a scan (one bias per layer) have a layout without inputs.
 
     Cost: one trace; nothing is computed, and x may be abstract.
@@ -78,16 +82,18 @@ def infer(apply_fn: Callable, params: PyTree, x: PyTree) -> dict[str, Layout]:
         for var, name, ndim in zip(closed.jaxpr.invars, names, ndims, strict=False)
     }
     found: dict[str, Layout] = {}
-    for name, ins, outs in _uses(closed.jaxpr, start):
+    tentative: dict[str, Layout] = {}
+    for name, ins, outs, is_tentative in _uses(closed.jaxpr, start):
         num_axes = ndims[names.index(name)]
         batch = set(range(num_axes)) - ins - outs
-        if name not in found and not ins & outs:
-            found[name] = Layout(tuple(sorted(batch)), tuple(sorted(ins)), tuple(sorted(outs)))
-    return found
+        if not ins & outs:
+            (tentative if is_tentative else found).setdefault(name, Layout(tuple(sorted(batch)), tuple(sorted(ins)), tuple(sorted(outs))))
+    return tentative | found
 
 
-def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str, set[int], set[int]]]:
-    """(leaf, axes contracted, axes kept) of every product, convolution, lookup and stack of vectors; follows views and inner jaxprs."""
+def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str, set[int], set[int], bool]]:
+    """(leaf, axes contracted, axes kept, whether a later use knows better) of every product, convolution, lookup and stack of
+    vectors; follows views and inner jaxprs."""
     for eqn in jaxpr.eqns:
         shapes: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
         known = [None if isinstance(v, Literal) or v not in env else env[v] for v in eqn.invars]
@@ -99,26 +105,36 @@ def _uses(jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]) -> Iterator[tuple[str,
             for operand, contract, batch in zip(known, contracting, batching, strict=True):
                 if operand is not None and contract:
                     kept = [axis for axis in range(len(operand[1])) if axis not in contract and axis not in batch]
-                    yield operand[0], _union(operand[1], contract), _union(operand[1], kept)
+                    yield operand[0], _union(operand[1], contract), _union(operand[1], kept), False
         elif name == "conv_general_dilated" and known[1] is not None:
             out = p["dimension_numbers"].rhs_spec[0]
             axes = known[1][1]
-            yield known[1][0], _union(axes, [i for i in range(len(axes)) if i != out]), set(axes[out])
+            yield known[1][0], _union(axes, [i for i in range(len(axes)) if i != out]), set(axes[out]), False
         elif name == "gather" and known[0] is not None:
             looked_up, axes = p["dimension_numbers"].start_index_map, known[0][1]
-            if len(shapes[1]) == 1:  # one index: a matrix of a stack
-                env[eqn.outvars[0]] = (known[0][0], tuple(a for i, a in enumerate(axes) if i not in looked_up))
-                continue
-            yield known[0][0], _union(axes, looked_up), _union(axes, [i for i in range(len(axes)) if i not in looked_up])
+            rest = tuple(a for i, a in enumerate(axes) if i not in looked_up)
+            offsets = p["dimension_numbers"].offset_dims
+            one = len(shapes[1]) == 1
+            if len(offsets) == len(rest) and (one or len(rest) > 1):  # a matrix of a stack, or several
+                row = dict(zip(offsets, rest, strict=True))
+                env[eqn.outvars[0]] = (known[0][0], tuple(row.get(i, frozenset()) for i in range(len(rest) + len(shapes[1]) - 1)))
+            if not one:
+                yield known[0][0], _union(axes, looked_up), _union(rest, range(len(rest))), len(rest) > 1
         elif name == "split" and known[0] is not None:
             env |= dict.fromkeys(eqn.outvars, known[0])
+        elif name in ("mul", "div") and () in shapes and (scaled := [k for k in known if k is not None and k[1]]):  # by a number
+            env[eqn.outvars[0]] = scaled[0]
         elif known[0] is not None and (axes := _view(name, p, known[0][1], shapes[0])) is not None:
             env[eqn.outvars[0]] = (known[0][0], axes)
         else:
             if name == "scan":
-                yield from ((k[0], set(), set(k[1][1])) for k in known[-_num_scanned(eqn) :] if k is not None and len(k[1]) == 2)
+                yield from ((k[0], set(), set(k[1][1]), False) for k in known[_first_scanned(p) :] if k is not None and len(k[1]) == 2)
             for inner, operands in _inner(eqn, known):
-                yield from _uses(inner, {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None})
+                within = {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None}
+                yield from _uses(inner, within)
+                if name not in ("scan", "while", "cond"):
+                    outs = zip(eqn.outvars, inner.outvars, strict=True)
+                    env |= {outer: within[v] for outer, v in outs if not isinstance(v, Literal) and v in within}
 
 
 def _union(axes: Axes, chosen: Any) -> set[int]:
@@ -127,7 +143,7 @@ def _union(axes: Axes, chosen: Any) -> set[int]:
 
 def _view(name: str, p: dict[str, Any], axes: Axes, shape: tuple[int, ...]) -> Axes | None:
     """The axes of a view of a weight; None where the operation makes something else of it."""
-    if name in ("convert_element_type", "copy", "slice", "dynamic_slice", "reduce_precision", "sharding_constraint"):
+    if name in _SAME_AXES:
         return axes
     if name == "transpose":
         return tuple(axes[i] for i in p["permutation"])
@@ -163,7 +179,7 @@ def _inner(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
         body = p["jaxpr"].jaxpr
-        first_x = len(known) - _num_scanned(eqn)
+        first_x = _first_scanned(p)
         yield body, [*known[:first_x], *(None if k is None else (k[0], k[1][1:]) for k in known[first_x:])]
     elif name == "while":
         n, m = p["cond_nconsts"], p["body_nconsts"]
@@ -179,7 +195,6 @@ def _inner(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
                 yield inner, known
 
 
-def _num_scanned(eqn: Any) -> int:
-    """How many of a scan's operands, the last ones, are sliced: the body sees them with one axis less."""
-    body = eqn.params["jaxpr"].jaxpr
-    return sum(1 for outer, inner in zip(eqn.invars, body.invars, strict=True) if len(outer.aval.shape) == len(inner.aval.shape) + 1)
+def _first_scanned(p: dict[str, Any]) -> int:
+    """Which of a scan's operands is the first that it slices: the body sees this one and all after it with one axis less."""
+    return p["num_consts"] + p["num_carry"]

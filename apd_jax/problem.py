@@ -46,15 +46,14 @@ def check_function(problem: Problem) -> None:
 
     Raises:
       InputError: apply_fn fails on params and a batch; its output is not a floating array (or (array, {name: array})) with the
-        batch's leading size; or it does not depend on a leaf that is to be decomposed.
+        batch's leading size; or it does not depend on a leaf that is to be decomposed, or has no derivative by it.
     """
     x = data.shapes(problem.sample_fn)
     sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
     try:
         jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"apply_fn fails on params and a batch of sample_fn: {reason}") from error
+        raise InputError(f"apply_fn fails on params and a batch of sample_fn: {_first_line(error)}") from error
     out, hidden = step_lib.split_result(result)
     if not isinstance(hidden, Mapping):
         raise InputError(f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}.")
@@ -74,6 +73,15 @@ def check_function(problem: Problem) -> None:
             f"the output of apply_fn does not depend on params leaf {unused[0]!r}; pass the weights as its first argument, "
             "not by closure, or leave that leaf out of `select`."
         )
+    leaves = {name: leaf for name, leaf in zip(leaf_names, jax.tree.leaves(problem.params), strict=True) if name in names}
+
+    def summed(leaves, params, x):
+        return jnp.sum(step_lib.split_result(problem.apply_fn(components_lib.replace_leaves(params, leaves), x))[0])
+
+    try:
+        jax.eval_shape(jax.grad(summed), leaves, problem.params, x)
+    except Exception as error:
+        raise InputError(f"apply_fn has no derivative by its weights: {_first_line(error)}") from error
 
 
 def check_examples(problem: Problem) -> None:
@@ -91,14 +99,17 @@ def check_examples(problem: Problem) -> None:
     try:
         alone = jax.jit(problem.apply_fn)(problem.params, jax.tree.map(lambda a: a[:1], x))
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise InputError(f"apply_fn must take any number of examples; with a batch of one it fails: {reason}") from error
+        raise InputError(f"apply_fn must take any number of examples; with a batch of one it fails: {_first_line(error)}") from error
     for there, here in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
         if not np.allclose(there[0], here[0], rtol=1e-2, atol=1e-2 * float(jnp.abs(there).max())):
             raise InputError(
                 "apply_fn gives the first example another output without the others in its batch; it must treat examples one by one: "
                 "use the inference mode of batch normalisation and dropout."
             )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _reaching_outputs(jaxpr: Any) -> set[Any]:

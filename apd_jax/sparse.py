@@ -6,7 +6,7 @@
   masked       keeps κ(x) factored, x·κ = Σ_c s_c ((x U_c) V_c), for all B·C pairs: the route for float masks.
   dispatch     computes only the pairs that are kept, as a mixture of experts does. Cost follows k·B, not C·B.
 
-The factored routes run the unmodified function through quax, under a vmap over examples: a decomposed leaf is replaced by a
+The factored routes run the unmodified function's operations under a vmap over examples: a decomposed leaf is replaced by a
 `factored.Kappa`, which is multiplied, convolved and looked up without being formed. Any other use materialises that leaf only.
 
 Shapes: B examples, T positions, C components, S slots.
@@ -20,15 +20,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import quax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
-from apd_jax import factored_rules  # noqa: F401, registers what operations do to a Kappa
+from apd_jax import interpret
 from apd_jax.components import Components
 from apd_jax.dispatch import Plan, make_plan
 from apd_jax.errors import InputError
-from apd_jax.factored import NotFactorableError, kappa
+from apd_jax.factored import kappa
 
 log = logging.getLogger(__name__)
 
@@ -111,22 +110,18 @@ def substituted(
 ) -> Any:
     """apply_fn on one example, with `factored.Kappa` of the given weights [C] or [T, C] for the decomposed leaves."""
     leaves = components_lib.decomposed_leaves(components, params)
-    fn = quax.quaxify(apply_fn)
-    formed: set[str] = set()
-    while True:
-        values: dict[str, Any] = {
-            name: kappa(
-                f, weights, plan, like=leaves[name], name=name, flavor=flavor, per_position=weights.ndim == 2, num_examples=num_examples
-            )
-            for name, f in components.factors.items()
-        }
-        values |= {name: values[name].materialise() for name in formed}
-        try:
-            result = fn(components_lib.replace_leaves(params, values), jax.tree.map(lambda a: a[None], x_b))
-        except NotFactorableError as error:
-            formed.add(str(error))
-        else:
-            return jax.tree.map(lambda a: a[0], result)
+    batch = jax.tree.map(lambda a: a[None], x_b)
+    values = {
+        name: kappa(
+            f, weights, plan, like=leaves[name], name=name, flavor=flavor, per_position=weights.ndim == 2, num_examples=num_examples
+        )
+        for name, f in components.factors.items()
+    }
+    closed, result = jax.make_jaxpr(apply_fn, return_shape=True)(params, batch)
+    named = [(components_lib.path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
+    args = [*(values.get(name, leaf) for name, leaf in named), *jax.tree.leaves(batch)]
+    outs = interpret.arrays(interpret.run(closed.jaxpr, closed.consts, *args))
+    return jax.tree.unflatten(jax.tree.structure(result), [out[0] for out in outs])
 
 
 def _materialized(apply_fn, params, components, mask, x):

@@ -1,8 +1,15 @@
 """Networks that nobody wrote for this package: (apply_fn, params, x) by name, each with another way of using its weights."""
 
+from typing import Any, NamedTuple
+
+import equinox as eqx
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import nnx
+from flax.core import freeze
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 
 B = 5
 
@@ -176,6 +183,146 @@ def several_axes():
     return fn, params, draw(9, B, 2, 2, 3)
 
 
+def custom_vjp_on_weights_and_in_a_scan():
+    @jax.custom_vjp
+    def rounded(w):  # straight through
+        return jnp.round(4 * w) / 4
+
+    @jax.custom_vjp
+    def product(x, w):
+        return x @ w
+
+    rounded.defvjp(lambda w: (rounded(w), None), lambda _, g: (g,))
+    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, r[0].T @ g))
+    params = {"w": draw(1, 4, 6), "v": draw(2, 6, 4), "layers": draw(3, 2, 4, 4)}
+
+    def fn(p, x):
+        h = jax.nn.relu(x @ rounded(p["w"])) @ p["v"]
+        return lax.scan(lambda h, w: (jnp.tanh(product(h, w)), None), h, p["layers"])[0]
+
+    return fn, params, draw(9, B, 4)
+
+
+def weights_in_a_carry_and_in_branches():
+    params = {"w": draw(1, 4, 4), "u": draw(2, 4, 4), "v": draw(3, 4, 4), "stack": draw(4, 3, 4, 4)}
+
+    def fn(p, x):
+        (h, w), _ = lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (x, p["w"]), None, length=2)
+        h = h @ w @ lax.cond(x.sum() > 1e9, lambda p: p["u"], lambda p: p["v"], p)
+        which = jnp.int32(jnp.abs(x[:, 0]) * 3) % 3
+        branches = [lambda h, i=i: jnp.sin((i + 1) * h @ p["stack"][i]) for i in range(3)]
+        return jax.vmap(lambda i, h: lax.switch(i, branches, h))(which, h + x @ p["u"] + x @ p["v"])
+
+    return fn, params, draw(9, B, 4)
+
+
+def experts_by_top_k():
+    params = {"gate": draw(1, 4, 3), "up": draw(2, 3, 4, 6), "down": draw(3, 3, 6, 4)}
+
+    def fn(p, x):
+        share, chosen = lax.top_k(jax.nn.softmax(x @ p["gate"]), 2)
+        h = jax.nn.relu(jnp.einsum("bd,bkdf->bkf", x, p["up"][chosen]))
+        return jnp.einsum("bk,bkd->bd", share, jnp.einsum("bkf,bkfd->bkd", h, p["down"][chosen]))
+
+    return fn, params, draw(9, B, 4)
+
+
+def graph():
+    params = {"message": draw(1, 6, 5), "update": draw(2, 8, 3), "out": draw(3, 3, 2)}
+
+    def fn(p, x):
+        def one(nodes, edges):
+            sent = jax.nn.relu(jnp.concatenate([nodes[edges[0]], nodes[edges[1]]], axis=-1) @ p["message"])
+            received = jax.ops.segment_sum(sent, edges[1], num_segments=nodes.shape[0])
+            return jnp.sort(jnp.concatenate([nodes, received], axis=-1) @ p["update"], axis=0).max(axis=0) @ p["out"]
+
+        return jax.vmap(one)(x["nodes"], x["edges"])
+
+    return fn, params, {"nodes": draw(9, B, 4, 3), "edges": jax.random.randint(jax.random.key(7), (B, 2, 6), 0, 4)}
+
+
+def state_space_and_fourier():
+    params = {"decay": draw(1, 4, 3), "drive": draw(2, 4, 3), "filter": draw(3, 3, 12), "out": draw(4, 12, 2)}
+
+    def fn(p, x):
+        decay = jnp.broadcast_to(jax.nn.sigmoid(p["decay"])[None, None], (*x.shape, 3))
+        driven = jnp.einsum("btd,dn->btdn", x, p["drive"])
+        h = lax.associative_scan(lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (decay, driven), axis=1)[1].reshape(*x.shape[:2], -1)
+        h = jnp.fft.irfft(jnp.fft.rfft(h, axis=1) * p["filter"][None].astype(jnp.complex64), n=x.shape[1], axis=1)
+        return jnp.tanh(h) @ p["out"]
+
+    return fn, params, draw(9, B, 4, 4)
+
+
+def fast_weights():
+    params = {"w": draw(1, 4, 4), "out": draw(2, 4, 4)}
+
+    def fn(p, x):  # one step of gradient descent on the example itself
+        def one(x):
+            w = p["w"] - 0.5 * jax.grad(lambda w: jnp.mean((jnp.tanh(x @ w) - x) ** 2))(p["w"])
+            return jnp.tanh(x @ w) @ p["out"]
+
+        return jax.vmap(one)(x)
+
+    return fn, params, draw(9, B, 4)
+
+
+class Named(NamedTuple):
+    w: Any
+    nothing: Any
+    rest: Any
+
+
+def containers_and_checkpoint_policies():
+    params = Named(draw(1, 4, 5), None, ([draw(2, 5, 5), {"scale": jnp.float32(1.3)}], freeze({"a.b": draw(3, 5, 2), "empty": {}})))
+
+    def fn(p, x):
+        policy = jax.checkpoint_policies.save_only_these_names("h")
+        block = jax.checkpoint(lambda h, w, s: h + jnp.sin(checkpoint_name(h @ (w / s), "h")), policy=policy)
+        h = jnp.tanh(p.rest[0][1]["scale"] * (x @ p.w))
+        return block(block(h, p.rest[0][0], 2.0), -p.rest[0][0], p.rest[0][1]["scale"]) @ p.rest[1]["a.b"]
+
+    return fn, params, draw(9, B, 4)
+
+
+class Vision(nn.Module):
+    """A U-Net in small: grouped and transposed convolutions with a flipped kernel, group normalisation, concatenation."""
+
+    @nn.compact
+    def __call__(self, x):
+        a = nn.relu(nn.Conv(4, (3, 3), padding="CIRCULAR")(x))
+        b = nn.GroupNorm(2)(nn.Conv(4, (3, 3), strides=2, feature_group_count=2)(a))
+        up = nn.ConvTranspose(3, (2, 2), strides=(2, 2), transpose_kernel=True)(nn.relu(b))
+        return nn.Dense(2)(nn.max_pool(jnp.concatenate([a, up], axis=-1), (2, 2), (2, 2)).mean((1, 2)))
+
+
+def linen_vision():
+    x = draw(9, B, 4, 4, 2)
+    return Vision().apply, jax.jit(Vision().init)(jax.random.key(1), x), x
+
+
+class Sequences(nnx.Module):
+    """Causal attention, then an LSTM."""
+
+    def __init__(self, rngs):
+        self.attention = nnx.MultiHeadAttention(2, 4, 8, decode=False, rngs=rngs)
+        self.rnn, self.out = nnx.RNN(nnx.OptimizedLSTMCell(4, 3, rngs=rngs)), nnx.Linear(3, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.out(self.rnn(x + self.attention(x, mask=nnx.make_causal_mask(x[..., 0])))[:, -1])
+
+
+def nnx_sequences():
+    graph, params, rest = nnx.split(Sequences(nnx.Rngs(0)), nnx.Param, ...)
+    return (lambda p, x: nnx.merge(graph, p, rest, copy=True)(x)), params, draw(9, B, 3, 4)
+
+
+def equinox_module():
+    model = eqx.nn.MLP(4, 3, 6, 2, key=jax.random.key(0))
+    params, static = eqx.partition(model, eqx.is_inexact_array)
+    return (lambda p, x: jax.vmap(eqx.combine(p, static))(x)), params, draw(9, B, 4)
+
+
 NETWORKS = {
     fn.__name__: fn
     for fn in (
@@ -195,5 +342,15 @@ NETWORKS = {
         branches_dicts_and_lists,
         half_precision,
         several_axes,
+        custom_vjp_on_weights_and_in_a_scan,
+        weights_in_a_carry_and_in_branches,
+        experts_by_top_k,
+        graph,
+        state_space_and_fourier,
+        fast_weights,
+        containers_and_checkpoint_policies,
+        linen_vision,
+        nnx_sequences,
+        equinox_module,
     )
 }

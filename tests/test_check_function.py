@@ -22,6 +22,7 @@ def sample(rng, step):
     ("apply_fn", "select", "sentence"),
     [
         (lambda params, x: linear(PARAMS, x), "W", "does not depend on params leaf 'W'"),
+        (lambda params, x: jax.lax.while_loop(lambda h: h.sum() < 0, lambda h: h * 2, linear(params, x)), "W", "Try using lax.scan"),
         (linear, "unused", "does not depend on params leaf 'unused'"),
         (lambda params, x: {"logits": linear(params, x)}, "W", "must return a floating array"),
         (lambda params, x: jnp.argmax(linear(params, x), axis=1), "W", "must return a floating array"),

@@ -13,6 +13,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import features, general
 from apd_jax.evaluation.general import Evaluation
 from apd_jax.targets.base import FeatureTarget, Target
+from apd_jax.targets.scoring import alive_components
 
 
 def evaluate(target: Target, params: PyTree, components: Components, config: Config) -> Evaluation:
@@ -25,7 +26,8 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     if target.score_fn is None:
         return evaluation
     key = jax.random.fold_in(jax.random.key(config.evaluation.seed), general.STREAM + 1)
-    score = target.score_fn(Decomposition(target.problem(params), components, config.apd, []), key)
+    alive = alive_components(evaluation.arrays["firing_rates"], evaluation.arrays["component_norms"])
+    score = target.score_fn(Decomposition(target.problem(params), components, config.apd, []), key, alive)
     return dataclasses.replace(
         evaluation,
         metrics=score.metrics | evaluation.metrics,

@@ -22,7 +22,7 @@ from apd_jax.config import Config
 from apd_jax.evaluation import geometry, scrub
 from apd_jax.evaluation.general import STREAM, Evaluation
 from apd_jax.targets.base import FeatureTarget
-from apd_jax.targets.scoring import ALIVE_NORM
+from apd_jax.targets.scoring import alive_components
 
 SERVED_GAIN = 0.75  # a feature is served by its top-1 component if that alone gives more than this part of the target's gain
 SWEEP_VALUES = 41
@@ -75,7 +75,7 @@ def evaluate(target: FeatureTarget, params: PyTree, components: Components, conf
 
     per_example = {name: loss.reshape(-1) for name, loss in drawn["losses"].items()}
     firing_rates = drawn["fired"].sum(axis=0) / len(per_example["topk"])
-    alive = (firing_rates > 0) & (rest["norms"] > ALIVE_NORM * rest["norms"].max())
+    alive = alive_components(firing_rates, rest["norms"])
     alone = swept["losses"]
     served = alone["none"] - alone["top1"] > SERVED_GAIN * (alone["none"] - alone["target"])
 

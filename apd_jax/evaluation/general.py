@@ -19,7 +19,7 @@ from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.targets.base import Panel, Target
-from apd_jax.targets.scoring import ALIVE_NORM
+from apd_jax.targets.scoring import alive_components
 
 STREAM = 0x7E57  # sets the draws of an evaluation apart from training with the same seed
 
@@ -76,7 +76,7 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     squares = jax.device_get(components_lib.squared_norms(components))
     norms = np.sqrt(np.maximum(sum(squares.values(), np.zeros(())), 0))
     firing_rates = drawn["fired"].mean(axis=0)
-    alive = (firing_rates > 0) & (norms > ALIVE_NORM * norms.max())
+    alive = alive_components(firing_rates, norms)
     ranks = jax.device_get(components_lib.effective_ranks(components))
     of_leaf = {name: np.sqrt(np.maximum(squares[name], 0) / float(jnp.sum(leaves[name] ** 2))) for name in leaves}
 

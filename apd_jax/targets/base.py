@@ -60,7 +60,7 @@ class Target:
     uses: Mapping[str, int] = dataclasses.field(default_factory=dict)  # {dotted path: times the forward pass uses the leaf} where not 1
     frozen: tuple[str, ...] = ()  # glob patterns: leaves that pretraining leaves as they were drawn
     num_active_fn: Callable[..., Any] | None = None  # x -> [B], how many features are truly active
-    score_fn: Callable[..., Score] | None = None  # (Decomposition, key) -> Score, against what is known of this target
+    score_fn: Callable[..., Score] | None = None  # (Decomposition, key, alive [C]) -> Score, against what is known of this target
     layers: tuple[Layer, ...] = ()  # the same function as apply_fn's outputs, on x [B, F], where it is such a chain
 
     def problem(self, params: PyTree) -> Problem:

@@ -16,13 +16,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int, PyTree, Shaped
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
-from apd_jax.targets.scoring import CORRELATION_LABELS, alive_components, rank_correlations
+from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
 Batch = dict[str, Any]  # {"image": [B, 8, 8, 1], "label": [B]}
 NUM_CLASSES = 10
@@ -30,9 +30,7 @@ NUM_TEST = 360  # of 1797 images
 ONE_CLASS = 0.5  # a component is one class's if more than this part of the accuracy that it costs falls on that class
 
 LABELS = {
-    "target_accuracy": "test accuracy of the target; 1",
-    "all_accuracy": "test accuracy with all components; the target's",
-    "sparse_accuracy": "test accuracy with the mask of training; the target's",
+    **accuracy_labels("test accuracy"),
     "components_of_one_class": "share of alive components whose ablation mostly costs one class; 1",
     "num_classes_served": "classes that such a component serves; 10",
     **CORRELATION_LABELS,
@@ -69,7 +67,7 @@ def by_class(values: Shaped[np.ndarray, "B C"], labels: Int[np.ndarray, " B"]) -
     return np.stack([values[labels == k].mean(axis=0) for k in range(NUM_CLASSES)])
 
 
-def score(decomposition: Decomposition, key: Array, *, test: Batch) -> Score:
+def score(decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"], *, test: Batch) -> Score:
     """Which classes every component serves, on the test images; nothing is drawn.
 
     Metrics
@@ -95,7 +93,6 @@ def score(decomposition: Decomposition, key: Array, *, test: Batch) -> Score:
     without = np.stack([right(decomposition.ablate([c], images)) for c in range(decomposition.components.num_components)], axis=1)
     damage = np.maximum(by_class(answers["all"][:, None].astype(float) - without, labels), 0)  # [10, C]
     firing = by_class(np.asarray(mask & (scores > 0)), labels)
-    alive = alive_components(decomposition, images)
     own = alive & (damage.max(axis=0) > ONE_CLASS * damage.sum(axis=0))
     metrics = {
         **{f"{who}_accuracy": float(answer.mean()) for who, answer in answers.items()},

@@ -263,6 +263,6 @@ def build(config: Config, batch_size: int) -> Target:
         sample_fn=sampler(batch_size, n, config.bit_probability),
         select=("mlp_in_*", "mlp_out_*"),
         num_active_fn=lambda x: jnp.sum(x[:, 1:] != 0, axis=1, dtype=jnp.int32),
-        score_fn=lambda decomposition, key: score(decomposition, n, L),
+        score_fn=lambda decomposition, key, alive: score(decomposition, n, L),
         layers=layers(L),
     )

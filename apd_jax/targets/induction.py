@@ -33,17 +33,16 @@ from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
-from apd_jax.targets.scoring import CORRELATION_LABELS, alive_components, rank_correlations
+from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
 NUM_LAYERS = 2
 IN_LAYER = 0.1  # a component is in a layer if more than this part of its norm lies there
+ONE_STEP = 0.9  # a component is one step's if this part of its rates at two kinds of position falls on one of them
 NEEDED = 0.1  # a component carries what falls by more than this part when it is ablated
 MEASURED = ("accuracy", "previous_token_score", "induction_score")
 GOOD_ATTENTION = ("every token of the first block looks at the one before", "tokens that came before look at what followed them")
 LABELS = {
-    "target_accuracy": "accuracy of the target where the next token is determined; 1",
-    "all_accuracy": "accuracy with all components; the target's",
-    "sparse_accuracy": "accuracy with the mask of training; the target's",
+    **accuracy_labels("accuracy, where the next token is determined,"),
     "sparse_previous_token_score": "attention of the previous-token head with that mask; the target's",
     "target_previous_token_score": "attention of the previous-token head of the target",
     "sparse_induction_score": "attention of the induction head with that mask; the target's",
@@ -51,6 +50,7 @@ LABELS = {
     "num_accuracy_components": "components that cost over 10 % of the accuracy; 1 or 2",
     "num_previous_token_components": "components that cost over 10 % of the previous-token score; 1",
     "num_induction_components": "components that cost over 10 % of the induction score; 1",
+    "components_of_one_step": "share of components kept only in first blocks or only where the token came before; 1 (per position)",
     "spans_layers": "share of alive components in both layers",
     **CORRELATION_LABELS,
 }
@@ -139,6 +139,15 @@ def induction_scores(attention: Float[Array, "B H T T"], tokens: Int[Array, "B T
     return found / jnp.sum(determined(tokens))
 
 
+def kept_by_kind(mask: Bool[Array, "B *T C"], tokens: Int[Array, "B T"]) -> Float[np.ndarray, "3 C"]:
+    """How often a component is kept at positions in the first block of a sequence that repeats, at determined ones, and elsewhere."""
+    known = np.asarray(determined(tokens))
+    first = ~known & known.any(axis=1, keepdims=True)
+    kinds = np.stack([first, known, ~known & ~first])
+    everywhere = np.broadcast_to(np.asarray(mask).reshape(len(tokens), -1, mask.shape[-1]), (*tokens.shape, mask.shape[-1]))
+    return np.einsum("kbt,btc->kc", kinds.astype(float), everywhere) / np.maximum(kinds.sum(axis=(1, 2))[:, None], 1)
+
+
 def layer_shares(components: Components) -> Float[np.ndarray, "C 2"]:
     """Norm of every component's part in each layer over its whole norm; 0 for a component that is 0."""
     squares = {name: np.asarray(square) for name, square in components_lib.squared_norms(components).items()}
@@ -146,13 +155,14 @@ def layer_shares(components: Components) -> Float[np.ndarray, "C 2"]:
     return np.sqrt(layers / np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny))
 
 
-def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callable) -> Score:
+def score(decomposition: Decomposition, key: PRNGKeyArray, alive: Bool[np.ndarray, " C"], *, sample_fn: Callable) -> Score:
     """What every component does for the two heads, on one batch of the sampler's mixture.
 
     Metrics
       {target,sparse,all}_accuracy: on determined positions, by the target, with the mask of training, with all components.
       {target,sparse}_previous_token_score, _induction_score: of the head of layer 0 (of layer 1) that scores best in the target.
       num_{accuracy,previous_token,induction}_components: alive components that cost more than NEEDED of it when ablated.
+      components_of_one_step: share of alive components that are kept in first blocks, or at determined positions, ONE_STEP to the rest.
       spans_layers: share of alive components with more than IN_LAYER of their norm in either layer.
       attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
 
@@ -160,7 +170,9 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callabl
     """
     problem, components = decomposition.problem, decomposition.components
     tokens = sample_fn(key, 0)
-    target, sparse = problem.apply_fn(problem.params, tokens), jax.jit(decomposition.sparse_output)(tokens)
+    attributions = jax.jit(decomposition.attributions)(tokens)
+    mask = decomposition.mask_of(attributions, tokens)
+    target, sparse = problem.apply_fn(problem.params, tokens), jax.jit(decomposition.sparse_output)(tokens, mask)
     previous_head = int(jnp.argmax(previous_token_scores(target[1]["attention_0"], tokens)))
     induction_head = int(jnp.argmax(induction_scores(target[1]["attention_1"], tokens)))
 
@@ -171,11 +183,13 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callabl
 
     measured = {"target": measure(target), "sparse": measure(sparse), "all": measure(decomposition.ablate([], tokens))}
     lost = np.stack([measured["all"] - measure(decomposition.ablate([c], tokens)) for c in range(components.num_components)])
-    alive = alive_components(decomposition, tokens)
     needed = (lost > NEEDED * measured["all"]) & alive[:, None]
+    kept = kept_by_kind(mask & (attributions > 0), tokens)
+    steps = kept[:2].max(axis=0) > ONE_STEP * kept[:2].sum(axis=0)
     spans = layer_shares(components).min(axis=1) > IN_LAYER
     metrics = {f"{who}_{what}": float(value) for who, values in measured.items() for what, value in zip(MEASURED, values, strict=True)}
     metrics |= {f"num_{what.removesuffix('_score')}_components": int(n) for what, n in zip(MEASURED, needed.sum(axis=0), strict=True)}
+    metrics["components_of_one_step"] = float(steps[alive].mean()) if alive.any() else 0.0
     metrics["spans_layers"] = float(spans[alive].mean()) if alive.any() else 0.0
     metrics |= rank_correlations(decomposition, tokens, alive)
 
@@ -206,6 +220,17 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, *, sample_fn: Callabl
         matrix=lost[order].T,
         unit="loss of accuracy, or of mean attention",
         rows=["accuracy", "previous-token score", "induction score"],
+        columns=[str(c) for c in order],
+    )
+    panels["kept_by_kind"] = Panel(
+        title="Where in a sequence components are kept",
+        caption="Share of positions of each kind that keep a component. Good, with masks per position: a component is bright in one of the "
+        "upper rows only, which need different steps, and none is in the lowest.",
+        xlabel="component (ordered by cost in accuracy)",
+        ylabel="",
+        matrix=kept[:, order],
+        unit="share of positions",
+        rows=["first block", "token came before", "no repetition"],
         columns=[str(c) for c in order],
     )
     return Score(metrics, LABELS, panels)

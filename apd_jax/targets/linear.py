@@ -69,7 +69,7 @@ def build(config: Config, batch_size: int) -> Target:
         apply_fn=lambda params, x: model.apply({"params": params}, x),
         sample_fn=sample_fn,
         select=("W",),
-        score_fn=lambda decomposition, key: score(decomposition, n, s),
+        score_fn=lambda decomposition, key, alive: score(decomposition, n, s),
         layers=(Layer("linear", "W"),),
     )
 

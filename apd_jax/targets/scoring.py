@@ -6,11 +6,10 @@ import dataclasses
 
 import jax
 import numpy as np
-from jaxtyping import Bool, PyTree
+from jaxtyping import Bool, Float, PyTree
 from scipy.stats import rankdata
 
 from apd_jax import attributions
-from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 
 ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
@@ -21,12 +20,18 @@ CORRELATION_LABELS = {
 }
 
 
-def alive_components(decomposition: Decomposition, x: PyTree) -> Bool[np.ndarray, " C"]:
-    """Components that are kept on some example of x with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
-    scores = jax.jit(decomposition.attributions)(x)
-    kept = np.asarray(decomposition.mask_of(scores, x) & (scores > 0)).reshape(-1, decomposition.components.num_components)
-    norms = np.sqrt(np.sum([np.maximum(square, 0) for square in components_lib.squared_norms(decomposition.components).values()], axis=0))
-    return kept.any(axis=0) & (norms > ALIVE_NORM * norms.max())
+def accuracy_labels(what: str) -> dict[str, str]:
+    """What the accuracies of the target, of all components and of the sparse model say, for the table."""
+    return {
+        "target_accuracy": f"{what} of the target; 1",
+        "all_accuracy": f"{what} with all components; the target's",
+        "sparse_accuracy": f"{what} with the mask of training; the target's",
+    }
+
+
+def alive_components(firing_rates: Float[np.ndarray, " C"], norms: Float[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:
+    """Components that are kept at all, with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
+    return (firing_rates > 0) & (norms > ALIVE_NORM * norms.max())
 
 
 def rank_correlations(decomposition: Decomposition, x: PyTree, alive: Bool[np.ndarray, " C"]) -> dict[str, float]:

@@ -144,6 +144,6 @@ def build(config: Config, batch_size: int) -> Target:
         num_active_fn=lambda x: jnp.sum(jnp.any(x.reshape(-1, G, S) != 0, axis=2), axis=1, dtype=jnp.int32),
         select=("W",),
         uses={"W": 2},
-        score_fn=lambda decomposition, key: score(decomposition, G),
+        score_fn=lambda decomposition, key, alive: score(decomposition, G),
         layers=layers(),
     )

@@ -91,7 +91,7 @@ def scored(weights, target, params):
     """weights: {leaf: [C, ...]}."""
     tree = {name: jnp.asarray(weights[name]) if name in weights else None for name in params}
     decomposition = Decomposition(target.problem(params), components.from_materialized(tree), default_config(), [])
-    return target.score_fn(decomposition, jax.random.key(0))
+    return target.score_fn(decomposition, jax.random.key(0), np.ones(decomposition.components.num_components, bool))
 
 
 @pytest.mark.parametrize("gate", gated.GATES)

@@ -1,17 +1,16 @@
 """The induction target: its data, its scores against plain numpy and numbers worked by hand, and a small one trained to its bar."""
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT
+from conftest import get_config
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
 from apd_jax import default_config, targets
 from apd_jax.components import Components
+from apd_jax.config import validate
 from apd_jax.decomposition import Decomposition
 from apd_jax.targets import induction
 from apd_jax.targets.pretrain import pretrain
@@ -119,7 +118,7 @@ def test_pretraining_learns_and_the_scores_know_the_whole_from_nothing():
     target = targets.build(config, 64)
     params, _ = pretrain(target, config)
     # One component is the target, the other is 0: k = 1 keeps the first everywhere.
-    score = target.score_fn(decomposed(target, params, (1.0, 0.0), topk=1.0), jax.random.key(5))
+    score = target.score_fn(decomposed(target, params, (1.0, 0.0), topk=1.0), jax.random.key(5), np.array([True, False]))
     m = score.metrics
     assert m["target_accuracy"] >= 0.9  # this small one; the shipped setting is measured in docs/networks.md
     for name in induction.MEASURED:
@@ -144,6 +143,15 @@ def test_seed_decides_everything():
     assert not np.array_equal(first["unembed"]["kernel"], pretrain(target, config)[0]["unembed"]["kernel"])
 
 
+def test_kept_by_kind_by_hand():
+    # Sequence 0: positions 0 to 3 are its first block (with the start), 4 to 6 determined; sequence 1 has no repetition.
+    mask = np.zeros((2, 7, 3), bool)
+    mask[0, :2, 0], mask[0, 4:, 1], mask[1, 0, 1], mask[0, 0, 2] = True, True, True, True
+    np.testing.assert_allclose(induction.kept_by_kind(jnp.asarray(mask), TOKENS), [[2 / 4, 0, 1 / 4], [0, 1, 0], [0, 1 / 7, 0]])
+    per_example = jnp.array([[True, False, True], [False, False, True]])  # counts at all positions
+    np.testing.assert_allclose(induction.kept_by_kind(per_example, TOKENS), [[1, 0, 1], [1, 0, 1], [0, 0, 1]])
+
+
 def test_layer_shares_by_hand():
     # Norms 3 in layer 0 and 4 in layer 1: 3/5 and 4/5. A component of 0 has 0 in both.
     leaf = lambda value: components_lib.from_materialized({"w": jnp.array([[[value]], [[0.0]]])}).tree["w"]  # noqa: E731
@@ -166,17 +174,11 @@ def test_refused(change, message):
         targets.build(make_config(**change), 8)
 
 
-def get_config(arg=""):
-    spec = importlib.util.spec_from_file_location("induction_config", ROOT / "configs" / "induction.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.get_config(arg)
-
-
-@pytest.mark.parametrize("arg", ["", "smoke"])
+@pytest.mark.parametrize("arg", ["", "position", "position,smoke"])
 def test_config_builds(arg):
-    config = get_config(arg)
+    config = get_config("induction", arg)
     assert config.is_locked
+    validate(config.apd)
     target = targets.build(config.target, config.apd.batch_size)
     x = jax.eval_shape(target.sample_fn, jax.random.key(0), 0)
     assert x.shape == (config.apd.batch_size, 1 + 2 * config.target.max_block)
@@ -184,4 +186,4 @@ def test_config_builds(arg):
 
 def test_unknown_variant_is_refused():
     with pytest.raises(ValueError, match=r"unknown induction variant 'smok'; known: .*smoke. Did you mean 'smoke'"):
-        get_config("smok")
+        get_config("induction", "smok")

@@ -31,7 +31,7 @@ def test_a_block_diagonal_rotation_on_one_block_at_a_time():
 def scored(P, target, params):
     config = default_config()
     cs = components.from_materialized({"W": jnp.asarray(P, jnp.float32)})
-    return target.score_fn(Decomposition(target.problem(params), cs, config, []), jax.random.key(0)).metrics
+    return target.score_fn(Decomposition(target.problem(params), cs, config, []), jax.random.key(0), np.ones(len(P), bool)).metrics
 
 
 def test_the_truth_scores_as_such_and_halves_do_not():

@@ -70,7 +70,7 @@ def score(*parts, k=1.0):
     params = {"W": jnp.asarray(W), "b": jnp.zeros(6)}
     found = components.from_materialized({"W": jnp.stack(parts), "b": None}, uses={"W": 2})
     config = make_config(num_components=len(parts), topk=k, batch_size=8)
-    return target.score_fn(Decomposition(target.problem(params), found, config, []), jax.random.key(0))
+    return target.score_fn(Decomposition(target.problem(params), found, config, []), jax.random.key(0), np.ones(len(parts), bool))
 
 
 def check(found, **expected):
