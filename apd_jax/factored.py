@@ -24,6 +24,7 @@ from jax import lax
 from jaxtyping import Array
 
 from apd_jax import layout
+from apd_jax.collectives import into_components, over_components
 from apd_jax.components import Factors
 from apd_jax.dispatch import Plan, is_lookup, kept_product, read, read_all
 from apd_jax.errors import InputError
@@ -59,6 +60,7 @@ class Kappa(quax.ArrayValue):
     flavor: str = eqx.field(static=True)
     per_position: bool = eqx.field(static=True)
     num_examples: int = eqx.field(static=True)  # or positions: all that share a plan
+    axis: str | None = eqx.field(static=True)  # the mapped one over which the components of a sum are split
 
     @property
     def num_batch(self) -> int:
@@ -125,7 +127,7 @@ class Kappa(quax.ArrayValue):
                 "leave it out of select, or use mask_per = 'example'."
             )
         joint = jnp.einsum("...c,...cde->...de", self.weights[..., 0, :].astype(U.dtype), U @ V)  # every P_c once, for all examples
-        n = self.num_batch
+        joint, n = over_components(joint, self.axis), self.num_batch
         value = self._in_order(joint.reshape(*U.shape[:n], *self.U.shape[n + 1 : -1], *self.V.shape[n + 2 :]))
         if self.flavor == "activation":
             value = lax.stop_gradient(value)
@@ -156,7 +158,8 @@ class Kappa(quax.ArrayValue):
             more = jnp.transpose(self.base, order).reshape(*U.shape[:n], U.shape[-2], V.shape[-1])
         for _ in range(n):
             fn = jax.vmap(fn)
-        out = fn(rows, U, V, self.weights, more).astype(dtype)
+        rows = rows if looked_up else into_components(rows, self.axis)
+        out = over_components(fn(rows, U, V, self.weights, more), self.axis).astype(dtype)
         outs = self.V.shape[n + 2 :] if reading == "i" else self.U.shape[n + 1 : -1]
         out = out.reshape(*out.shape[:n], *kept, *outs)
         return out if at is None else jnp.moveaxis(out, n, n + at)
@@ -206,6 +209,7 @@ def kappa(
         flavor=flavor,
         per_position=per_position,
         num_examples=num_examples,
+        axis=None if flavor in ("gradient", "activation") else factors.axis,  # those have no sum: a derivative for every s_c
     )
     if flavor in ("gradient", "activation"):
         value = value.replace(base=layout.unfold(like, axes).reshape(value.shape))
