@@ -53,6 +53,11 @@ class Copies:
         """What `step.make_step` is told."""
         return {"axis_name": AXIS}
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """Devices along each axis."""
+        return {AXIS: len(self.devices)}
+
     def make(self, init: Callable, *args: Any) -> PyTree:
         """The state that `init(*args)` gives, before `put`."""
         return jax.jit(init)(*args)
@@ -86,6 +91,10 @@ class Shards:
     @property
     def axes(self) -> dict[str, str]:
         return {"axis_name": AXIS, "component_axis": COMPONENT_AXIS}
+
+    @property
+    def shape(self) -> dict[str, int]:
+        return dict(self.mesh.shape)
 
     def make(self, init: Callable, *args: Any) -> PyTree:
         """No device or host holds the whole of it. The random draws are those of one device."""
