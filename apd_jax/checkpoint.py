@@ -61,7 +61,7 @@ def restore_latest(manager: ocp.CheckpointManager, like: PyTree, *, together: bo
     Raises:
       InputError: there are checkpoints, but none can be read.
     """
-    found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)), together=together)
+    found = _newest_readable(manager, like, together=together)
     if found is not None:
         for torn in [step for step in manager.all_steps() if step > found[0]]:
             manager.delete(torn)
@@ -82,7 +82,7 @@ def read(folder: epath.PathLike, like: PyTree = None, *, until: int | None = Non
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
     with contextlib.closing(_manager(folder, together=False, read_only=True)) as manager:
-        found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)), until)
+        found = _newest_readable(manager, like, until)
         if found is None:
             raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
         sizes = {step: _bytes(folder / str(step)) for step in manager.all_steps()}
@@ -90,18 +90,26 @@ def read(folder: epath.PathLike, like: PyTree = None, *, until: int | None = Non
 
 
 def _abstract(like: PyTree) -> PyTree:
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    """Shapes, dtypes and places; what has no place of its own goes to this process's first device, wherever it was when it was saved."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def one(a: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(a, jax.Array | jax.ShapeDtypeStruct) and a.sharding is not None
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed else here)
+
+    return jax.tree.map(one, like)
 
 
 def _newest_readable(
-    manager: ocp.CheckpointManager, args: Any, until: int | None = None, *, together: bool = False
+    manager: ocp.CheckpointManager, like: PyTree, until: int | None = None, *, together: bool = False
 ) -> tuple[int, Any] | None:
     steps = sorted([step for step in manager.all_steps() if until is None or step <= until], reverse=True)
     for step in steps:
         state, reason = None, ""
         try:
             with _abandoned_reads_unheard():
-                state = manager.restore(step, args=args)
+                wanted = manager.item_metadata(step).tree if like is None else like
+                state = manager.restore(step, args=ocp.args.StandardRestore(_abstract(wanted)))
         except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
             reason = " ".join(str(error).split())[:200] or type(error).__name__
         unread = bool(reason)

@@ -68,7 +68,8 @@ def read(text: str, mesh: Mapping[str, int], *, num_steps: int = 1) -> list[Tran
                     visit(inner, times * int(trips[1]) if trips else times, per_iteration)
 
     visit(entry, 1 / num_steps, False)
-    return [Transfer(*key, found[key], sizes[key]) for key in sorted(found, key=lambda key: (key[2], key[1], key[0]))]
+    order = sorted(found, key=lambda key: (key[2], key[1], key[0]))
+    return [Transfer(operation, axes, inside, found[key], sizes[key]) for key in order for operation, axes, inside in [key]]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:

@@ -263,6 +263,17 @@ def test_resume_is_bit_for_bit_and_on_other_meshes_close(tmp_path, monkeypatch):
     jax.tree.map(lambda a, b: close(a, b, 1e-4), fit(monkeypatch, 2, 2, workdir=tmp_path / "alone")[0], alone)
 
 
+def test_a_machine_with_one_device_reads_it(tmp_path, monkeypatch):
+    expected, _ = fit(monkeypatch, 2, 2, num_steps=4, workdir=tmp_path)
+    read = "import sys; from apd_jax import checkpoint; state = checkpoint.read(sys.argv[1])[2]"
+    show = "print(float(state['components']['tree']['W']['U'].sum()))"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", f"{read}; {show}", tmp_path / "checkpoints"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(float(expected.factors["W"].U.sum()), rel=1e-5)
+
+
 def test_a_torn_checkpoint_is_skipped(tmp_path, monkeypatch):
     expected, _ = fit(monkeypatch, 2, 2, workdir=tmp_path)
     for file in (tmp_path / "checkpoints" / "20").rglob("*"):
