@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, close, make_config
 from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
 from networks import NETWORKS
 
 from apd_jax import components as components_lib
@@ -23,6 +24,7 @@ from apd_jax import masks, parallel, placement, sparse, train
 from apd_jax import step as step_lib
 from apd_jax.errors import InputError, Interrupted
 from apd_jax.problem import Problem
+from apd_jax.workdir import claim
 
 RNG = np.random.default_rng(0)
 PARAMS = {name: jnp.asarray(RNG.normal(size=shape), jnp.float32) for name, shape in {"W": (6, 5), "V": (5, 4), "b": (5,)}.items()}
@@ -300,6 +302,13 @@ def test_instances_settings_and_batches_from_the_host(monkeypatch):
     jax.tree.map(lambda a, b: close(a, b, 1e-4), found.components, expected.components)
     np.testing.assert_array_equal(found.step, [6, 6])
     assert [row["mean_active"] for row in rows] == [row["mean_active"] for row in expected_rows]
+
+
+def test_a_workdir_goes_on_with_other_shards_but_no_other_setting(tmp_path):
+    claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=4)}))
+    claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2)}))
+    with pytest.raises(InputError, match="apd.topk is 1.7 there and 1.0 here. Use another"):
+        claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2, topk=1.0)}))
 
 
 def test_initial_components_are_those_of_one_device():
