@@ -307,7 +307,7 @@ def test_instances_settings_and_batches_from_the_host(monkeypatch):
 def test_a_workdir_goes_on_with_other_shards_but_no_other_setting(tmp_path):
     claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=4)}))
     claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2)}))
-    with pytest.raises(InputError, match="apd.topk is 1.7 there and 1.0 here. Use another"):
+    with pytest.raises(InputError, match=r"apd\.topk is 1\.7 there and 1\.0 here\. Use another"):
         claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2, topk=1.0)}))
 
 
