@@ -1,6 +1,8 @@
 """Orbax checkpoints of a TrainState: asynchronous, atomic, a few kept, and a torn one skipped.
 
-The state is the same on all devices, so one process writes and reads it, and a run goes on with any number of them.
+What is on disk is the whole state as plain arrays, so a run goes on with any number of devices and component shards. A state of
+which every device has a copy is written and read by one process alone; one that is split over devices by all of them together,
+each with its own part.
 """
 
 from __future__ import annotations
@@ -17,25 +19,27 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from apd_jax import parallel
 from apd_jax.errors import InputError
 
 log = logging.getLogger(__name__)
 log.setLevel(logging.WARNING)  # whatever level the root logger is set to
 
 
-def open_manager(folder: epath.PathLike, keep: int = 2) -> ocp.CheckpointManager:
-    """The checkpoints of one run; `keep` newest ones are kept."""
+def open_manager(folder: epath.PathLike, keep: int = 2, *, together: bool = False) -> ocp.CheckpointManager:
+    """The checkpoints of one run; `keep` newest ones are kept. `together`: all processes have opened it and use it alike."""
     folder = epath.Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    return _manager(folder, max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
+    return _manager(folder, together, max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True)
 
 
-def _manager(folder: epath.Path, **options: Any) -> ocp.CheckpointManager:
-    """One that this process uses alone, whether or not there are others."""
+def _manager(folder: epath.Path, together: bool, **options: Any) -> ocp.CheckpointManager:
+    """One that this process uses alone, whether or not there are others, or that all of them use."""
     alone = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()})
+    who = ocp.options.MultiprocessingOptions() if together else alone
     return ocp.CheckpointManager(
         folder,
-        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=alone, **options),
+        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=who, **options),
         item_handlers=ocp.StandardCheckpointHandler(),  # else orbax guesses the layout from the newest step, which may be torn
     )
 
@@ -46,17 +50,18 @@ def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
         manager.save(step, args=ocp.args.StandardSave(state))
 
 
-def restore_latest(manager: ocp.CheckpointManager, like: PyTree) -> tuple[int, PyTree] | None:
+def restore_latest(manager: ocp.CheckpointManager, like: PyTree, *, together: bool = False) -> tuple[int, PyTree] | None:
     """The newest checkpoint that can be read, as (step, state); None where there is none at all.
 
     A torn one is skipped, with a warning, and deleted once an older one was read, so that training can write its step anew.
 
     Args:
-      like: a state of the same structure, shapes and dtypes (abstract or not).
+      like: a state of the same structure, shapes and dtypes (abstract or not); what is read is placed as it is.
+      together: as the manager was opened; a checkpoint counts if every process could read its part.
     Raises:
       InputError: there are checkpoints, but none can be read.
     """
-    found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)))
+    found = _newest_readable(manager, like, together=together)
     if found is not None:
         for torn in [step for step in manager.all_steps() if step > found[0]]:
             manager.delete(torn)
@@ -76,8 +81,8 @@ def read(folder: epath.PathLike, like: PyTree = None, *, until: int | None = Non
     folder = epath.Path(folder).absolute()
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
-    with contextlib.closing(_manager(folder, read_only=True)) as manager:
-        found = _newest_readable(manager, ocp.args.StandardRestore(_abstract(like)), until)
+    with contextlib.closing(_manager(folder, together=False, read_only=True)) as manager:
+        found = _newest_readable(manager, like, until)
         if found is None:
             raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
         sizes = {step: _bytes(folder / str(step)) for step in manager.all_steps()}
@@ -85,17 +90,34 @@ def read(folder: epath.PathLike, like: PyTree = None, *, until: int | None = Non
 
 
 def _abstract(like: PyTree) -> PyTree:
-    return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+    """Shapes, dtypes and places; what has no place of its own goes to this process's first device, wherever it was when it was saved."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def one(a: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(a, jax.Array | jax.ShapeDtypeStruct) and a.sharding is not None
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed else here)
+
+    return jax.tree.map(one, like)
 
 
-def _newest_readable(manager: ocp.CheckpointManager, args: Any, until: int | None = None) -> tuple[int, Any] | None:
+def _newest_readable(
+    manager: ocp.CheckpointManager, like: PyTree, until: int | None = None, *, together: bool = False
+) -> tuple[int, Any] | None:
     steps = sorted([step for step in manager.all_steps() if until is None or step <= until], reverse=True)
     for step in steps:
+        state, reason = None, ""
         try:
             with _abandoned_reads_unheard():
-                return step, manager.restore(step, args=args)
+                wanted = manager.item_metadata(step).tree if like is None else like
+                state = manager.restore(step, args=ocp.args.StandardRestore(_abstract(wanted)))
         except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
-            reason = " ".join(str(error).split())[:200]
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        unread = bool(reason)
+        if together:
+            unread = bool(parallel.largest(unread))
+        if not unread:
+            return step, state
+        if reason:
             log.warning("checkpoint %d in %s cannot be read (%s); trying the one before.", step, manager.directory, reason)
     if steps:
         raise InputError(

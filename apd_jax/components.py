@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
+from apd_jax.collectives import over_components
 from apd_jax.errors import InputError
 from apd_jax.layout import Layout, fold, matrix_shape, path_name, unfold
 
@@ -31,7 +32,8 @@ class Factors:
     """All C components of one leaf.
 
     `shape` is the leaf's own shape, `layout` how its axes make a matrix (None: `Layout.default`). `uses` is how often the forward
-    pass multiplies with the leaf; a tied weight has 2, and counts twice in the sums over matrices.
+    pass multiplies with the leaf; a tied weight has 2, and counts twice in the sums over matrices. `axis` is the mapped device axis
+    over which components are split, where they are: C is then the number of those on this device.
     """
 
     U: Array  # [C, *batch, d_in, m]; instances and transformations add or take leading axes
@@ -39,6 +41,7 @@ class Factors:
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
     uses: int = dataclasses.field(default=1, metadata={"static": True})
     layout: Layout | None = dataclasses.field(default=None, metadata={"static": True})
+    axis: str | None = dataclasses.field(default=None, metadata={"static": True})
 
     @property
     def axes(self) -> Layout:
@@ -73,6 +76,10 @@ class Components:
     @property
     def num_components(self) -> int:
         return next(iter(self.factors.values())).num_components
+
+    @property
+    def axis(self) -> str | None:
+        return next(iter(self.factors.values())).axis
 
     @property
     def num_params(self) -> int:
@@ -271,10 +278,18 @@ def _named_leaves(tree: PyTree) -> dict[str, Any]:
 
 
 def leaf_total(factors: Factors) -> Float[Array, ...]:
-    """Σ_c P_c of one leaf, in the leaf's shape: one matmul over the joint (component, rank) axis, no P_c is formed."""
+    """Σ_c P_c of one leaf, in the leaf's shape: one matmul over the joint (component, rank) axis, no P_c is formed.
+
+    All devices have the whole sum where the components are split over them.
+    """
     U, V = jnp.moveaxis(factors.U, 0, -2), jnp.moveaxis(factors.V, 0, -3)  # [*batch, d_in, C, m], [*batch, C, m, d_out]
     joint = U.reshape(*U.shape[:-2], -1) @ V.reshape(*V.shape[:-3], -1, V.shape[-1])
-    return fold(joint, factors.shape, factors.axes)
+    return fold(over_components(joint, factors.axis), factors.shape, factors.axes)
+
+
+def split_over(components: Components, axis: str | None) -> Components:
+    """The same arrays, taken as this device's share of components that are split over a mapped axis: every Σ_c then runs over all."""
+    return _map_factors(lambda f: dataclasses.replace(f, axis=axis), components)
 
 
 def total(components: Components, params: PyTree) -> PyTree:

@@ -82,6 +82,7 @@ def default_config() -> config_dict.ConfigDict:
 
     # Execution: none of these changes the result beyond float rounding.
     c.sparse_route = "auto"  # auto | materialize | masked | dispatch
+    c.num_component_shards = 1  # M: devices that share the components, C/M each, where they do not fit on one; 1: a copy on every device
     c.steps_per_call = 100  # steps in one XLA call
     c.log_every_steps = 100
     c.checkpoint_every_steps = 1000
@@ -117,6 +118,7 @@ def validate(config: Config) -> None:
     for field in (
         "num_components",
         "num_instances",
+        "num_component_shards",
         "num_steps",
         "batch_size",
         "steps_per_call",
@@ -127,6 +129,11 @@ def validate(config: Config) -> None:
     ):
         if config[field] < 1:
             raise InputError(f"{field} must be at least 1; got {config[field]}.")
+    if config.num_components % config.num_component_shards:
+        raise InputError(
+            f"num_components = {config.num_components} is not divisible by num_component_shards = {config.num_component_shards}; "
+            "every shard holds as many components."
+        )
     if config.rank is not None and config.rank < 1:
         raise InputError(f"rank must be at least 1, or None for full rank; got {config.rank}.")
     choosable = config.num_components - config.num_always_on

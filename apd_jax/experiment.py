@@ -20,7 +20,7 @@ from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
-from apd_jax import checkpoint, parallel, recipe, targets, train
+from apd_jax import checkpoint, parallel, placement, recipe, targets, train
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import evaluation as evaluation_lib
@@ -65,7 +65,7 @@ def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
     config_lib.validate(config.apd)
     if "recipe" in config:
         recipe.check(config.apd, config.recipe)
-    parallel.check_batch(config.apd.batch_size, len(parallel.global_devices()))
+    placement.arrange(config.apd, parallel.global_devices())  # or says why it cannot
     target = targets.build(config.target, config.apd.batch_size)
     return target, parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))
 

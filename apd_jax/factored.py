@@ -22,6 +22,7 @@ from jax import lax
 from jaxtyping import Array
 
 from apd_jax import layout
+from apd_jax.collectives import into_components, over_components
 from apd_jax.components import Factors
 from apd_jax.dispatch import Plan, is_lookup, kept_product, read, read_all
 from apd_jax.errors import InputError
@@ -56,6 +57,7 @@ class Kappa:
     flavor: str = dataclasses.field(metadata={"static": True})
     per_position: bool = dataclasses.field(metadata={"static": True})
     num_examples: int = dataclasses.field(metadata={"static": True})  # or positions: all that share a plan
+    axis: str | None = dataclasses.field(metadata={"static": True})  # the mapped one over which the components of a sum are split
     uses: int = dataclasses.field(default=1, metadata={"static": True})  # how often a loop goes round with `formed`
 
     @property
@@ -130,7 +132,7 @@ class Kappa:
                 "leave it out of select, or use mask_per = 'example'."
             )
         joint = jnp.einsum("...c,...cde->...de", self.weights[..., 0, :].astype(U.dtype), U @ V)  # every P_c once, for all examples
-        n = self.num_batch
+        joint, n = over_components(joint, self.axis), self.num_batch
         value = self._in_order(joint.reshape(*U.shape[:n], *self.U.shape[n + 1 : -1], *self.V.shape[n + 2 :]))
         if self.flavor == "activation":
             value = lax.stop_gradient(value)
@@ -164,7 +166,9 @@ class Kappa:
             fn, more = functools.partial(_at_zero, self.flavor == "activation"), matrix(self.base)
         for _ in range(n):
             fn = jax.vmap(fn)
-        out = fn(rows, U, V, self.weights, more).astype(dtype)
+        axis = None if flavor == "dense" and more is not None else self.axis  # what was formed before is the sum of all devices
+        rows = rows if looked_up else into_components(rows, axis)
+        out = over_components(fn(rows, U, V, self.weights, more), axis).astype(dtype)
         outs = self.V.shape[n + 2 :] if reading == "i" else self.U.shape[n + 1 : -1]
         out = out.reshape(*out.shape[:n], *kept, *outs)
         return out if at is None else jnp.moveaxis(out, n, n + at)
@@ -215,6 +219,7 @@ def kappa(
         flavor=flavor,
         per_position=per_position,
         num_examples=num_examples,
+        axis=None if flavor in ("gradient", "activation") else factors.axis,  # those have no sum: a derivative for every s_c
     )
     if flavor in ("gradient", "activation"):
         value = value.replace(base=layout.unfold(like, axes).reshape(value.shape))

@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
+from apd_jax.collectives import over_components
 from apd_jax.components import Components
 from apd_jax.errors import InputError
 
@@ -106,7 +107,7 @@ def simplicity(
         else:
             power = jnp.sum((mask[:, :, None] * squares[None] + EPSILON) ** (schatten_p / 2))
         total += f.uses * power
-    return jnp.asarray(total) / (components.num_params * mask.shape[0])
+    return over_components(jnp.asarray(total), components.axis) / (components.num_params * mask.shape[0])
 
 
 def attribution_lp(attributions_squared: Float[Array, "B C"], p: Float[ArrayLike, ""]) -> Float[Array, "B C"]:

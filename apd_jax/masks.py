@@ -4,6 +4,9 @@ Shapes: B examples, C components. Exact and sort-free: the K-th largest score is
 pattern (at most 32 counting passes, about 20 without ties), ties broken by position. Counting makes the batch top-k of
 N devices a few tens of scalar psums, and lets k be a traced value. `lax.top_k` and `sort` over B·C = 102,400 scores
 took most of a TMS step on CPU.
+
+On several devices each has the scores of its own examples (split over `axis_name`) and components (split over `component_axis`),
+in order; counts run over both axes and ties are broken by the position in the whole array, so the mask is the one of one device.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, UInt32
 
+from apd_jax.collectives import place, psum
 from apd_jax.errors import InputError
 
 
@@ -71,12 +75,17 @@ def _largest(keys, index, num, count):
     return (num > 0) & (above | (tied & (place >= _kth_largest(place, missing, count))))
 
 
+def _columns(C: int, component_axis: str | None) -> tuple[Any, int]:
+    """The first of this device's components among all, and how many these are."""
+    return jnp.uint32(place(component_axis)) * C, C if component_axis is None else C * lax.axis_size(component_axis)
+
+
 def _check_k(k: Any, C: int) -> None:
     if isinstance(k, int | float) and not 0 <= k <= C:
         raise InputError(f"k, the number of active components per example, must lie in [0, C = {C}]; got {k}.")
 
 
-def topk(attributions: Float[Array, "B C"], k: Any) -> Bool[Array, "B C"]:
+def topk(attributions: Float[Array, "B C"], k: Any, *, component_axis: str | None = None) -> Bool[Array, "B C"]:
     """The k largest of every row.
 
     Args:
@@ -84,48 +93,60 @@ def topk(attributions: Float[Array, "B C"], k: Any) -> Bool[Array, "B C"]:
     Returns: mask with exactly k True per row; ties go to the lower component.
     Raises:
       InputError: a Python k below 0 or above C.
-    Cost: some tens of counting passes over the scores, no sort.
+    Cost: some tens of counting passes over the scores, no sort; with component_axis as many psums of B counts.
     """
     B, C = attributions.shape
-    _check_k(k, C)
-    index = jnp.broadcast_to(jnp.arange(C, dtype=jnp.uint32), (B, C))
-    num = jnp.minimum(jnp.broadcast_to(jnp.asarray(k, jnp.int32), (B,))[:, None], C)
-    return _largest(_ordered_bits(attributions), index, num, lambda flags: jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32))
+    first, num_all = _columns(C, component_axis)
+    _check_k(k, num_all)
+    index = jnp.broadcast_to(first + jnp.arange(C, dtype=jnp.uint32), (B, C))
+    num = jnp.minimum(jnp.broadcast_to(jnp.asarray(k, jnp.int32), (B,))[:, None], num_all)
+
+    def count(flags):
+        return psum(jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32), component_axis)
+
+    return _largest(_ordered_bits(attributions), index, num, count)
 
 
 def batch_topk(
-    attributions: Float[Array, "B C"], k: Any, *, axis_name: str | None = None, valid: Bool[Array, " B"] | None = None
+    attributions: Float[Array, "B C"],
+    k: Any,
+    *,
+    axis_name: str | None = None,
+    component_axis: str | None = None,
+    valid: Bool[Array, " B"] | None = None,
 ) -> Bool[Array, "B C"]:
     """The K = ⌊k·B⌋ largest of the whole batch (APD: "batch top-k"), B counted over all devices.
 
     Args:
       k: mean number of components kept per example, at most C; may be traced.
-      axis_name: the mapped device axis that the batch is split over, in order; the mask is then the same as on one device.
+      axis_name, component_axis: the mapped device axes that the batch and the components are split over.
       valid: rows that count (positions that are not padding); the others keep nothing, and B is the number of valid ones.
     Returns: mask with exactly K True; ties go to the lower example, then the lower component.
     Raises:
       InputError: a Python k below 0 or above C.
-    Cost: some tens of counting passes over the scores, no sort; with axis_name as many scalar psums.
+    Cost: some tens of counting passes over the scores, no sort; with axes as many scalar psums.
     """
     B, C = attributions.shape
-    _check_k(k, C)
+    _check_k(k, _columns(C, component_axis)[1])
+    axes = {"axis_name": axis_name, "component_axis": component_axis}
     if valid is None:
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
-        return batch_largest(attributions, num_kept(k, B * devices), axis_name=axis_name)
-    count = jnp.sum(valid, dtype=jnp.int32)
-    count = count if axis_name is None else lax.psum(count, axis_name)
+        return batch_largest(attributions, num_kept(k, B * devices), **axes)
+    count = psum(jnp.sum(valid, dtype=jnp.int32), axis_name)
     num = num_kept(jnp.asarray(k, jnp.float32), count)
-    return batch_largest(jnp.where(valid[:, None], attributions, -jnp.inf), num, axis_name=axis_name) & valid[:, None]
+    return batch_largest(jnp.where(valid[:, None], attributions, -jnp.inf), num, **axes) & valid[:, None]
 
 
-def batch_largest(attributions: Float[Array, "B C"], num: Any, *, axis_name: str | None = None) -> Bool[Array, "B C"]:
+def batch_largest(
+    attributions: Float[Array, "B C"], num: Any, *, axis_name: str | None = None, component_axis: str | None = None
+) -> Bool[Array, "B C"]:
     """The `num` largest of the whole batch: `batch_topk` with the count itself given ("exact" passes the true one)."""
     B, C = attributions.shape
-    first = 0 if axis_name is None else lax.axis_index(axis_name).astype(jnp.uint32) * (B * C)
-    index = first + jnp.arange(B * C, dtype=jnp.uint32).reshape(B, C)
+    first, num_all = _columns(C, component_axis)
+    row = jnp.uint32(place(axis_name)) * B + jnp.arange(B, dtype=jnp.uint32)
+    index = row[:, None] * num_all + (first + jnp.arange(C, dtype=jnp.uint32))[None]
 
     def count(flags):
-        local = jnp.sum(flags, dtype=jnp.int32)
-        return local if axis_name is None else lax.psum(local, axis_name)
+        return psum(jnp.sum(flags, dtype=jnp.int32), axis_name, component_axis)
 
     return _largest(_ordered_bits(attributions), index, jnp.asarray(num, jnp.int32), count)

@@ -126,20 +126,25 @@ def pmap_steps(step: Callable, num_steps: int, devices: Devices) -> Callable:
       buffers are donated. Batches from the host come as one more argument, leaves [num_steps, B, ...], the same in every process.
       The step's `settings` are passed on.
     """
-    many = step_lib.scan_steps(step, num_steps)
-    program = jax.pmap(
-        lambda state, params, key, batches, settings: many(state, params, key, *batches, settings=settings),
-        axis_name=AXIS,
-        in_axes=(0, None, None, None, None),
-        donate_argnums=0,
-        devices=devices,
-    )
+    program = pmap_program(step, num_steps, devices)
 
     def run(state: PyTree, params: PyTree, key: jax.Array, *batches: PyTree, settings: PyTree = None):
         state, metrics = program(state, params, key, batches, settings)
         return state, jax.tree.map(lambda a: a[0], metrics)
 
     return run
+
+
+def pmap_program(step: Callable, num_steps: int, devices: Devices) -> Any:
+    """The mapped function of `pmap_steps`, (state, params, key, batches, settings), to be called or lowered."""
+    many = step_lib.scan_steps(step, num_steps)
+    return jax.pmap(
+        lambda state, params, key, batches, settings: many(state, params, key, *batches, settings=settings),
+        axis_name=AXIS,
+        in_axes=(0, None, None, None, None),
+        donate_argnums=0,
+        devices=devices,
+    )
 
 
 def replicate(tree: PyTree, devices: Devices) -> PyTree:

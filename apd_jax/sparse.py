@@ -24,6 +24,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import interpret
+from apd_jax.collectives import over_components
 from apd_jax.components import Components
 from apd_jax.dispatch import Plan, make_plan
 from apd_jax.errors import InputError
@@ -129,7 +130,8 @@ def _materialized(apply_fn, params, components, mask, x):
     stacked = {name: f.weights.reshape(components.num_components, -1) for name, f in components.factors.items()}
 
     def one(mask_b, x_b):
-        kappas = {name: (mask_b.astype(p.dtype) @ p).reshape(leaves[name].shape).astype(leaves[name].dtype) for name, p in stacked.items()}
+        sums = over_components({name: mask_b.astype(p.dtype) @ p for name, p in stacked.items()}, components.axis)
+        kappas = {name: p.reshape(leaves[name].shape).astype(leaves[name].dtype) for name, p in sums.items()}
         result = apply_fn(components_lib.replace_leaves(params, kappas), jax.tree.map(lambda a: a[None], x_b))
         return jax.tree.map(lambda a: a[0], result)
 

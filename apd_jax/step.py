@@ -19,6 +19,7 @@ from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import dispatch, losses, masks, schedules, sparse
+from apd_jax.collectives import over_components, place, psum
 from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.errors import InputError
@@ -105,7 +106,12 @@ def make_attribution_fn(
 
 
 def make_mask_fn(
-    config: Config, *, num_active_fn: Callable | None = None, valid_fn: Callable | None = None, axis_name: str | None = None
+    config: Config,
+    *,
+    num_active_fn: Callable | None = None,
+    valid_fn: Callable | None = None,
+    axis_name: str | None = None,
+    component_axis: str | None = None,
 ) -> Callable:
     """(attributions [B, C] or [B, T, C], x) -> mask like them, bool: which components are kept, as `config.mask` says.
 
@@ -118,24 +124,28 @@ def make_mask_fn(
         raise InputError(
             "mask = 'exact' keeps as many components as features are active, which this target does not tell; use mask = 'batch_topk'."
         )
+    axes = {"axis_name": axis_name, "component_axis": component_axis}
 
     def choose(scores, x, valid) -> Bool[Array, "n C"]:
         if config.mask == "batch_topk":
-            return masks.batch_topk(scores, config.topk, axis_name=axis_name, valid=valid)
+            return masks.batch_topk(scores, config.topk, valid=valid, **axes)
         if config.mask == "topk":
-            return masks.topk(scores, config.topk)
+            return masks.topk(scores, config.topk, component_axis=component_axis)
         if config.mask == "threshold":
             return scores > config.threshold
         if config.mask == "exact" and num_active_fn is not None:
-            num = jnp.sum(num_active_fn(x), dtype=jnp.int32)
-            return masks.batch_largest(scores, num if axis_name is None else lax.psum(num, axis_name), axis_name=axis_name)
+            return masks.batch_largest(scores, psum(jnp.sum(num_active_fn(x), dtype=jnp.int32), axis_name), **axes)
         return jnp.ones(scores.shape, jnp.bool_)
 
     def mask_fn(attributions: Float[Array, "B *T C"], x: PyTree) -> Bool[Array, "B *T C"]:
-        n = config.num_always_on
         valid = valid_fn(x).reshape(-1) if valid_fn is not None and attributions.ndim == 3 else None
-        chosen = choose(attributions.reshape(-1, attributions.shape[-1])[:, n:], x, valid)
-        mask = jnp.concatenate([jnp.ones((chosen.shape[0], n), jnp.bool_), chosen], axis=1)
+        scores = attributions.reshape(-1, attributions.shape[-1])
+        if config.num_always_on:
+            number = place(component_axis) * scores.shape[1] + jnp.arange(scores.shape[1])
+            always = (number < config.num_always_on)[None]
+            mask = always | choose(jnp.where(always, -jnp.inf, scores), x, valid)
+        else:
+            mask = choose(scores, x, valid)
         return (mask if valid is None else mask & valid[:, None]).reshape(attributions.shape)
 
     return mask_fn
@@ -150,6 +160,7 @@ def make_step(
     num_active_fn: Callable | None = None,
     valid_fn: Callable | None = None,
     axis_name: str | None = None,
+    component_axis: str | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
     """The train step `(state, target_params, key, x = None, settings = None) -> (state, metrics)`, pure: for jit, scan, vmap or pmap.
 
@@ -164,6 +175,8 @@ def make_step(
       num_active_fn: x -> [B], number of truly active features (mask = "exact").
       valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are not padding: the others count nowhere.
       axis_name: the mapped axis over which the batch is split.
+      component_axis: the mapped axis over which the components are split: the state then holds this device's share of them, in order.
+        Activations, their cotangents and counts cross it, components and their gradients never.
     Returns: metrics holds every loss term before its coefficient, their weighted sum `total`, and `mean_active`.
     """
     make_mask_fn(config, num_active_fn=num_active_fn)  # refuses what it must before anything is traced
@@ -181,14 +194,14 @@ def make_step(
         }
 
     def loss_terms(now: Config, components, params, x, mask, rng) -> Metrics:
-        terms = {}
+        terms, components = {}, components_lib.split_over(components, component_axis)
         weights, share = _weights(x, valid_fn, axis_name)
         if config.faithfulness_coeff > 0:
             terms["faithfulness"] = losses.faithfulness(components, params)
         if use_sparse:
             target_out, target_hidden = split_result(apply_fn(params, x))
             rows = mask.size // mask.shape[-1]
-            slots = None if config.mask == "none" or config.num_always_on else dispatch.slots_for(config.topk, rows, mask.shape[-1])
+            slots = None if config.mask == "none" or config.num_always_on else dispatch.slots_for(config.topk, rows, config.num_components)
             result = sparse.apply(apply_fn, params, components, mask, x, route=config.sparse_route, slots=slots)
             sparse_out, sparse_hidden = split_result(result)
             if config.minimality_coeff > 0:
@@ -198,7 +211,7 @@ def make_step(
         active = mask
         if use_lp:  # the one variant in which gradients flow through the attributions
             powers = losses.attribution_lp(attribute(components, params, x, rng), now.attribution_lp_p)
-            terms["attribution_lp"] = jnp.mean(losses.weighted(jnp.sum(powers, axis=-1), weights))
+            terms["attribution_lp"] = over_components(jnp.mean(losses.weighted(jnp.sum(powers, axis=-1), weights)), component_axis)
             active = powers if config.mask == "none" else mask
         if config.simplicity_coeff > 0:
             terms["simplicity"] = losses.simplicity(components, active, now.schatten_p) / (share if mask.ndim == 3 else 1)
@@ -209,7 +222,7 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         now = config_lib.override(config, settings)
         optimizer = make_optimizer(now)
-        mask_fn = make_mask_fn(now, num_active_fn=num_active_fn, valid_fn=valid_fn, axis_name=axis_name)
+        mask_fn = make_mask_fn(now, num_active_fn=num_active_fn, valid_fn=valid_fn, axis_name=axis_name, component_axis=component_axis)
         x = _local_batch(sample_fn(key, state.step) if x is None and sample_fn else x, axis_name)
         components = components_lib.normalize_U(state.components) if config.unit_norm_U else state.components
 
@@ -219,7 +232,7 @@ def make_step(
         if config.mask == "none":
             mask = mask_fn(jnp.zeros(jax.eval_shape(attribute, components, params, x, rng).shape), x)
         else:
-            squares = attribute(components, params, x, rng)
+            squares = attribute(components_lib.split_over(components, component_axis), params, x, rng)
             mask = mask_fn(jnp.sqrt(squares) if config.mask == "threshold" else squares, x)  # the others ask for the order only
 
         def loss(components):
@@ -228,7 +241,7 @@ def make_step(
             return sum(coefficient[name] * term for name, term in terms.items()), terms
 
         (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(components)
-        metrics = {"total": total, **terms, "mean_active": _mean_active(mask, x, valid_fn, axis_name)}
+        metrics = {"total": total, **terms, "mean_active": psum(_mean_active(mask, x, valid_fn, axis_name), component_axis)}
         if axis_name is not None:
             gradient, metrics = lax.pmean((gradient, metrics), axis_name)
         if config.unit_norm_U:
@@ -281,7 +294,7 @@ def _mean_active(mask: Bool[Array, "B *T C"], x: PyTree, valid_fn: Callable | No
 def _example_keys(key: PRNGKeyArray, x: PyTree, axis_name: str | None) -> Array:
     """One key per example of the whole batch, so that the draws do not depend on the number of devices."""
     size = jax.tree.leaves(x)[0].shape[0]
-    first = 0 if axis_name is None else lax.axis_index(axis_name) * size
+    first = place(axis_name) * size
     return jax.vmap(lambda b: jax.random.fold_in(key, b))(first + jnp.arange(size))
 
 

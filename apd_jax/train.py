@@ -19,7 +19,7 @@ from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
-from apd_jax import checkpoint, data, parallel
+from apd_jax import checkpoint, data, parallel, placement
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import step as step_lib
@@ -31,6 +31,7 @@ from apd_jax.progress import MetricsLog, ProgressDisplay
 from apd_jax.step import TrainState
 
 Settings = Mapping[str, np.ndarray]  # {field: [instances]}
+Placement = placement.Copies | placement.Shards
 
 
 def fit(
@@ -49,8 +50,8 @@ def fit(
     Returns: the components (with a leading axis of instances if there are several) and the logged rows.
     Raises: as `advance`.
     """
-    state, rows = advance(problem, config, components=components, workdir=workdir, title=title)
-    return finished(state.components, config), rows
+    state, rows, placed = _advance(problem, config, components=components, workdir=workdir, title=title)
+    return finished(placed.get(state.components), config), rows
 
 
 def advance(
@@ -66,8 +67,8 @@ def advance(
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """`fit` by parts, and with instances that differ in settings: from a state, or the newest checkpoint in `workdir`, to a step.
 
-    Of several processes every one must call this, with the same arguments; only process 0 touches `workdir`, and only its rows go
-    back to before a resume.
+    Of several processes every one must call this, with the same arguments. Only process 0 touches `workdir`, and only its rows go
+    back to before a resume; where components are split over devices, every process writes its own into the checkpoints.
 
     Args:
       state: where to begin; None is step 0, at random but for `components`.
@@ -78,33 +79,49 @@ def advance(
       InputError: settings, data or checkpoints that do not fit. NonFiniteError: a loss is not finite.
       Interrupted: SIGINT or SIGTERM came; a checkpoint is saved (only with a workdir, otherwise signals are left alone).
     """
+    state, rows, placed = _advance(
+        problem, config, state, components=components, settings=settings, until=until, workdir=workdir, title=title
+    )
+    return placed.get(state), rows
+
+
+def _advance(
+    problem: Problem,
+    config: Config,
+    state: TrainState | None = None,
+    *,
+    components: Components | None,
+    settings: Settings | None = None,
+    until: int | None = None,
+    workdir: epath.PathLike | None,
+    title: str,
+) -> tuple[TrainState, list[dict[str, Any]], Placement]:
+    """`advance`, with the state still on the devices."""
     config_lib.validate(config)
-    devices = parallel.global_devices()
-    parallel.check_batch(config.batch_size, len(devices))
+    placed = placement.arrange(config, parallel.global_devices())
     _check_batch_size(problem, config)
     end = config.num_steps if until is None else until
-    initial, key, step = _build(problem, config, settings)
+    initial, key, step = _build(problem, config, settings, placed)
     if components is not None:
         initial = dataclasses.replace(initial, components=components)
-    with _resumed(workdir, config, initial if state is None else state) as (start, reached, record):
+    with _resumed(workdir, config, initial if state is None else state, placed) as (start, reached, record):
         if start < end:
-            params = jax.tree.map(jnp.asarray, problem.params)
             traced = None if settings is None else _traced(settings)
-            program = functools.cache(lambda num_steps: parallel.pmap_steps(step, num_steps, devices))
+            params, key, traced = placed.share((jax.tree.map(jnp.asarray, problem.params), key, traced))
+            program = functools.cache(lambda num_steps: placed.steps(step, num_steps))
             calls = data.calls(problem.sample_fn, start, end, config.steps_per_call)
             run = lambda state, num_steps, batches: program(num_steps)(state, params, key, *batches, settings=traced)  # noqa: E731
             with _caught_signals() if workdir is not None else contextlib.nullcontext([]) as caught:
-                reached = parallel.replicate(reached, devices)
                 reached = _train(run, reached, start, end, calls, config, record, caught, title, may_diverge=settings is not None)
-            reached = parallel.unreplicate(reached)
-        return reached, record.rows
+        return reached, record.rows, placed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What a run leaves behind: its rows, and on process 0 of a run with a workdir the files."""
+    """What a run leaves behind: its rows, and on process 0 of a run with a workdir the files (of Shards, checkpoints on all)."""
 
     rows: list[dict[str, Any]]
+    placed: Placement
     log: MetricsLog | None = None
     checkpoints: ocp.CheckpointManager | None = None
 
@@ -113,30 +130,36 @@ class _Record:
 
     def save(self, step: int, state: PyTree) -> None:
         if self.checkpoints:
-            checkpoint.save(self.checkpoints, step, parallel.unreplicate(state))
+            checkpoint.save(self.checkpoints, step, state if isinstance(self.placed, placement.Shards) else self.placed.get(state))
 
     def wait_until_saved(self) -> None:
         parallel.from_primary(self.checkpoints.wait_until_finished if self.checkpoints else lambda: None)
 
 
 @contextlib.contextmanager
-def _resumed(workdir: epath.PathLike | None, config: Config, initial: TrainState) -> Iterator[tuple[int, TrainState, _Record]]:
-    """Where a run goes on: at the workdir's newest checkpoint, or with the initial state."""
-    begin = (int(np.max(initial.step)), initial)  # the same of all instances
+def _resumed(
+    workdir: epath.PathLike | None, config: Config, initial: TrainState, placed: Placement
+) -> Iterator[tuple[int, TrainState, _Record]]:
+    """Where a run goes on, on the devices: at the workdir's newest checkpoint, or with the initial state."""
+    together = isinstance(placed, placement.Shards)  # no process may hold the whole state, so each reads and writes its part of it
+    initial = placed.put(initial) if together else initial
+    begin = (int(np.max(jax.device_get(initial.step))), initial)  # the same of all instances
     if workdir is None:
-        yield *begin, _Record([])
+        yield begin[0], initial if together else placed.put(initial), _Record([], placed)
         return
     with contextlib.ExitStack() as stack:
-        manager = None
-        if parallel.is_primary():
+        manager, log = None, None
+        if parallel.is_primary() or together:
             folder = epath.Path(workdir) / "checkpoints"
-            manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(folder, config.keep_checkpoints)))
-        start, state = parallel.from_primary(lambda: checkpoint.restore_latest(manager, initial) or begin, like=begin)
-        record = _Record([])
+            manager = stack.enter_context(contextlib.closing(checkpoint.open_manager(folder, config.keep_checkpoints, together=together)))
+        if together:
+            start, state = checkpoint.restore_latest(manager, initial, together=True) or begin
+        else:
+            start, state = parallel.from_primary(lambda: checkpoint.restore_latest(manager, initial) or begin, like=begin)
+            state = placed.put(state)
         if parallel.is_primary():
             log = stack.enter_context(contextlib.closing(MetricsLog(workdir, int(start))))
-            record = _Record(log.rows, log, manager)
-        yield int(start), state, record
+        yield int(start), state, _Record(log.rows if log else [], placed, log, manager)
 
 
 def _train(
@@ -190,7 +213,7 @@ def restore_components(problem: Problem, config: Config, workdir: epath.PathLike
     Raises:
       InputError: there is none.
     """
-    like = jax.eval_shape(lambda: _build(problem, config, None)[0])
+    like = jax.eval_shape(lambda: _build(problem, config, None, placement.Copies(jax.local_devices()[:1]))[0])
     _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like, until=until)
     return step, finished(state.components, config)
 
@@ -200,7 +223,7 @@ def finished(components: Components, config: Config) -> Components:
     return components_lib.normalize_U(components) if config.unit_norm_U else components
 
 
-def _build(problem: Problem, config: Config, settings: Settings | None):
+def _build(problem: Problem, config: Config, settings: Settings | None, placed: Placement):
     """Initial state, data key and per-device step; with a leading axis of instances if there are several, or settings of theirs."""
     layouts = problem.layouts
 
@@ -217,7 +240,7 @@ def _build(problem: Problem, config: Config, settings: Settings | None):
         attribution_fn=problem.attribution_fn,
         num_active_fn=problem.num_active_fn,
         valid_fn=problem.valid_fn,
-        axis_name=parallel.AXIS,
+        **placed.axes,
     )
     if settings is None:
         roots, instances = jax.random.key(config.seed)[None], jnp.arange(config.num_instances)
@@ -226,8 +249,8 @@ def _build(problem: Problem, config: Config, settings: Settings | None):
         roots, instances = jnp.stack([jax.random.key(int(seed)) for seed in seeds]), jnp.zeros(config.num_instances, jnp.int32)
     init_keys, data_keys = jax.vmap(_keys)(jnp.broadcast_to(roots, instances.shape), instances)
     if config.num_instances == 1 and settings is None:
-        return jax.jit(make_state)(init_keys[0]), data_keys[0], step
-    state = jax.jit(jax.vmap(make_state))(init_keys, None if settings is None else _traced(settings))
+        return placed.make(make_state, init_keys[0]), data_keys[0], step
+    state = placed.make(jax.vmap(make_state), init_keys, None if settings is None else _traced(settings))
     return state, data_keys, jax.vmap(step, in_axes=(0, None, 0, None) if fed else (0, None, 0))
 
 

@@ -12,6 +12,8 @@ from ml_collections import ConfigDict
 from apd_jax.config import Config
 from apd_jax.errors import InputError
 
+_MAY_CHANGE = ("num_component_shards",)  # with the machine that a run goes on, like the number of devices
+
 
 def claim(workdir: epath.PathLike, config: Config) -> None:
     """Makes the workdir with its config.json, or checks that it belongs to this very config.
@@ -24,7 +26,8 @@ def claim(workdir: epath.PathLike, config: Config) -> None:
     if (folder / "config.json").exists():
         there, here = flat(load_config(folder).to_dict()), flat(wanted)
         absent = "absent"
-        if changed := [name for name in sorted(there | here) if there.get(name, absent) != here.get(name, absent)]:
+        names = [name for name in sorted(there | here) if name.rsplit(".")[-1] not in _MAY_CHANGE]
+        if changed := [name for name in names if there.get(name, absent) != here.get(name, absent)]:
             differences = "; ".join(f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here" for name in changed)
             raise InputError(
                 f"workdir {folder} belongs to another config: {differences}. Use another workdir, or the config that it was started with."

@@ -1,6 +1,6 @@
 """Fills in launch/jobset.yaml and hands it to kubectl.
 
-python launch/jobset.py --name=apd --image=IMAGE --processes=4 [--gpus=8] [--dry-run] -- --config=... --workdir=gs://...
+python launch/jobset.py --name=apd --image=IMAGE --processes=4 [--gpus=8] [--module=apd_jax.main] [--dry-run] -- --config=... --workdir=gs://...
 """
 
 import argparse
@@ -17,7 +17,8 @@ def main() -> None:
     parser.add_argument("--processes", required=True, type=int, help="pods")
     parser.add_argument("--gpus", default=8, type=int, help="GPUs per pod")
     parser.add_argument("--dry-run", action="store_true", help="print the JobSet and do nothing")
-    parser.add_argument("args", nargs="+", help="what follows python -m apd_jax.main")
+    parser.add_argument("--module", default="apd_jax.main", help="what is run")
+    parser.add_argument("args", nargs="+", help="what follows python -m MODULE")
     given = parser.parse_args()
     template = string.Template((pathlib.Path(__file__).parent / "jobset.yaml").read_text())
     jobset = template.substitute(
@@ -25,6 +26,7 @@ def main() -> None:
         IMAGE=given.image,
         PROCESSES=given.processes,
         GPUS=given.gpus,
+        MODULE=given.module,
         ARGS=json.dumps(given.args),  # a JSON list is YAML
     )
     if given.dry_run:

@@ -4,7 +4,7 @@
 #   launch/local.sh [--dry-run] PROCESSES [DEVICES_PER_PROCESS] --config=... --workdir=...
 #
 # When one process fails the others are stopped. Ctrl-C and SIGTERM reach all of them: they save one checkpoint, and the same
-# command goes on from there. PYTHON names the interpreter (default: python).
+# command goes on from there. PYTHON names the interpreter (default: python), MODULE what is run (default: apd_jax.main).
 set -euo pipefail
 
 dry_run=false
@@ -29,7 +29,7 @@ shared=(
 set -m # each process in a group of its own: Ctrl-C comes to it through this script, once
 running=() # by process id
 for ((i = 0; i < processes; i++)); do
-  command=(env "${shared[@]}" "JAX_PROCESS_ID=$i" "$python" -m apd_jax.main "$@")
+  command=(env "${shared[@]}" "JAX_PROCESS_ID=$i" "$python" -m "${MODULE:-apd_jax.main}" "$@")
   if $dry_run; then
     printf '%q ' "${command[@]}"
     echo

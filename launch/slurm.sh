@@ -5,7 +5,8 @@
 #   launch/slurm.sh --dry-run --config=... --workdir=...       # prints what a job would do
 #
 # Before its time limit, and when it is preempted, a job saves a checkpoint, is queued again, and goes on.
-# The tasks of a node must equal its GPUs and see all of them: JAX picks one for each. PYTHON names the interpreter (.venv/bin/python).
+# The tasks of a node must equal its GPUs and see all of them: JAX picks one for each. PYTHON names the interpreter (.venv/bin/python),
+# MODULE what is run (apd_jax.main).
 #SBATCH --job-name=apd_jax
 #SBATCH --nodes=2
 #SBATCH --gpus-per-node=8
@@ -20,12 +21,12 @@ if [[ ${1-} == --dry-run ]]; then
   shift
   dry_run=true
 elif [[ -z ${SLURM_JOB_ID-} ]]; then
-  sed -n '2,8s/^# \{0,1\}//p' "$0" >&2
+  sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
   exit 2
 fi
 
 # A failed process ends the step at once: the others would wait for it.
-command=(srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m apd_jax.main "$@")
+command=(srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m "${MODULE:-apd_jax.main}" "$@")
 if $dry_run; then
   grep '^#SBATCH' "$0"
   printf '%q ' "${command[@]}"

@@ -5,7 +5,8 @@
 #
 # Queues the slice NAME unless it is there, installs this commit on all workers, and runs the command on all of them. After a
 # preemption, or a lost connection, give the same command again: the run goes on from its checkpoint. Settings, by environment:
-# ZONE (us-west4-a), ACCELERATOR (v5litepod-16), RUNTIME (v2-alpha-tpuv5-lite), CREATE_OPTIONS (--spot). Delete the slice with
+# ZONE (us-west4-a), ACCELERATOR (v5litepod-16), RUNTIME (v2-alpha-tpuv5-lite), CREATE_OPTIONS (--spot),
+# MODULE, what is run (apd_jax.main). Delete the slice with
 #   gcloud compute tpus queued-resources delete NAME --zone=ZONE --force
 set -euo pipefail
 
@@ -51,4 +52,4 @@ run gcloud compute tpus tpu-vm scp "$folder/$archive" "$name:" --zone="$zone" --
 on_all_workers "mkdir -p apd_jax && tar xzf $archive -C apd_jax && cd apd_jax && python3 -m pip install --quiet uv \
 && { [ -d .venv ] || python3 -m uv venv --python 3.12 .venv; } && python3 -m uv pip install --quiet --python .venv/bin/python --editable '.[tpu]' gcsfs"
 # The lock: a command whose connection was lost may still be running, and holds the TPU.
-on_all_workers "cd apd_jax && APD_JAX_MULTIHOST=1 flock --nonblock --conflict-exit-code 75 .lock .venv/bin/python -m apd_jax.main$(printf ' %q' "$@")"
+on_all_workers "cd apd_jax && APD_JAX_MULTIHOST=1 flock --nonblock --conflict-exit-code 75 .lock .venv/bin/python -m ${MODULE:-apd_jax.main}$(printf ' %q' "$@")"

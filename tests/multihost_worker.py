@@ -1,6 +1,6 @@
 """One of several processes: joins the others, checks the global mask, decomposes in a workdir, and saves what it ends up with.
 
-python multihost_worker.py WORKDIR NUM_STEPS SIGNALLED_PROCESS SIGNAL_AT_STEP
+python multihost_worker.py WORKDIR NUM_STEPS SIGNALLED_PROCESS SIGNAL_AT_STEP NUM_COMPONENT_SHARDS
 """
 
 import os
@@ -18,7 +18,7 @@ from apd_jax.problem import Problem
 TIED_SCORES = np.random.default_rng(0).integers(0, 3, (8, 5)).astype(np.float32)  # three values: the cut lies among ties
 
 
-def make_problem(num_steps: int) -> tuple:
+def make_problem(num_steps: int, num_component_shards: int = 1) -> tuple:
     """A one-layer network whose inputs are mostly zero, and its config."""
     params = {"W": jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)}
 
@@ -29,6 +29,7 @@ def make_problem(num_steps: int) -> tuple:
     config = default_config()
     config.update({"num_components": 4, "topk": 1.1, "batch_size": 16, "num_steps": num_steps, "init_scale": 3.0, "learning_rate": 1e-2})
     config.update({"steps_per_call": 4, "log_every_steps": 1, "checkpoint_every_steps": 8})
+    config.num_component_shards = num_component_shards
     return Problem(lambda params, x: jax.nn.relu(x @ params["W"]), params, sample_fn), config
 
 
@@ -48,7 +49,7 @@ def refuse() -> None:
     raise InputError("a reason that process 0 alone can see")
 
 
-def main(workdir: str, num_steps: str, signalled: str, step: str) -> None:
+def main(workdir: str, num_steps: str, signalled: str, step: str, num_component_shards: str) -> None:
     parallel.initialize()
     index, devices = jax.process_index(), parallel.global_devices()
     shard = TIED_SCORES.reshape(len(devices), -1, 5)[[i for i, d in enumerate(devices) if d.process_index == index]]
@@ -66,7 +67,7 @@ def main(workdir: str, num_steps: str, signalled: str, step: str) -> None:
         result["refused"] = str(error)
     stopped = 0
     try:
-        components, _ = train.fit(*make_problem(int(num_steps)), workdir=workdir)
+        components, _ = train.fit(*make_problem(int(num_steps), int(num_component_shards)), workdir=workdir)
         result |= {"U": components.factors["W"].U, "V": components.factors["W"].V}
     except Interrupted as stop:
         result["stopped_at"] = stop.step

@@ -142,6 +142,23 @@ def test_jobset_gives_every_pod_the_same_command():
     assert env == {"JAX_COORDINATOR_ADDRESS": "apd-workers-0-0.apd:8476", "JAX_NUM_PROCESSES": "4", "JAX_PROCESS_ID": None}
 
 
+@pytest.mark.parametrize("module", ["apd_jax.sweep", "apd_jax.evidence"])
+def test_launchers_start_any_module(module):
+    env = {"MODULE": module}
+    of_scripts = [
+        run("launch/local.sh", "--dry-run", "2", *ARGS, env=env).stdout.splitlines()[0],
+        run("launch/slurm.sh", "--dry-run", *ARGS, env=env).stdout.splitlines()[-1],
+    ]
+    words = [shlex.split(line) for line in of_scripts]
+    words.append(remote_words(shlex.split(run("launch/tpu_pod.sh", "--dry-run", "pod", *ARGS, env=env).stdout.splitlines()[-1])))
+    assert [line[-5:] for line in words] == [["-m", module, *ARGS]] * 3
+    options = ["--name=apd", "--image=i", "--processes=2", f"--module={module}", "--dry-run"]
+    jobset = yaml.safe_load(run(sys.executable, "launch/jobset.py", *options, "--", *ARGS).stdout)
+    (workers,) = jobset["spec"]["replicatedJobs"]
+    (container,) = workers["template"]["spec"]["template"]["spec"]["containers"]
+    assert container["command"] == ["python", "-m", module]
+
+
 def test_jobset_goes_to_kubectl(played, tmp_path):
     env, log = played(kubectl=f"cat >{tmp_path}/applied")
     done = run(sys.executable, "launch/jobset.py", "--name=apd", "--image=i", "--processes=2", "--", *ARGS, env=env)

@@ -24,13 +24,13 @@ NUM_STEPS = 24
 ENV = os.environ | {"PYTHONPATH": str(ROOT)}  # with the conftest's flags for fast compilation
 
 
-def run_two_processes(workdir, *, num_steps=NUM_STEPS, signalled=-1, at_step=0):
+def run_two_processes(workdir, *, num_steps=NUM_STEPS, signalled=-1, at_step=0, num_component_shards=1):
     """Two workers with 2 devices each: the arrays that each saved, and the exit codes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = ENV | {"XLA_FLAGS": f"{ENV['XLA_FLAGS']} --xla_force_host_platform_device_count=2", "JAX_NUM_PROCESSES": "2"}
-    command = [sys.executable, worker.__file__, workdir, num_steps, signalled, at_step]
+    command = [sys.executable, worker.__file__, workdir, num_steps, signalled, at_step, num_component_shards]
     processes = [
         subprocess.Popen(
             [*map(str, command)], cwd=ROOT, env=env | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(i)}
@@ -45,14 +45,14 @@ def run_two_processes(workdir, *, num_steps=NUM_STEPS, signalled=-1, at_step=0):
     return [dict(np.load(f"{workdir}.{i}.npz")) for i in range(2)], codes
 
 
-def run_here(monkeypatch, workdir, num_devices, *, num_steps=NUM_STEPS, signal_at=None):
+def run_here(monkeypatch, workdir, num_devices, *, num_steps=NUM_STEPS, signal_at=None, num_component_shards=1):
     """The same in this process."""
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "global_devices", lambda: jax.devices()[:num_devices])
         if signal_at:
             patch.setattr(train.ProgressDisplay, "update", train.ProgressDisplay.update)  # restored afterwards
             worker.signal_at(signal_at)
-        return train.fit(*worker.make_problem(num_steps), workdir=workdir)
+        return train.fit(*worker.make_problem(num_steps, num_component_shards), workdir=workdir)
 
 
 def rows(workdir):
@@ -108,6 +108,24 @@ def test_stopped_with_one_process_and_resumed_with_two(tmp_path, monkeypatch, un
     check_rows(tmp_path / "w", history)
     for name in ("U", "V"):
         np.testing.assert_array_equal(first[name], second[name])
+        close(first[name], getattr(factors, name), 1e-4)
+
+
+def test_components_split_over_two_processes(tmp_path, monkeypatch, uninterrupted):
+    # Begun by one process, with two devices for the components and two for the batch. Then each of the four devices, two in a process,
+    # has one of the four components, and both processes read and write their part of a checkpoint. Its last is read here, by one device.
+    workdir = tmp_path / "w"
+    with pytest.raises(Interrupted, match="interrupted at step 8"):
+        run_here(monkeypatch, workdir, 4, signal_at=8, num_component_shards=2)
+    (first, second), codes = run_two_processes(workdir, num_component_shards=4)
+    assert codes == [0, 0]
+    factors, history = uninterrupted
+    check_rows(workdir, history)
+    step, restored = train.restore_components(*worker.make_problem(NUM_STEPS), workdir)
+    assert step == NUM_STEPS
+    for name in ("U", "V"):
+        np.testing.assert_array_equal(first[name], second[name])
+        np.testing.assert_array_equal(first[name], getattr(restored.factors["W"], name))
         close(first[name], getattr(factors, name), 1e-4)
 
 

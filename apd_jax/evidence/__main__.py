@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+import jax
 from absl import app, flags, logging
 
-from apd_jax import cli
+from apd_jax import cli, parallel
 from apd_jax.errors import InputError
 from apd_jax.evidence import workdir
 
@@ -27,20 +28,28 @@ _BITS_PER_RANK = flags.DEFINE_float("bits_per_rank", 1.0, "Description length: b
 def main(argv: Sequence[str]) -> None:
     logging.set_verbosity(logging.ERROR)  # orbax tells every file it reads
     try:
+        parallel.initialize()
+        if _FULL.value and jax.process_count() > 1:
+            cli.refuse("--full trains again, which one process does alone; give the command without a launcher.")
         if len(argv) > 1:
             cli.refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:
             cli.refuse("--workdir is missing; give the folder of a run, e.g. --workdir=runs/tms.")
         cli.keep_programs(_WORKDIR.value)
-        workdir.write(
-            _WORKDIR.value,
-            cli.make_console(),
-            full=_FULL.value,
-            other=_OTHER.value,
-            instance=_INSTANCE.value,
-            num_examples=_NUM_EXAMPLES.value,
-            bits_per_rank=_BITS_PER_RANK.value,
-        )
+        console = cli.make_console()
+
+        def write() -> None:
+            workdir.write(
+                _WORKDIR.value,
+                console,
+                full=_FULL.value,
+                other=_OTHER.value,
+                instance=_INSTANCE.value,
+                num_examples=_NUM_EXAMPLES.value,
+                bits_per_rank=_BITS_PER_RANK.value,
+            )
+
+        parallel.from_primary(write)
     except InputError as error:
         cli.refuse(str(error))
     except KeyboardInterrupt:
