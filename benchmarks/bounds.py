@@ -7,7 +7,8 @@ from. XLA's own cost analysis is not used: it counts a loop's body once and know
   memory       components, gradient and Adam's two moments read and written once, in float32: 8 passes over the components
   elementwise  one operation for every entry that arithmetic, a comparison or a choice gives, RANDOM_OPS for every random word
 
-A loop of unknown length counts once, except the search for the mask's threshold: PASSES times.
+Loops of unknown length: the search for the mask's threshold counts PASSES times, others (the further rounds of the dispatch, which
+hardly ever run) not at all.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
             if isinstance(p, Jaxpr | ClosedJaxpr)
         ]
         length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
-        if eqn.primitive.name == "while" and any(v.aval.dtype == jnp.uint32 for v in eqn.outvars if hasattr(v.aval, "dtype")):
-            length = PASSES
+        if eqn.primitive.name == "while":  # the search carries its thresholds as uint32
+            length = PASSES if any(getattr(v.aval, "dtype", None) == jnp.uint32 for v in eqn.outvars) else 0
         for program in inner:
             yield from equations(program, times * length)
         if not inner:
