@@ -21,6 +21,7 @@ from rich.table import Table
 from apd_jax import parallel, targets
 from apd_jax import step as step_lib
 from apd_jax.config import Config
+from apd_jax.targets.base import Target
 
 ROOT = Path(__file__).parents[1]
 WINDOWS = 7
@@ -99,7 +100,7 @@ def measure_peaks() -> Peaks:
 class Steps:
     """`steps` train steps of an experiment as one program on all local devices, with a state to run it on."""
 
-    target: targets.base.Target
+    target: Target
     params: Any
     config: Config
     steps: int

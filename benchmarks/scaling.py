@@ -73,8 +73,8 @@ def measure(point: dict[str, int], *, quick: bool) -> dict[str, Any]:
     return {
         **point,
         "ms": ms,
-        "temporaries_mib": memory.temp_size_in_bytes / 2**20,
-        "state_mib": memory.argument_size_in_bytes / 2**20,
+        "temporaries_mib": getattr(memory, "temp_size_in_bytes", 0) / 2**20,
+        "state_mib": getattr(memory, "argument_size_in_bytes", 0) / 2**20,
         "params_m": sum(leaf.size for leaf in jax.tree.leaves(cs)) / 1e6,
         **term_gflop(running),
     }
@@ -101,8 +101,8 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def efficiencies(model: dict[str, Any], matmul_gflops: float, overall: float) -> dict[str, float]:
-    """Share of the matmul peak per term; where the fit gives a term no time of its own, the share of the whole step."""
-    return {name: min(1.0, 1e3 / ms / matmul_gflops) if ms > 0 else overall for name, ms in model["ms_per_gflop"].items()}
+    """Share of the matmul peak per term, at most 1; where the fit gives a term no time of its own, the share of the whole step."""
+    return {name: min(1.0, 1e3 / ms / matmul_gflops if ms > 0 else overall) for name, ms in model["ms_per_gflop"].items()}
 
 
 def on_devices() -> list[dict[str, Any]]:
