@@ -9,7 +9,6 @@ from conftest import close
 
 from apd_jax import components as lib
 from apd_jax.errors import InputError
-from apd_jax.layout import Layout
 
 PARAMS = {
     "conv": jnp.ones((2, 2, 3, 4)),
@@ -100,23 +99,6 @@ def test_total_is_the_sum_of_the_materialised():
     close(total["conv"], weights["conv"].sum(0))
     close(total["dense"]["kernel"], weights["dense"]["kernel"].sum(0))
     assert total["dense"]["bias"] is PARAMS["dense"]["bias"] and total["steps"] is PARAMS["steps"]
-
-
-@pytest.mark.parametrize("batch", [(), (2,)], ids=["one matrix", "stacked"])
-def test_a_large_leaf_is_added_up_in_place_with_the_same_total_and_gradient(batch, monkeypatch):
-    key_u, key_v = jax.random.split(jax.random.key(3))
-    layout = Layout(tuple(range(len(batch))), (len(batch),), (len(batch) + 1,))
-    factors = lib.Factors(
-        jax.random.normal(key_u, (5, *batch, 7, 3)), jax.random.normal(key_v, (5, *batch, 3, 4)), (*batch, 7, 4), layout=layout
-    )
-    oracle = np.einsum("c...im,c...mo->...io", factors.U, factors.V)
-    gradients = {}
-    for threshold in (0, 10**9):  # bytes of one component's U above which nothing is laid out anew
-        monkeypatch.setattr(lib, "_LAID_OUT_BYTES", threshold)
-        close(lib.leaf_total(factors), oracle)
-        assert ("scan" in str(jax.make_jaxpr(lambda f: lib.leaf_total(f))(factors))) == (threshold == 0)
-        gradients[threshold] = jax.grad(lambda f: jnp.sum(jnp.sin(lib.leaf_total(f))))(factors)
-    jax.tree.map(close, gradients[0], gradients[10**9])
 
 
 def test_weighted_sum():
