@@ -1,5 +1,5 @@
 # make demo   decompose TMS 40-10 on this machine        make test   the tests
-# make bench  time of a train step                       make lint   format, lint and types
+# make bench  time, bounds, memory, scaling              make lint   format, lint and types      (BENCH="--quick", "--markdown", "--only step_time")
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -11,7 +11,7 @@ test: .venv/installed-dev
 	$(BIN)/python -m pytest
 
 bench: .venv/installed-dev
-	$(BIN)/python benchmarks/step_time.py --json runs/step_time.json
+	$(BIN)/python benchmarks --json runs/bench.json $(BENCH)
 
 lint: .venv/installed-dev
 	$(BIN)/ruff format --check .

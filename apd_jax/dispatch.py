@@ -99,12 +99,12 @@ def _dispatched_bwd(residuals, g):
     x, U, V, plan = residuals
 
     def weights(example):
-        rows = _gather(x, example)
-        return jax.vjp(lambda U, V: _experts(rows, U, V), U, V)[1](_gather(g, example))
+        rows, g_rows = _gather(x, example), _gather(g, example)
+        inner, pull = jax.vjp(lambda U: jax.vmap(read)(rows, U), U)
+        return pull(_times_transposed(g_rows, V))[0], jnp.einsum("csm,cse->cme", inner, g_rows)
 
     def inputs(example):
-        g_rows = _gather(g, example)
-        return _scatter((g_rows @ jnp.swapaxes(V, 1, 2)) @ jnp.swapaxes(U, 1, 2), example, x.shape[:2])
+        return _scatter(_times_transposed(_times_transposed(_gather(g, example), V), U), example, x.shape[:2])
 
     # Two loops, so that the one for x vanishes where x does not depend on the components (the first layer).
     dU, dV = _sum_rounds(plan, weights)
@@ -112,6 +112,14 @@ def _dispatched_bwd(residuals, g):
 
 
 _dispatched.defvjp(_dispatched_fwd, _dispatched_bwd)
+
+
+def _times_transposed(rows: Float[Array, "C Sr e"], V: Float[Array, "C m e"]) -> Float[Array, "C Sr m"]:
+    """rows Vᵀ, as (V rowsᵀ)ᵀ: a CPU copies the second factor of a product into an order of its own, and the rows are the smaller one.
+
+    Three times faster for 16 rows; the barrier keeps XLA from putting it back.
+    """
+    return jnp.swapaxes(lax.optimization_barrier(V @ jnp.swapaxes(rows, 1, 2)), 1, 2)
 
 
 def _experts(rows: Array, U: Float[Array, "C d m"], V: Float[Array, "C m e"]) -> Float[Array, "C Sr e"]:

@@ -242,7 +242,7 @@ def make_step(
 
         (total, terms), gradient = jax.value_and_grad(loss, has_aux=True)(components)
         metrics = {"total": total, **terms, "mean_active": psum(_mean_active(mask, x, valid_fn, axis_name), component_axis)}
-        if axis_name is not None:
+        if axis_name is not None and lax.axis_size(axis_name) > 1:  # of one device XLA would copy every gradient
             gradient, metrics = lax.pmean((gradient, metrics), axis_name)
         if config.unit_norm_U:
             gradient = components_lib.project_U_gradient(gradient, components)

@@ -1,89 +1,54 @@
-"""Milliseconds per train step of the paper's settings, the share of each part, peak memory, and the original's time.
+"""Milliseconds per train step of the paper's settings, beside the least they could be, the original's time and its memory.
 
-    python benchmarks/step_time.py --json FILE [--settings tms_5-2_b2048,resid_mlp_1_b256]
+    python benchmarks/step_time.py [--json FILE] [--settings tms_5-2_b2048,resid_mlp_1_b256] [--markdown] [--quick]
 
 Every setting runs in a process of its own, on a target trained as its config says, from the first step on. Time: median of WINDOWS
-windows of many steps in one XLA call, compilation apart. Parts are timed alone, each in a loop of its own, so they need not add up
-to the step, where XLA shares work between them. The matmul peak (float32, 2048x1000 by 1000x6500) is measured in the same process.
+windows of many steps in one XLA call, compilation apart. The bound: `bounds.py`, at the peaks measured in the same process. Parts are
+timed alone, each in a loop of its own, so they need not add up to the step, where XLA shares work between them.
+`--quick` takes a small version of one setting with an untrained target: it shows that everything runs, its numbers mean nothing.
 """
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import json
-import resource
-import runpy
-import statistics
 import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bounds
 import jax
 import jax.numpy as jnp
 import optax
 from absl import app, flags, logging
-from rich.console import Console
-from rich.table import Table
+from common import Steps, load_config, looped_s, measure_peaks, peak_memory_gib, show, write_json
 
-from apd_jax import attributions, dispatch, losses, parallel, sparse, targets
+from apd_jax import attributions, dispatch, losses, sparse, targets
 from apd_jax import step as step_lib
 from apd_jax.targets import pretrain
 
-ROOT = Path(__file__).parent.parent
-WINDOWS = 7
-# setting -> (config file, variant, batch size, steps in a window,
+# setting -> (config file, variant, batch size, steps in a window, steps of a published run,
 #             the released PyTorch code: ms per step and GiB on 2 CPU cores whose matmul peak was 330 GFLOP/s)
 SETTINGS = {
-    "tms_5-2_b2048": ("tms.py", "5-2", 2048, 500, (4.6, 0.37)),
-    "tms_40-10_b2048": ("tms.py", "40-10", 2048, 50, (57, 0.64)),
-    "resid_mlp_1_b256": ("resid_mlp.py", "1layer", 256, 5, (1080, 1.6)),
-    "resid_mlp_1_b2048": ("resid_mlp.py", "1layer", 2048, 2, (6800, 6.0)),
-    "resid_mlp_2_b256": ("resid_mlp.py", "2layer", 256, 5, (2400, 3.0)),
-    "resid_mlp_2_b2048": ("resid_mlp.py", "2layer", 2048, 2, (17800, 15.4)),
+    "tms_5-2_b2048": ("tms.py", "5-2", 2048, 500, 20_000, (4.6, 0.37)),
+    "tms_40-10_b2048": ("tms.py", "40-10", 2048, 50, 20_000, (57, 0.64)),
+    "resid_mlp_1_b256": ("resid_mlp.py", "1layer", 256, 5, 10_000, (1080, 1.6)),
+    "resid_mlp_1_b2048": ("resid_mlp.py", "1layer", 2048, 2, 40_000, (6800, 6.0)),
+    "resid_mlp_2_b256": ("resid_mlp.py", "2layer", 256, 5, 10_000, (2400, 3.0)),
+    "resid_mlp_2_b2048": ("resid_mlp.py", "2layer", 2048, 2, 10_000, (17800, 15.4)),
 }
+QUICK = ("resid_mlp_1_b256",)
 ORIGINAL_GFLOPS = 330
 
 _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 _SETTINGS = flags.DEFINE_list("settings", list(SETTINGS), "Which settings to time.")
+_MARKDOWN = flags.DEFINE_bool("markdown", False, "Print tables for the docs.")
+_QUICK = flags.DEFINE_bool("quick", False, "Small versions, for a look whether everything runs.")
 _ONE = flags.DEFINE_string("one", None, "Time one setting in this process and print its row (used by the others).")
-
-
-def load_config(file: str, variant: str):
-    return runpy.run_path(str(ROOT / "configs" / file))["get_config"](variant)
-
-
-def timed(call: Callable[[], Any], windows: int = WINDOWS) -> float:
-    """Median seconds of `call`, which blocks."""
-    seconds = []
-    for _ in range(windows):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
-
-
-def matmul_gflops() -> float:
-    a, b = jnp.ones((2048, 1000)), jnp.ones((1000, 6500))
-    product = jax.jit(jnp.matmul)
-    product(a, b).block_until_ready()
-    return 2 * 2048 * 1000 * 6500 / min(timed(lambda: product(a, b).block_until_ready(), 1) for _ in range(5)) / 1e9
-
-
-def looped_ms(body: Callable[..., Any], carry: Any, fixed: Any, steps: int) -> float:
-    """ms of one `carry = body(carry, i, fixed)`, in a scan of `steps` whose buffers are donated, as in training."""
-
-    def loop(carry, fixed):  # `fixed` is an argument, lest XLA fold it as a constant
-        return jax.lax.scan(lambda carry, i: (body(carry, i, fixed), None), carry, jnp.arange(steps))[0]
-
-    program = jax.jit(loop, donate_argnums=0)
-    held = [program(jax.tree.map(jnp.copy, carry), fixed)]
-
-    def call():
-        held[0] = jax.block_until_ready(program(held[0], fixed))
-
-    return timed(call) / steps * 1e3
 
 
 def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]:
@@ -123,89 +88,145 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
         "simplicity": (descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], config.schatten_p)), cs),
         "optimizer": (update, (cs, state.opt_state)),
     }
-    return {name: looped_ms(body, carry, fixed, steps) for name, (body, carry) in parts.items()}
+    return {name: 1e3 * looped_s(body, carry, fixed, steps) for name, (body, carry) in parts.items()}
 
 
-def time_setting(name: str) -> dict[str, Any]:
-    file, variant, batch_size, steps, (original_ms, original_gib) = SETTINGS[name]
-    experiment = load_config(file, variant)
-    with experiment.unlocked():
-        experiment.apd.batch_size = batch_size
-    config = experiment.apd
-    target = targets.build(experiment.target, batch_size)
-    params, _ = pretrain.pretrain(target, experiment.target)
-    key, devices = jax.random.key(0), jax.local_devices()
-    make_state = jax.jit(lambda key: step_lib.init_state(key, params, config, select=target.select, uses=target.uses))
-    step = step_lib.make_step(target.apply_fn, target.sample_fn, config, attribution_fn=target.attribution_fn, axis_name=parallel.AXIS)
-    program = parallel.pmap_steps(step, steps, devices)
-    held = [parallel.replicate(make_state(key), devices)]
+def largest_operations(call: Callable[[], Any], steps: int, num: int = 5) -> list[dict[str, Any]]:
+    """The operations of the compiled program that take longest, by `jax.profiler`."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            call()
+        file = next(Path(folder).rglob("*.xplane.pb"))
+        planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
+        on_device = [plane for plane in planes if plane.name.startswith("/device:")]
+        took: collections.Counter = collections.Counter()
+        for plane in on_device or planes:
+            for line in plane.lines:
+                for event in line.events:
+                    if not any(word in event.name for word in ("Execut", "while", "::", "$", "(", " ")):
+                        took[event.name] += event.duration_ns
+    return [{"operation": name, "ms_per_step": ns / 1e6 / steps} for name, ns in took.most_common(num)]
 
-    def call():
-        held[0], metrics = program(held[0], params, key)
-        jax.block_until_ready((held[0], metrics))
 
-    first = timed(call, 1)
-    seconds = timed(call) / steps
-    peak_rss_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    peak = matmul_gflops()
-    ms = seconds * 1e3
+def floor_gib() -> float:
+    """What a process takes that imports jax and these modules, and adds two numbers."""
+    code = "import common, jax; jax.numpy.add(1, 1).block_until_ready(); print(common.peak_memory_gib())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def time_setting(name: str, quick: bool) -> dict[str, Any]:
+    file, variant, batch_size, steps, full_run, (original_ms, original_gib) = SETTINGS[name]
+    experiment = load_config(file, f"{variant},smoke" if quick else variant)
+    batch_size, steps, windows = (32, 2, 2) if quick else (batch_size, steps, 7)
+    params = None
+    if not quick:
+        params, _ = pretrain.pretrain(targets.build(experiment.target, batch_size), experiment.target)
+    running = Steps.build(experiment, params, steps=steps, batch_size=batch_size)
+    ms, compile_s = running.ms_and_compile_s(windows)
+    used = peak_memory_gib()
+    peaks = measure_peaks()
+    counts = bounds.count(running.step, running.state, running.params, jax.random.key(0))
+    components = running.state.components
+    limits = bounds.bound(counts, sum(leaf.size for leaf in jax.tree.leaves(components)), peaks)
+    skinny_ms = bounds.dots_ms(counts["dots"])
     return {
         "setting": name,
         "ms_per_step": ms,
-        "compile_s": max(first - seconds * steps, 0.0),
-        "peak_rss_gib": peak_rss_gib,
-        "matmul_gflops": peak,
+        "compile_s": compile_s,
+        "peak_rss_gib": used,
+        "floor_gib": floor_gib(),
+        **dataclasses.asdict(peaks),
         "original_ms_per_step": original_ms,
         "original_peak_rss_gib": original_gib,
         "times_faster": original_ms / ms,
-        "times_faster_at_equal_matmul_peak": original_ms / ms * ORIGINAL_GFLOPS / peak,
-        "device": devices[0].device_kind,
-        "num_devices": len(devices),
-        "parts_ms": parts_ms(target, params, make_state(key), config, key, steps),
+        "times_faster_at_equal_matmul_peak": original_ms / ms * ORIGINAL_GFLOPS / peaks.matmul_gflops,
+        "full_run_minutes": full_run * ms / 6e4,
+        **limits,
+        "times_bound": ms / limits["bound_ms"],
+        "share_of_matmul_peak": limits["gflop"] / ms / peaks.matmul_gflops * 1e3,
+        "products_alone_ms": skinny_ms,
+        "products_alone_gflops": limits["gflop"] / skinny_ms * 1e3,
+        "device": jax.local_devices()[0].device_kind,
+        "num_devices": jax.local_device_count(),
+        "largest_operations": largest_operations(running.call, steps),
+        "parts_ms": parts_ms(running.target, running.params, running.state, running.config, jax.random.key(0), steps),
     }
 
 
-def tables_of(rows: list[dict[str, Any]]) -> list[Table]:
-    whole = Table(title=f"Time of a train step on {rows[0]['num_devices']} x {rows[0]['device']}")
-    numbers = {
+def tables(rows: list[dict[str, Any]], markdown: bool) -> None:
+    for row in rows:
+        quarter = row["original_peak_rss_gib"] / 4
+        row["quarter"] = f"{quarter:.2f}" + (" (below the floor)" if quarter < row["floor_gib"] else "")
+        row["share"] = f"{row['share_of_matmul_peak']:.0%}"
+        row |= {f"{part} bound": ms for part, ms in row["bound_parts_ms"].items()}
+        row |= {f"part {name}": ms for name, ms in row["parts_ms"].items()}
+    where = f"{rows[0]['num_devices']} x {rows[0]['device']}"
+    columns = {
+        "setting": "setting",
         "ms per step": "ms_per_step",
         "original": "original_ms_per_step",
         "times faster": "times_faster",
         "at equal matmul peak": "times_faster_at_equal_matmul_peak",
         "peak GiB": "peak_rss_gib",
         "original GiB": "original_peak_rss_gib",
+        "a quarter of it": "quarter",
+        "floor GiB": "floor_gib",
         "compile s": "compile_s",
-        "matmul GFLOP/s": "matmul_gflops",
+        "full run, min": "full_run_minutes",
     }
-    parts = Table(title="Share of each part, timed alone")
-    for table, columns in ((whole, numbers), (parts, rows[0]["parts_ms"])):
-        table.add_column("setting", no_wrap=True)
-        for column in columns:
-            table.add_column(column, justify="right")
-    for row in rows:
-        whole.add_row(row["setting"], *(f"{row[name]:.3g}" for name in numbers.values()))
-        total = sum(row["parts_ms"].values())
-        parts.add_row(row["setting"], *(f"{ms / total:.0%}" for ms in row["parts_ms"].values()))
-    return [whole, parts]
+    show(f"Time of a train step on {where}", rows, columns, markdown=markdown)
+    columns = {
+        "setting": "setting",
+        "GFLOP": "gflop",
+        "matmul ms": "matmul bound",
+        "memory ms": "memory bound",
+        "elementwise ms": "elementwise bound",
+        "bound ms": "bound_ms",
+        "largest": "binds",
+        "reached ms": "ms_per_step",
+        "times bound": "times_bound",
+        "of matmul peak": "share",
+        "products alone, ms": "products_alone_ms",
+    }
+    show("The least a step can take, from its shapes", rows, columns, markdown=markdown)
+    columns = {
+        "setting": "setting",
+        "matmul GFLOP/s": "matmul_gflops",
+        "products at their own shapes": "products_alone_gflops",
+        "memory GB/s": "memory_gb_s",
+        "elementwise Gop/s": "elementwise_gops",
+        "empty scan step, µs": "dispatch_us",
+    }
+    show("Peaks measured in the same process", rows, columns, markdown=markdown)
+    columns = {"setting": "setting"} | {name: f"part {name}" for name in rows[0]["parts_ms"]}
+    show("ms of each part, timed alone", rows, columns, markdown=markdown)
+    operations = [{"setting": row["setting"], **operation} for row in rows for operation in row["largest_operations"]]
+    show(
+        "The five largest operations",
+        operations,
+        {"setting": "setting", "operation": "operation", "ms per step": "ms_per_step"},
+        markdown=markdown,
+    )
 
 
 def main(argv) -> None:
     logging.set_verbosity(logging.WARNING)
     if _ONE.value:
-        print(json.dumps(time_setting(_ONE.value)))
+        print(json.dumps(time_setting(_ONE.value, _QUICK.value)))
         return
     if unknown := set(_SETTINGS.value) - set(SETTINGS):
         print(f"unknown settings {sorted(unknown)}; known: {', '.join(SETTINGS)}.", file=sys.stderr)
         sys.exit(2)
     rows = []
-    for name in _SETTINGS.value:
-        child = subprocess.run([sys.executable, __file__, f"--one={name}"], stdout=subprocess.PIPE, text=True, check=True)
+    for name in [name for name in _SETTINGS.value if name in QUICK] if _QUICK.value else _SETTINGS.value:
+        command = [sys.executable, __file__, f"--one={name}", f"--quick={_QUICK.value}"]
+        child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(child.stdout.splitlines()[-1]))
         print(f"{name}: {rows[-1]['ms_per_step']:.3g} ms per step", file=sys.stderr)
-        if _JSON.value:
-            Path(_JSON.value).parent.mkdir(parents=True, exist_ok=True)
-            Path(_JSON.value).write_text(json.dumps(rows, indent=2))
-    Console(width=None if sys.stdout.isatty() else 120).print(*tables_of(rows))
+        write_json(_JSON.value, rows)
+    if rows:
+        tables(rows, _MARKDOWN.value)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,112 @@
+"""The benchmarks' counting against numbers worked by hand, the fit against known coefficients, and the quick forms as documented."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bounds
+import common
+import pod
+import scaling
+
+
+def test_products_are_counted_with_the_loops_around_them():
+    a, b = jnp.ones((3, 4)), jnp.ones((4, 5))
+
+    def program(a, b):
+        def body(total, _):
+            return total + a @ b, None  # 2·3·4·5 = 120 operations and 15 additions, seven times
+
+        total, _ = jax.lax.scan(body, jnp.zeros((3, 5)), length=7)
+        return jnp.einsum("bij,bjk->bik", jnp.ones((2, 3, 5)), jnp.ones((2, 5, 6))).sum() + total.sum()  # 2·2·3·5·6 = 360
+
+    found = bounds.count(program, a, b)
+    assert found["flops"] == 7 * 120 + 360
+    assert found["elementwise_ops"] == 7 * 15 + 1
+    assert sum(found["dots"].values()) == 8
+
+
+def test_loops_of_unknown_length():
+    def search(a):  # carries thresholds as the mask's does: 20 passes of six additions, with one comparison each
+        return jax.lax.while_loop(lambda s: s[0] < 5, lambda s: s + s, a)
+
+    def rounds(a):
+        return jax.lax.while_loop(lambda s: s[0, 0] < 5, lambda s: s @ a, a)
+
+    assert bounds.count(search, jnp.ones(6, jnp.uint32))["elementwise_ops"] == 20 * (6 + 1)
+    assert bounds.count(rounds, jnp.ones((2, 2)))["flops"] == 0
+
+
+def test_bound_adds_the_resources_and_names_the_largest():
+    peaks = common.Peaks(matmul_gflops=100.0, memory_gb_s=10.0, elementwise_gops=50.0, dispatch_us=2.0)
+    found = bounds.bound({"flops": 4e9, "elementwise_ops": 1e8}, 1_000_000, peaks)
+    # 4 GFLOP at 100/s = 40 ms; 8 passes over 4 MB at 10 GB/s = 3.2 ms; 0.1 Gop at 50/s = 2 ms; 2 µs.
+    assert found["bound_parts_ms"] == pytest.approx({"matmul": 40.0, "memory": 3.2, "elementwise": 2.0, "dispatch": 0.002})
+    assert found["bound_ms"] == pytest.approx(45.202) and found["binds"] == "matmul"
+
+
+def test_the_cost_model_finds_known_coefficients():
+    rng, truth = np.random.default_rng(0), np.array([3.0, 5.0, 2.0, 0.7, 1.5])
+    design = rng.uniform(0.1, 2.0, (12, 4))
+    rows = [dict(zip([*scaling.TERMS, "params_m"], map(float, row), strict=True)) for row in design]
+    for row, values in zip(rows, design, strict=True):
+        row["ms"] = float(values @ truth[:4] + truth[4])
+    model = scaling.fit(rows)
+    found = [*model["ms_per_gflop"].values(), model["ms_per_million_params"], model["constant_ms"]]
+    np.testing.assert_allclose(found, truth, rtol=1e-6)
+    assert model["largest_relative_error"] < 1e-6
+
+
+def test_the_transformer_on_paper_by_hand():
+    a = pod.Assumptions()
+    # Per layer q, k, v, o: 4·768; up: 768; down: 3072 inputs, so 6,912; twelve layers. GPT-2 small has 84.9M weights in them.
+    assert a.width == 12 * 6912 and a.decomposed == 84_934_656
+    row = pod.predict(a, 8, {name: 1.0 for name in scaling.TERMS})
+    # 1024 components of rank 4 per chip: 1024·4·2·82,944 = 679M parameters, four arrays of 4 bytes each: 10.9 GB.
+    assert row["parameters per chip, G"] == pytest.approx(0.679477, rel=1e-5)
+    assert row["state GB"] == pytest.approx(10.8716, rel=1e-4)
+    # Faithfulness: 6 · 4096 · 84.9M operations = 2.087e12, at 197e12 per second.
+    assert row["faithfulness ms"] == pytest.approx(10.596, rel=1e-3)
+    # 8 passes over 2.72 GB at 819 GB/s.
+    assert row["optimizer ms"] == pytest.approx(26.549, rel=1e-3)
+
+
+def test_peaks_are_positive():
+    looped = common.looped_s(lambda a, i, _: a + 1.0, jnp.zeros(4), None, 3)
+    assert looped > 0 and common.peak_memory_gib() > 0.05
+
+
+def test_tables_as_text_and_markdown(capsys):
+    common.show("Title", [{"a": "x", "b": 1234.5}], {"name": "a", "value": "b"}, markdown=True)
+    assert capsys.readouterr().out == "**Title**\n\n| name | value |\n|---|---|\n| x | 1,234 |\n\n"
+
+
+@pytest.mark.parametrize("part", ["step_time", "scaling"])
+def test_quick_forms_run(part, tmp_path):
+    command = [sys.executable, "benchmarks", "--quick", "--markdown", "--only", part, "--json", str(tmp_path / "bench.json")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("|---|") >= 4
+    found = json.loads((tmp_path / "bench.json").read_text())[part]
+    if part == "step_time":
+        assert [row["setting"] for row in found] == ["resid_mlp_1_b256"]
+        for row in found:
+            assert row["bound_ms"] == pytest.approx(sum(row["bound_parts_ms"].values())) and row["gflop"] > 0
+    else:
+        one, *more = found["devices"]
+        assert one["gradient_bytes"] == 0 and all(row["loss_differs_by"] < 1e-5 for row in more)
+        # Every component's U and V, in float32: C = 16, W_in 40x6 and W_out 6x40 of rank 16.
+        assert {row["gradient_bytes"] for row in more} == {4 * 16 * 16 * 2 * (40 + 6)}
+
+
+def test_an_unknown_part_is_refused():
+    done = subprocess.run([sys.executable, "benchmarks", "--only", "speed"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown parts ['speed']" in done.stderr
