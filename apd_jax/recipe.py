@@ -52,17 +52,19 @@ def default_recipe() -> config_dict.ConfigDict:
     r.faithfulness_coeff = 1.0
     r.minimality_coeff = 1.67
     r.hidden_reconstruction_coeff = 1.67  # where the config's is above 0
-    r.explore = _stage(num_steps=4000, topk=1.25, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
+    r.explore = _stage(num_steps=4000, topk=1.1, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
-    r.polish = _stage(num_steps=1500, learning_rate=5e-4, simplicity_coeff=0.0, mask="threshold")
+    r.polish = _stage(num_steps=2000, learning_rate=1e-3, simplicity_coeff=0.0, mask="threshold", threshold=1.5)
     r.init_scale = 3.0
     return r.lock()
 
 
 def _stage(**settings: Any) -> config_dict.ConfigDict:
-    """simplicity_coeff_final: where the coefficient ends. topk: in units of the config's. mask: of `apd_jax.config.MASKS`."""
-    return config_dict.ConfigDict({"simplicity_coeff_final": settings["simplicity_coeff"], "topk": 1.0, "mask": "batch_topk"} | settings)
+    """simplicity_coeff_final: where the coefficient ends. topk, threshold: in units of the config's k and of `recipe.threshold`. mask: of
+    `apd_jax.config.MASKS`."""
+    defaults = {"simplicity_coeff_final": settings["simplicity_coeff"], "topk": 1.0, "mask": "batch_topk", "threshold": 1.0}
+    return config_dict.ConfigDict(defaults | settings)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -175,7 +177,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
         simplicity_coeff_final=settings.simplicity_coeff_final / scales.simplicity if settings.simplicity_coeff_final > 0 else None,
         topk=config.topk * settings.topk,
         mask=settings.mask,
-        threshold=recipe.threshold * (scales.minimality / config.topk) ** 0.5,
+        threshold=settings.threshold * recipe.threshold * (scales.minimality / config.topk) ** 0.5,
         num_steps=settings.num_steps,
         learning_rate=settings.learning_rate,
         init_scale=recipe.init_scale,

@@ -8,6 +8,7 @@ instances      many runs in one program
 scaling        components, rank, batch, devices; the cost model; a transformer on paper
 architectures  the sparse pass on any network
 probes         attributions of wide outputs
+communication  what a step sends between devices (8 virtual ones)
 About ten minutes on two quiet cores. Nothing else should run on the machine.
 """
 
@@ -24,7 +25,7 @@ from pathlib import Path
 from common import write_json
 
 HERE = Path(__file__).parent
-PARTS = ("step_time", "compile_time", "instances", "scaling", "architectures", "probes")
+PARTS = ("step_time", "compile_time", "instances", "scaling", "architectures", "probes", "communication")
 MARKDOWN = PARTS[:4]
 QUICK = {"architectures": ["--only", "MLP"]} | {part: ["--quick"] for part in MARKDOWN}  # the others are left out
 

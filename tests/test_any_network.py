@@ -20,7 +20,7 @@ def setup(name):
 
 def jacobian_attributions(fn, params, cs, x):
     """The definition: sqrt(mean_o (J P_c)²), by `jax.jacrev` and a contraction in float64."""
-    jacobian = jax.jacrev(lambda p: attributions.outputs(fn(p, x)))(params)
+    jacobian = jax.jit(jax.jacrev(lambda p: attributions.outputs(fn(p, x))))(params)
     P = components.materialize(cs)
     total = 0.0
     for J, p in zip(*(jax.tree.leaves(tree, is_leaf=components.is_slot) for tree in (jacobian, P)), strict=True):
@@ -77,9 +77,8 @@ def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
     formed, materialise = set(), factored.Kappa.materialise
     monkeypatch.setattr(factored.Kappa, "materialise", lambda self: formed.add(self.name) or materialise(self))
     mask = jnp.ones((jax.tree.leaves(x)[0].shape[0], C), jnp.bool_)
-    whole = sparse.apply(fn, params, cs, mask, x, route="masked")
+    whole, expected = jax.jit(lambda cs: (sparse.apply(fn, params, cs, mask, x, route="masked"), fn(components.total(cs, params), x)))(cs)
     assert formed == FORMED.get(name, set())
-    expected = fn(components.total(cs, params), x)
     np.testing.assert_allclose(whole, expected, atol=(0.05 if name == "half_precision" else 2e-5) * np.abs(expected).max())
 
 

@@ -76,7 +76,8 @@ def test_relative_coefficients_become_absolute():
     assert recipe.stage_config(config, r, "explore", s).hidden_reconstruction_coeff == strength
     polish = recipe.stage_config(config, r, "polish", s)
     assert polish.simplicity_coeff == 0 and polish.mask == "threshold" and polish.num_instances == 1
-    assert polish.threshold == pytest.approx(r.threshold * 0.5**0.5)
+    assert explore.threshold == pytest.approx(r.threshold * 0.5**0.5)
+    assert polish.threshold == pytest.approx(r.polish.threshold * explore.threshold)
 
 
 def test_stages_run_and_resume_bit_for_bit(tmp_path):

@@ -17,7 +17,9 @@ from apd_jax.report import html
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
+from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
+from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 DRIVER = shutil.which("chromedriver")
@@ -83,6 +85,12 @@ def text(browser, selector):
     return browser.find_element(By.CSS_SELECTOR, selector).text
 
 
+def shows(browser, selector, expected):
+    """Waits until it does: the page may still be replacing what was there before the click."""
+    wait = WebDriverWait(browser, 10, ignored_exceptions=[StaleElementReferenceException, NoSuchElementException])
+    wait.until(lambda b: text(b, selector) == expected, message=f"{selector} does not become {expected!r}")
+
+
 def test_opens_from_disk_alone_and_without_errors(browser, opened, tmp_path):
     open_page(browser, opened)
     assert text(browser, "h1") == "run" and "✓ 1 passed" in text(browser, "#evidence")
@@ -122,11 +130,11 @@ def test_a_component_has_its_page(browser, opened):
     assert len(browser.find_elements(By.CSS_SELECTOR, "#component-page .inputs li")) == 6
     assert len(browser.find_elements(By.CSS_SELECTOR, "#component-page svg")) >= 4  # changes; weights, reads, writes
     browser.find_element(By.LINK_TEXT, "next").click()
-    assert text(browser, "#component-page h1") == "Component 4"
+    shows(browser, "#component-page h1", "Component 4")
     browser.find_element(By.LINK_TEXT, "← All components").click()
     assert browser.find_element(By.ID, "overview-page").is_displayed()
     browser.find_element(By.LINK_TEXT, "component 1").click()
-    assert text(browser, "#component-page h1") == "Component 1"
+    shows(browser, "#component-page h1", "Component 1")
     browser.find_element(By.CSS_SELECTOR, "button.go").click()
     assert browser.execute_script("return apd.panel.state.scales") == [1, 0, 1, 1, 1]
     assert browser.find_element(By.ID, "panel").is_displayed() and browser.get_log("browser") == []
