@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import resource
 import runpy
@@ -105,7 +106,7 @@ class Steps:
     config: Config
     steps: int
     step: Callable  # one step, (state, params, key) -> (state, metrics), for one device
-    state: step_lib.TrainState
+    make_state: Callable[[], step_lib.TrainState]
     call: Callable[[], Any]  # runs the program on and returns its metrics; blocks
     traced: Callable[[int], Any]  # jaxpr of one step on so many devices
 
@@ -145,17 +146,22 @@ class Steps:
             key, many = jax.random.split(key, instances), jax.vmap(many, in_axes=(0, None, 0))
             make_state = jax.vmap(make_state)
         program = parallel.pmap_steps(many, steps, devices)
-        state = jax.jit(make_state)(key)
-        held = [parallel.replicate(state, devices)]
+        make_first = lambda: jax.jit(make_state)(key)  # noqa: E731
+        held = [parallel.replicate(make_first(), devices)]
 
         def call():
             held[0], metrics = program(held[0], params, key)
             return jax.block_until_ready((held[0], metrics))[1]
 
         def traced(size):
-            return jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])(state, params, jax.random.key(0)).jaxpr
+            return jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])(make_first(), params, jax.random.key(0)).jaxpr
 
-        return cls(target, params, config, steps, make(None), state, call, traced)
+        return cls(target, params, config, steps, make(None), make_first, call, traced)
+
+    @functools.cached_property
+    def state(self) -> step_lib.TrainState:
+        """The first state, beside the one that `call` runs on: it counts in the peak memory from here on."""
+        return self.make_state()
 
     def ms_and_compile_s(self, windows: int = WINDOWS) -> tuple[float, float]:
         """Median ms of a step from here on, and what the first call took beyond its steps."""
