@@ -4,7 +4,8 @@
     python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid_mlp
 
 Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
-decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told.
+decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told;
+and whether hidden activations are to be reconstructed.
 `smoke` runs every stage in seconds on a CPU; the result means nothing.
 """
 
@@ -24,6 +25,8 @@ SIZES = {
     "resid_mlp": lambda t: (t.num_features, t.feature_probability),
     "gated": lambda t: (t.num_functions, t.bit_probability),
 }
+# whose hidden activations are reconstructed too: the outputs alone do not tell how they are made
+HIDDEN = ("resid_mlp", "gated", "tms_coactive")
 
 
 def get_config(arg: str = "tms,40-10") -> ConfigDict:
@@ -48,7 +51,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.apd.rank = 4 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost twelve times as much
     config.apd.topk = mechanisms * probability
     config.apd.batch_size = 512
-    config.apd.hidden_reconstruction_coeff = float(base.apd.hidden_reconstruction_coeff > 0)  # whether; how strongly, the recipe says
+    config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)  # whether; how strongly, the recipe says
     config.recipe = default_recipe()
     config.evaluation = ConfigDict(base.evaluation.to_dict())
     config.evaluation.seed = config.get_oneway_ref("seed")
