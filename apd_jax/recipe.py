@@ -1,7 +1,7 @@
 """A recipe: training in stages, with one set of numbers for all targets. What it finds, and what not yet: docs/results.md.
 
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a weak one: mechanisms emerge one after
-           the other, each in components of its own, several of which may share it.
+           the other, each in components of its own, several of which may share it. Restarts differ in how many components they keep.
   settle   the pieces joined, unused components begun anew; at the weak pressure, k components per example.
   clean    the best of several restarts, by its loss; joined again, unused components cleared for good. More than k are kept, so that
            none gains from holding a piece of another's mechanism.
@@ -52,7 +52,7 @@ def default_recipe() -> config_dict.ConfigDict:
     r.faithfulness_coeff = 1.0
     r.minimality_coeff = 1.67
     r.hidden_reconstruction_coeff = 1.67  # where the config's is above 0
-    r.explore = _stage(num_steps=4000, topk=1.1, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
+    r.explore = _stage(num_steps=4000, topk_last=1.25, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
     r.polish = _stage(num_steps=2000, learning_rate=1e-3, simplicity_coeff=0.0, mask="threshold", threshold=1.5)
@@ -61,8 +61,11 @@ def default_recipe() -> config_dict.ConfigDict:
 
 
 def _stage(**settings: Any) -> config_dict.ConfigDict:
-    """simplicity_coeff_final: where the coefficient ends. topk, threshold: in units of the config's k and of `recipe.threshold`. mask: of
-    `apd_jax.config.MASKS`."""
+    """The settings of a stage.
+
+    simplicity_coeff_final: where the coefficient ends. topk, threshold: in units of the config's k and of `recipe.threshold`. topk_last:
+    the topk of the last restart, where they differ. mask: of `apd_jax.config.MASKS`.
+    """
     defaults = {"simplicity_coeff_final": settings["simplicity_coeff"], "topk": 1.0, "mask": "batch_topk", "threshold": 1.0}
     return config_dict.ConfigDict(defaults | settings)
 
@@ -175,7 +178,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
         hidden_reconstruction_coeff=recipe.hidden_reconstruction_coeff / scales.hidden if config.hidden_reconstruction_coeff > 0 else 0.0,
         simplicity_coeff=settings.simplicity_coeff / scales.simplicity,
         simplicity_coeff_final=settings.simplicity_coeff_final / scales.simplicity if settings.simplicity_coeff_final > 0 else None,
-        topk=config.topk * settings.topk,
+        topk=config.topk * settings.get("topk_last", settings.topk),
         mask=settings.mask,
         threshold=settings.threshold * recipe.threshold * (scales.minimality / config.topk) ** 0.5,
         num_steps=settings.num_steps,
@@ -210,9 +213,10 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
         settings = stage_config(config, recipe, stage, reference)
         last = stage == STAGES[-1]
         folder = None if workdir is None else epath.Path(workdir) / ("" if last else f"stages/{stage}")
-        components, rows = train.fit(
-            problem, settings, workdir=folder, components=begin, title=f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
-        )
+        title = f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
+        traced = _spread(settings, recipe, n, R) if stage == "explore" and n * R > 1 else None
+        state, rows = train.advance(problem, settings, components=begin, settings=traced, workdir=folder, title=title)
+        components = train.finished(state.components, settings)
         if last:
             return components, rows, last_config(problem, config, recipe)
         if stage == "settle" and n * R > 1:
@@ -222,6 +226,12 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     raise AssertionError("the last stage returns")
 
 
+def _spread(config: Config, recipe: Config, n: int, restarts: int) -> dict[str, np.ndarray]:
+    """Of every instance, its seed and its k: restarts differ in how many components they keep while they explore."""
+    k = np.linspace(recipe.explore.topk, recipe.explore.topk_last, restarts) / recipe.explore.topk_last
+    return {"seed": config.seed + 1000 * np.arange(n * restarts), "topk": np.tile(config.topk * k, n)}
+
+
 def _best(rows: list[dict[str, Any]], config: Config, n: int, restarts: int) -> np.ndarray:
     """The restart with the lowest loss, for each of n."""
 
@@ -229,7 +239,7 @@ def _best(rows: list[dict[str, Any]], config: Config, n: int, restarts: int) -> 
         first = (1 - SELECTION_WINDOW) * config.num_steps
         loss = np.mean([row["total"] for row in rows if row["step"] > first], axis=0).reshape(n, restarts)
         log.info("losses of the restarts: %s", np.array2string(loss, precision=4))
-        return np.arange(n, dtype=np.int32) * restarts + loss.argmin(axis=1).astype(np.int32)
+        return np.arange(n, dtype=np.int32) * restarts + np.nan_to_num(loss, nan=np.inf).argmin(axis=1).astype(np.int32)
 
     return np.asarray(parallel.from_primary(choose, like=np.zeros(n, np.int32)))
 

@@ -95,6 +95,23 @@ def test_stages_run_and_resume_bit_for_bit(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def test_restarts_differ_in_seed_and_in_how_many_components_they_keep():
+    config, r = small(restarts=3)
+    config.topk, config.seed = 2.0, 7
+    r.explore.topk_last = 1.5
+    explore = recipe.stage_config(config, r, "explore", recipe.Scales(1.0, 1.0, 1.0, 1.0))
+    assert explore.topk == 3.0  # the largest, for which the step makes room
+    spread = recipe._spread(explore, r, 2, 3)
+    np.testing.assert_allclose(spread["topk"], [2, 2.5, 3] * 2)
+    assert len(set(spread["seed"])) == 6
+
+
+def test_a_restart_that_is_lost_is_not_chosen():
+    config, _ = small()
+    config.num_steps = 6
+    assert recipe._best([{"step": 6, "total": [np.nan, 2.0]}], config, 1, 2).tolist() == [1]
+
+
 def test_the_best_restart_is_chosen_by_its_loss():
     config, _ = small()
     config.num_steps = 10
