@@ -228,7 +228,9 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
 
 def _spread(config: Config, recipe: Config, n: int, restarts: int) -> dict[str, np.ndarray]:
     """Of every instance, its seed and its k: restarts differ in how many components they keep while they explore."""
-    k = np.linspace(recipe.explore.topk, recipe.explore.topk_last, restarts) / recipe.explore.topk_last
+    k = (
+        np.linspace(recipe.explore.topk_last, recipe.explore.topk, restarts)[::-1] / recipe.explore.topk_last
+    )  # the last, if there is one only
     return {"seed": config.seed + 1000 * np.arange(n * restarts), "topk": np.tile(config.topk * k, n)}
 
 

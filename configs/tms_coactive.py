@@ -5,8 +5,9 @@
 
 Argument: sizes GxS-H (groups, features in each, hidden dimensions), then, after a comma
     smoke            every stage in seconds on a CPU; the result means nothing
-Result: 6x2-5 does not come out with these settings; configs/recipe.py:tms_coactive finds most (docs/results.md). Of 5 seeds side by side (--config.apd.num_instances=5, target seed 0) 0, 4, 0, 0 and 2 of the 6
-groups are found; in the others components hold parts of several groups.
+Result: 6x2-5 does not come out with these settings; configs/recipe.py:tms_coactive finds most groups (docs/results.md). Of 5 seeds
+side by side (--config.apd.num_instances=5, target seed 0) 0, 4, 0, 0 and 2 of the 6 groups are found; in the others components hold parts
+of several groups.
 """
 
 import re

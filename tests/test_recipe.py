@@ -104,6 +104,7 @@ def test_restarts_differ_in_seed_and_in_how_many_components_they_keep():
     spread = recipe._spread(explore, r, 2, 3)
     np.testing.assert_allclose(spread["topk"], [2, 2.5, 3] * 2)
     assert len(set(spread["seed"])) == 6
+    np.testing.assert_allclose(recipe._spread(explore, r, 2, 1)["topk"], [3, 3])  # as an only restart of an only instance has it
 
 
 def test_a_restart_that_is_lost_is_not_chosen():
