@@ -178,7 +178,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
         hidden_reconstruction_coeff=recipe.hidden_reconstruction_coeff / scales.hidden if config.hidden_reconstruction_coeff > 0 else 0.0,
         simplicity_coeff=settings.simplicity_coeff / scales.simplicity,
         simplicity_coeff_final=settings.simplicity_coeff_final / scales.simplicity if settings.simplicity_coeff_final > 0 else None,
-        topk=config.topk * settings.get("topk_last", settings.topk),
+        topk=config.topk * (settings.topk_last if stage == "explore" else settings.topk),
         mask=settings.mask,
         threshold=settings.threshold * recipe.threshold * (scales.minimality / config.topk) ** 0.5,
         num_steps=settings.num_steps,
