@@ -146,7 +146,7 @@ def test_other_precisions_survive(tmp_path):
     before = decomposition(params, lambda p, x: x.astype(jnp.bfloat16) @ p["w"], select="w")
     storage.save(before, tmp_path)
     after = storage.load(tmp_path, before.problem.apply_fn)
-    assert after.components.factors["w"].U.dtype == after.problem.params["w"].dtype == jnp.bfloat16
+    assert after.problem.params["w"].dtype == jnp.bfloat16 and after.components.factors["w"].U.dtype == jnp.float32  # at least single
     assert_same(before, after)
     np.testing.assert_array_equal(before.sparse_output(X), after.sparse_output(X))
 
