@@ -89,22 +89,16 @@ def test_tables_as_text_and_markdown(capsys):
     assert capsys.readouterr().out == "**Title**\n\n| name | value |\n|---|---|\n| x | 1,234 |\n\n"
 
 
-@pytest.mark.parametrize("part", ["step_time", "scaling"])
-def test_quick_forms_run(part, tmp_path):
-    command = [sys.executable, "benchmarks", "--quick", "--markdown", "--only", part, "--json", str(tmp_path / "bench.json")]
+def test_the_quick_form_of_scaling_runs(tmp_path):
+    command = [sys.executable, "benchmarks", "--quick", "--markdown", "--only", "scaling", "--json", str(tmp_path / "bench.json")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("|---|") >= 4
-    found = json.loads((tmp_path / "bench.json").read_text())[part]
-    if part == "step_time":
-        assert [row["setting"] for row in found] == ["resid_mlp_1_b256"]
-        for row in found:
-            assert row["bound_ms"] == pytest.approx(sum(row["bound_parts_ms"].values())) and row["gflop"] > 0
-    else:
-        one, *more = found["devices"]
-        assert one["gradient_bytes"] == 0 and all(row["loss_differs_by"] < 1e-5 for row in more)
-        # Every component's U and V, in float32: C = 16, W_in 40x6 and W_out 6x40 of rank 16.
-        assert {row["gradient_bytes"] for row in more} == {4 * 16 * 16 * 2 * (40 + 6)}
+    found = json.loads((tmp_path / "bench.json").read_text())["scaling"]
+    one, *more = found["devices"]
+    assert one["gradient_bytes"] == 0 and all(row["loss_differs_by"] < 1e-5 for row in more)
+    # Every component's U and V, in float32: C = 16, W_in 40x6 and W_out 6x40 of rank 16.
+    assert {row["gradient_bytes"] for row in more} == {4 * 16 * 16 * 2 * (40 + 6)}
 
 
 def test_an_unknown_part_is_refused():
