@@ -1,5 +1,8 @@
 """A recipe: training in stages, with one set of numbers for all targets. What it finds, and what not yet: docs/results.md.
 
+Where examples of one kind agree on what they read and write (`apd_jax.modes`), and these modes explain the network, components begin
+there, and `polish` alone is left to do. Where they do not, components begin at random and go through all stages:
+
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a weak one: mechanisms emerge one after
            the other, each in components of its own, several of which may share it. Restarts differ in how many components they keep.
   settle   the pieces joined, unused components begun anew; at the weak pressure, k components per example.
@@ -29,6 +32,7 @@ from ml_collections import config_dict
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
 from apd_jax import data, losses, parallel, train
+from apd_jax import modes as modes_lib
 from apd_jax import restructure as restructure_lib
 from apd_jax import step as step_lib
 from apd_jax.components import Components
@@ -47,15 +51,15 @@ _SCALE_BATCHES = 20
 def default_recipe() -> config_dict.ConfigDict:
     """The numbers of the recipe. Coefficients are relative; see the module."""
     r = config_dict.ConfigDict()
-    r.restarts = 4  # independent beginnings, of which the one with the lowest loss after `settle` is polished
+    r.least_explained = 0.8  # components begin at the modes if these make up for this part of what the decomposed weights do; above 1: never
+    r.restarts = 4  # independent random beginnings, of which the one with the lowest loss after `settle` is polished
     r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
-    r.faithfulness_coeff = 1.0
     r.minimality_coeff = 1.67
     r.hidden_reconstruction_coeff = 1.67  # where the config's is above 0
     r.explore = _stage(num_steps=4000, topk_last=1.25, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
-    r.polish = _stage(num_steps=2000, learning_rate=1e-3, simplicity_coeff=0.0, mask="threshold", threshold=1.5)
+    r.polish = _stage(num_steps=2000, learning_rate=1e-3, simplicity_coeff=0.0, mask="threshold", threshold=1.5, faithfulness_coeff=10.0)
     r.init_scale = 3.0
     return r.lock()
 
@@ -66,7 +70,8 @@ def _stage(**settings: Any) -> config_dict.ConfigDict:
     simplicity_coeff_final: where the coefficient ends. topk, threshold: in units of the config's k and of `recipe.threshold`. topk_last:
     the topk of the last restart, where they differ. mask: of `apd_jax.config.MASKS`.
     """
-    defaults = {"simplicity_coeff_final": settings["simplicity_coeff"], "topk": 1.0, "mask": "batch_topk", "threshold": 1.0}
+    defaults = {"faithfulness_coeff": 1.0, "simplicity_coeff_final": settings["simplicity_coeff"]}
+    defaults |= {"topk": 1.0, "mask": "batch_topk", "threshold": 1.0}
     return config_dict.ConfigDict(defaults | settings)
 
 
@@ -124,24 +129,7 @@ def scales(problem: Problem, config: Config) -> Scales:
     """
     whole = components_lib.from_materialized(_decomposed(problem), uses=problem.uses, layouts=problem.layouts)
     nothing = components_lib.weighted_sum(whole, problem.params, jnp.zeros(1))
-    x_fn = problem.sample_fn
-
-    def distances(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
-        (out, hidden), (target_out, target_hidden) = [step_lib.split_result(problem.apply_fn(params, x)) for params in ends]
-        weights = step_lib.position_weights(x, problem.valid_fn)
-        distance = losses.minimality(out, target_out, config.minimality_loss, weights)
-        return distance, losses.hidden_reconstruction(hidden, target_hidden, weights) if hidden else jnp.zeros(())
-
-    def mean_distances(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
-        drawn = jax.lax.map(lambda step: distances(ends, x_fn(key, step)), jnp.arange(_SCALE_BATCHES))
-        return jax.tree.map(jnp.mean, drawn)
-
-    ends = (nothing, jax.tree.map(jnp.asarray, problem.params))
-    if isinstance(x_fn, data.Batches):
-        measured = jax.jit(distances)(ends, jax.tree.map(jnp.asarray, x_fn.first))
-    else:
-        measured = jax.jit(mean_distances)(ends, jax.random.fold_in(jax.random.key(config.seed), _DRAWS))
-    minimality, hidden = map(float, measured)
+    minimality, hidden = _distances(problem, config, nothing)
     zero = jax.tree.map(jnp.zeros_like, whole)
     if not np.isfinite([minimality, hidden]).all():
         raise InputError(
@@ -161,6 +149,28 @@ def scales(problem: Problem, config: Config) -> Scales:
     )
 
 
+def _distances(problem: Problem, config: Config, params: PyTree) -> tuple[float, float]:
+    """How far the network with these parameters is from the target: in the outputs, and in the hidden activations (0 without any)."""
+
+    def distances(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
+        (out, hidden), (target_out, target_hidden) = [step_lib.split_result(problem.apply_fn(params, x)) for params in ends]
+        weights = step_lib.position_weights(x, problem.valid_fn)
+        distance = losses.minimality(out, target_out, config.minimality_loss, weights)
+        return distance, losses.hidden_reconstruction(hidden, target_hidden, weights) if hidden else jnp.zeros(())
+
+    def mean_distances(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
+        drawn = jax.lax.map(lambda step: distances(ends, problem.sample_fn(key, step)), jnp.arange(_SCALE_BATCHES))
+        return jax.tree.map(jnp.mean, drawn)
+
+    ends = (params, jax.tree.map(jnp.asarray, problem.params))
+    if isinstance(problem.sample_fn, data.Batches):
+        measured = jax.jit(distances)(ends, jax.tree.map(jnp.asarray, problem.sample_fn.first))
+    else:
+        measured = jax.jit(mean_distances)(ends, jax.random.fold_in(jax.random.key(config.seed), _DRAWS))
+    outputs, hidden = map(float, measured)
+    return outputs, hidden
+
+
 def _decomposed(problem: Problem) -> PyTree:
     """params with a leading axis of one component; None where not decomposed."""
     names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
@@ -173,7 +183,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
     """The absolute settings of one stage."""
     settings, c = recipe[stage], config.copy_and_resolve_references()
     c.update(
-        faithfulness_coeff=recipe.faithfulness_coeff / scales.faithfulness,
+        faithfulness_coeff=settings.faithfulness_coeff / scales.faithfulness,
         minimality_coeff=recipe.minimality_coeff / scales.minimality,
         hidden_reconstruction_coeff=recipe.hidden_reconstruction_coeff / scales.hidden if config.hidden_reconstruction_coeff > 0 else 0.0,
         simplicity_coeff=settings.simplicity_coeff / scales.simplicity,
@@ -208,12 +218,13 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     check(config, recipe)
     reference = scales(problem, config)
     R, n = recipe.restarts, config.num_instances
-    begin: Components | None = None
-    for number, stage in enumerate(STAGES):
+    begin = at_modes(problem, config, recipe, reference)
+    stages = STAGES if begin is None else STAGES[-1:]
+    for number, stage in enumerate(stages):
         settings = stage_config(config, recipe, stage, reference)
         last = stage == STAGES[-1]
         folder = None if workdir is None else epath.Path(workdir) / ("" if last else f"stages/{stage}")
-        title = f"decomposition, {stage} ({number + 1} of {len(STAGES)})"
+        title = f"decomposition, {stage} ({number + 1} of {len(stages)})"
         traced = _spread(settings, recipe, n, R) if stage == "explore" and n * R > 1 else None
         state, rows = train.advance(problem, settings, components=begin, settings=traced, workdir=folder, title=title)
         components = train.finished(state.components, settings)
@@ -224,6 +235,45 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
             components = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components)
         begin = _between(problem, settings, components, n * R if stage == "explore" else n, revive=stage == "explore")
     raise AssertionError("the last stage returns")
+
+
+def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -> Components | None:
+    """Components that begin at the modes, of every instance; None where these explain too little for one of them.
+
+    Cost: see `modes.find`, for every instance on data of its own.
+    """
+    if recipe.least_explained > 1:
+        return None
+    settings = stage_config(config, recipe, STAGES[-1], scales)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 1), (config.num_instances, 2))
+    options = {"select": problem.select, "uses": problem.uses, "layouts": problem.layouts}
+
+    def fresh(key: PRNGKeyArray) -> Components:
+        return step_lib.init_state(key, problem.params, settings, **options).components
+
+    def begin() -> tuple[list[Components], float]:
+        found, explained = [], 1.0
+        for draw, init in keys:
+            modes = modes_lib.find(problem, config.batch_size, draw)
+            if not len(modes):
+                log.info("there are no modes")
+                return [jax.device_get(fresh(init))] * len(keys), 0.0
+            one, gains = modes_lib.components(problem, modes, fresh(init), num_always_on=config.num_always_on)
+            alone = components_lib.total(modes_lib.only(one, modes, config.num_always_on), problem.params)
+            explained = min(explained, 1 - _distances(problem, config, alone)[0] / scales.minimality)
+            log.info(
+                "%d modes explain %.3f; gain of %s", len(modes), explained, ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
+            )
+            found.append(jax.device_get(one))
+            if explained < recipe.least_explained:
+                return [found[-1]] * len(keys), explained
+        return found, explained
+
+    like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(()))
+    found, explained = parallel.from_primary(begin, like=like)
+    if float(explained) < recipe.least_explained:
+        return None
+    return jax.tree.map(jnp.asarray, found[0]) if len(found) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *found)
 
 
 def _spread(config: Config, recipe: Config, n: int, restarts: int) -> dict[str, np.ndarray]:
@@ -256,7 +306,9 @@ def _between(problem: Problem, config: Config, components: Components, count: in
         init = step_lib.init_state(
             jax.random.fold_in(keys[1], i), problem.params, config, select=problem.select, uses=problem.uses, layouts=problem.layouts
         )
-        one, alive = restructure_lib.restructure(one, measure(one), config.topk, fresh=init.components if revive else None)
+        one, alive = restructure_lib.restructure(
+            one, measure(one), config.topk, fresh=init.components if revive else None, num_always_on=config.num_always_on
+        )
         log.info("instance %d: %d components alive", i, int(alive.sum()))
         done.append(one)
     return done[0] if count == 1 else jax.tree.map(lambda *a: jnp.stack(a), *done)

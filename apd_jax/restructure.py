@@ -66,7 +66,7 @@ def usage(problem: Problem, config: Config, components: Components, threshold: f
 
 
 def restructure(
-    components: Components, usage: Usage, topk: float, *, fresh: Components | None = None
+    components: Components, usage: Usage, topk: float, *, fresh: Components | None = None, num_always_on: int = 0
 ) -> tuple[Components, Bool[np.ndarray, " C"]]:
     """Joins what is one mechanism, and clears what is unused.
 
@@ -79,6 +79,7 @@ def restructure(
       components: of one instance, on the host.
       topk: k, active components per example.
       fresh: freshly drawn ones, from which cleared components begin anew; None leaves them at 0, where their gradient is 0 too.
+      num_always_on: the first components, which are left as they are.
     Returns: the components, and which of them are alive.
     Cost: one singular value decomposition of 2m x 2m per leaf and pair that matters together.
     """
@@ -88,6 +89,7 @@ def restructure(
     together = np.array(usage.together, np.float64)
     C = len(together)
     firing, square = np.array(usage.firing, np.float64), np.array(usage.square, np.float64)
+    always = np.arange(C) < num_always_on
     alive = (firing > LEAST_FIRING * topk / C) & (square * firing.sum() >= LEAST_STRENGTH * firing * square.sum())
 
     def joined(name: str, members: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -108,7 +110,7 @@ def restructure(
         return 1 - (n_a + n_b - n_ab) * size(a, b) / max(n_a * sizes[a] + n_b * sizes[b], 1e-30)
 
     sizes = [size(c) for c in range(C)]
-    gains = {(a, b): gain(a, b) for a, b in itertools.combinations(range(C), 2)}
+    gains = {(a, b): gain(a, b) for a, b in itertools.combinations(range(num_always_on, C), 2)}
     while gains and max(gains.values()) > LEAST_GAIN:
         a, b = max(gains, key=lambda pair: gains[pair])
         for name in U:
@@ -124,7 +126,7 @@ def restructure(
         gains |= {pair: gain(*pair) for pair in gains if a in pair or b in pair}
 
     def rebuilt(f: Factors, name: str, new: Factors | None) -> Factors:
-        keep = alive.reshape(-1, *[1] * (f.U.ndim - 1))
+        keep = (alive | always).reshape(-1, *[1] * (f.U.ndim - 1))
         return dataclasses.replace(
             f,
             U=jnp.asarray(np.where(keep, U[name], 0 if new is None else np.asarray(new.U))),

@@ -32,6 +32,7 @@ from apd_jax.factored import kappa
 
 log = logging.getLogger(__name__)
 
+_MOVING = 40  # to move an entry of a row to its component and back costs about so many multiplications of a product (ResidMLP, CPU)
 _TINY_LEAF = 4096  # entries of a matrix up to which forming all weights beats factored products (measured on TMS 40-10, CPU)
 
 
@@ -53,7 +54,7 @@ def apply(
         uses the weights in its own way. Then the decomposed leaves must only meet activations that have an axis of the T positions.
       x: pytree of arrays with leading B.
       route: materialize | masked | dispatch (bool masks only) | auto: materialize if every decomposed leaf is a tiny matrix, else
-        dispatch if `slots` is given and the mask is bool, else masked, and where many rows of an example share a mask (positions,
+        dispatch if `slots` is given, the mask is bool and the rank so large that moving rows about costs less, else masked, and where many rows of an example share a mask (positions,
         patches) its weight is formed if that takes fewer operations. If a factored route cannot run this function at all, auto
         falls back to materialize, with a warning.
       slots: S, examples (positions) per component in the dispatch route; see `dispatch.slots_for`.
@@ -72,7 +73,9 @@ def apply(
     chosen = route
     if route == "auto":
         tiny = all(leaf.size <= _TINY_LEAF and leaf.ndim <= 2 for leaf in leaves.values()) and not per_position
-        chosen = "materialize" if tiny else "dispatch" if dispatchable else "masked"
+        rank = max(f.U.shape[-1] for f in components.factors.values())
+        cheaper = dispatchable and min(slots, B) * (rank + _MOVING) < mask.size // C * rank  # per component and entry of a row
+        chosen = "materialize" if tiny else "dispatch" if cheaper else "masked"
     if chosen not in ("materialize", "masked", "dispatch") or (chosen == "dispatch" and not dispatchable):
         raise InputError(
             f"sparse route {route!r} cannot take a {mask.dtype} mask with slots = {slots}; "

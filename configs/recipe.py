@@ -5,7 +5,8 @@
 
 Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
 decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told;
-and whether hidden activations are to be reconstructed.
+whether hidden activations are to be reconstructed, and how many components are always on: one where TMS has a matrix in the hidden space.
+`shared` (of resid_mlp) lets components that are always on hold what the modes can only share: W_out, as one dense part.
 `smoke` runs every stage in seconds on a CPU; the result means nothing.
 """
 
@@ -15,7 +16,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from apd_jax.config import default_config
-from apd_jax.errors import InputError, one_of
+from apd_jax.errors import one_of
 from apd_jax.recipe import STAGES, default_recipe
 
 # (mechanisms, probability of each), from the target's own fields
@@ -36,10 +37,11 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
       InputError: an unknown target, or what the target's own file refuses.
     """
     name, *rest = arg.split(",")
-    base = _load(one_of("recipe target", name, tuple(SIZES))).get_config(*[",".join(rest)] if rest else [])
+    one_of("recipe target", name, tuple(SIZES))
+    shared = name == "resid_mlp" and "shared" in rest
+    rest = [variant for variant in rest if not (shared and variant == "shared")]
+    base = _load(name).get_config(*[",".join(rest)] if rest else [])
     mechanisms, probability = SIZES[name](base.target)
-    if name == "tms" and base.target.hidden != "none":
-        raise InputError("the recipe has no answer yet to a matrix in the hidden space of TMS; use configs/tms.py for it.")
 
     config = ConfigDict()
     config.seed = 0  # the run's; the others follow it unless they are set themselves
@@ -47,10 +49,15 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.target.seed = config.get_oneway_ref("seed")
     config.apd = default_config()
     config.apd.seed = config.get_oneway_ref("seed")
-    config.apd.num_components = 2 * mechanisms
-    config.apd.rank = 4 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost twelve times as much
+    config.apd.rank = 2 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost many times as much
+    config.apd.num_components = round((1.3 if name == "resid_mlp" else 2) * mechanisms)  # likewise
+    if name == "tms" and base.target.hidden != "none":
+        config.apd.num_always_on = 1
+    elif shared:
+        config.apd.num_always_on = -(-base.target.d_mlp // config.apd.rank)  # that hold a matrix of full rank between them
+    config.apd.num_components += config.apd.num_always_on
     config.apd.topk = mechanisms * probability
-    config.apd.batch_size = 512
+    config.apd.batch_size = 256 if name == "resid_mlp" else 512
     config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)  # whether; how strongly, the recipe says
     config.recipe = default_recipe()
     config.evaluation = ConfigDict(base.evaluation.to_dict())

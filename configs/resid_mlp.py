@@ -4,12 +4,15 @@
     python -m apd_jax.main --config=configs/resid_mlp.py:2layer --workdir=runs/resid_mlp_2     2 layers of 25 neurons
 
 Argument: 1layer (the default) | 2layer | 3layer, then, after commas and in any order
+    F-M      F features on M neurons in all, e.g. 60-30; components and k in proportion. Else 100-50 (3layer: 102-51)
     long     batch 2048 and 40k steps, as the paper has it in one place; else batch 256 and 10k steps, as the released code
     clean    identity embedding of width F instead of the random one of width 1000: the labels then hold no mixing matrix W_E W_Eᵀ,
              to which arXiv 2606.14673 traces this target's edge over one neuron per feature
     smoke    every stage in seconds on a CPU; the result means nothing
 Reproduces: the scrubbing losses of the APD paper. Minutes, devices and seeds: the README's table of results.
 """
+
+import re
 
 from ml_collections import ConfigDict
 
@@ -26,11 +29,16 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     Raises:
       InputError: an unknown variant, or two numbers of layers.
     """
-    variants = {one_of("ResidMLP variant", variant, (*LAYERS, *MODIFIERS)) for variant in arg.split(",") if variant}
+    given = [variant for variant in arg.split(",") if variant]
+    sizes = [variant for variant in given if re.fullmatch(r"[1-9]\d*-[1-9]\d*", variant)]
+    variants = {one_of("ResidMLP variant (layers, sizes F-M or a name)", v, (*LAYERS, *MODIFIERS)) for v in given if v not in sizes}
     layers = sorted(variants & set(LAYERS)) or ["1layer"]
-    if len(layers) > 1:
-        raise InputError(f"ResidMLP variant {arg!r} names {' and '.join(layers)}; give one of them.")
+    if len(layers) > 1 or len(sizes) > 1:
+        raise InputError(f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; give one of them.")
     num_layers = LAYERS[layers[0]]
+    F, M = map(int, (sizes or ["102-51" if num_layers == 3 else "100-50"])[0].split("-"))
+    if M % num_layers:
+        raise InputError(f"ResidMLP variant {arg!r}: {M} neurons cannot be split over {num_layers} layers; give a multiple.")
 
     config = ConfigDict()
     config.seed = 0  # the run's; the three below follow it unless they are set themselves
@@ -39,10 +47,10 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.target.name = "resid_mlp"
     config.target.seed = config.get_oneway_ref("seed")
     config.target.weights_path = ""  # .npz or .safetensors to load instead of training
-    config.target.num_features = 102 if num_layers == 3 else 100
+    config.target.num_features = F
     config.target.d_resid = 1000
     config.target.num_layers = num_layers
-    config.target.d_mlp = {1: 50, 2: 25, 3: 17}[num_layers]
+    config.target.d_mlp = M // num_layers
     config.target.activation = "relu"  # relu | gelu
     config.target.use_bias = False
     config.target.embedding = "random"  # random | identity
@@ -59,6 +67,9 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = 130 if num_layers == 1 else 200
     config.apd.topk = 1.28
+    if sizes:
+        config.apd.num_components = round(config.apd.num_components * F / 100)
+        config.apd.topk *= F / 100
     config.apd.num_steps = 10_000
     config.apd.batch_size = 256  # k = 1.28 is argued from it
     config.apd.learning_rate = 1e-3

@@ -1,0 +1,245 @@
+r"""Where components begin: at what examples of one kind have in common.
+
+On one example x a weight W matters along few directions: the gradient of the outputs, along their own change v = f(θ*, x) - f(0, x), is
+
+  G_l(x) = ∂(v·f)/∂W_l,   of rank one where x passes the layer once: (what the layer reads) ⊗ (how its output counts)
+
+so its leading left singular vector e_l(x) says what the layer reads, and P_l(x) = e_l e_lᵀ W_l is the least matrix that does on x what the
+layer does. Examples that need one mechanism alone share P(x), mixtures of several are scattered: mechanisms are the densest points,
+the modes, of P(x) over the data. Every mode becomes a component. Of n modes with directions e_i (the rows of E) it takes
+
+  P_i = ê_i ⊗ e_iᵀ W,    ê = pinv(Eᵀ) the dual directions,    so that Σ_i P_i = W on all that the modes read
+
+The gain of a leaf, mean_i e_i·ê_i = tr(E pinv(E))/n, is how much of what the leaf does on a mode that mode's part does alone. It is 1 if the
+directions are independent, and (dimensions they span)/n if there are more modes than that: the modes then share the leaf.
+
+Shapes: N examples, n modes, C components, b matrices of a leaf (1 unless stacked), m rank. Nothing here looks at a ground truth.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+
+from apd_jax import attributions as attributions_lib
+from apd_jax import components as components_lib
+from apd_jax import data
+from apd_jax.components import Components, Factors
+from apd_jax.errors import InputError
+from apd_jax.layout import Layout, unfold
+from apd_jax.problem import Problem
+
+NUM_EXAMPLES = 16_384  # that are drawn; one batch where the data comes from the host
+MOST_KEPT = 8192  # of them that are compared with each other
+LEAST_EFFECT = 0.1  # of the mean effect of the decomposed weights on the outputs: examples below it are left out
+NEAR, FAR = 0.95, 0.7  # cosines of P(x): above NEAR an example counts for a mode's density, above FAR it is used up with the mode
+LEAST_COUNT = 5  # examples that make a mode
+LEAST_DENSITY = 0.35  # of the density that modes usually have, in which each is counted by the square of its own
+SHARED = 0.75  # a leaf whose gain is below this goes whole into the components that are always on, if there are any
+_POWER_ITERATIONS = 4
+_CONDITION = 0.03  # singular values of E below this part of the largest are taken as 0
+_CHUNK_BYTES = 256 * 2**20  # that the gradients of one chunk of examples may take
+
+
+@dataclasses.dataclass(frozen=True)
+class Modes:
+    """The modes, in the order they were found, the densest first."""
+
+    ins: dict[str, Float[np.ndarray, "n b d_in"]]  # e, of every leaf
+    density: Float[np.ndarray, " n"]  # examples near each, counted by their effect, at most 1 each
+
+    def __len__(self) -> int:
+        return len(self.density)
+
+    def first(self, n: int) -> Modes:
+        return Modes({name: e[:n] for name, e in self.ins.items()}, self.density[:n])
+
+
+def find(problem: Problem, batch_size: int, key: PRNGKeyArray) -> Modes:
+    """The modes of this network on its data.
+
+    Cost: NUM_EXAMPLES gradients of the network; on the host MOST_KEPT² products of the directions of every leaf.
+    """
+    if isinstance(problem.sample_fn, data.Batches):
+        drawn = [jax.jit(lambda x: _directions(problem, x))(jax.tree.map(jnp.asarray, problem.sample_fn.first))]
+    else:
+        of_step = jax.jit(lambda step: _directions(problem, problem.sample_fn(key, step)))
+        drawn = [jax.device_get(of_step(jnp.asarray(step))) for step in range(math.ceil(NUM_EXAMPLES / batch_size))]
+    ins, effect = jax.tree.map(lambda *a: np.concatenate(a), *drawn)
+    return densest(ins, effect, _matrices(problem))
+
+
+def densest(ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndarray, " N"], weights: dict[str, np.ndarray]) -> Modes:
+    """The modes of given examples.
+
+    One after the other: the example with most others near it; then all that are not far from it are used up. A mode's direction is the
+    leading one of the examples near it.
+
+    Args:
+      ins: e, what every example reads in every leaf, of unit length.
+      effect: how far the decomposed weights move the outputs, mean over outputs of (f(θ*, x) - f(0, x))².
+      weights: {leaf: [b, d_in, d_out]}, the target's.
+    """
+    relative = effect / max(float(np.mean(effect)), 1e-30)
+    kept = np.flatnonzero(relative > LEAST_EFFECT)[:MOST_KEPT]
+    count = np.minimum(relative[kept], 1).astype(np.float32)
+    ins = {name: e[kept] for name, e in ins.items()}
+    near, not_far = _alike(ins, weights)
+    density, left = near @ count, np.ones(len(kept), bool)
+    centres, found = [], []
+    while left.any():
+        best = int(np.argmax(np.where(left, density, -1)))
+        usual = np.sum(np.power(found, 3)) / np.sum(np.square(found)) if found else 0.0
+        if density[best] < max(LEAST_COUNT, LEAST_DENSITY * usual):
+            break
+        centres.append(best)
+        found.append(float(density[best]))
+        used = left & not_far[best]
+        used[best] = True
+        density -= near[:, used] @ count[used]
+        left &= ~used
+    members = [near[centre] > 0 for centre in centres]
+    leading = {name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:]) for name, e in ins.items()}
+    return Modes(leading, np.asarray(found))
+
+
+def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0) -> tuple[Components, dict[str, float]]:
+    """Components that sum to the target and begin at the modes, after the always-on ones; and the gain of every leaf.
+
+    Leaves whose gain is below SHARED are held by the always-on components, if there are any. What is left of a leaf, on which the modes
+    do nothing, goes in pieces of rank m to the components that no mode has taken. Further columns of U are those of `fresh` with rows of 0
+    in V, so that ranks can grow.
+
+    Args:
+      fresh: as `components.init` gives them: shapes and small random values.
+    Raises:
+      InputError: the always-on components have too small a rank for what they are to hold.
+    """
+    C = fresh.num_components
+    modes = modes.first(C - num_always_on)
+    weights, gains = _matrices(problem), {}
+    taken = slice(num_always_on, num_always_on + len(modes))
+
+    def make(path: tuple, f: Factors | None) -> Factors | None:
+        if f is None:
+            return None
+        name = components_lib.path_name(path)
+        W = weights[name]
+        m = f.U.shape[-1]
+        U = np.array(f.U).reshape(C, len(W), -1, m)
+        here = U.any(axis=(1, 2, 3), keepdims=True)  # the components that `select` gives this leaf
+        U[[c for c in range(C) if not taken.start <= c < taken.stop]] = 0
+        V = np.zeros((C, len(W), m, W.shape[-1]), U.dtype)
+        dual = [_dual(modes.ins[name][:, i]) for i in range(len(W))]
+        gains[name] = float(np.mean([gain for _, gain in dual]))
+        for i, (matrix, (u, gain)) in enumerate(zip(W, dual, strict=True)):
+            v = modes.ins[name][:, i] @ matrix
+            if num_always_on and gain < SHARED:
+                U[:, i] = 0
+                _spread(matrix, U[:num_always_on, i], V[:num_always_on, i], name)
+                continue
+            scale = np.sqrt(np.linalg.norm(v, axis=1) / np.maximum(np.linalg.norm(u, axis=1), 1e-30))[:, None]
+            U[taken, i, :, 0], V[taken, i, 0] = u * scale, v / np.maximum(scale, 1e-30)
+            _spread(matrix - u.T @ v, U[taken.stop :, i], V[taken.stop :, i])
+        return dataclasses.replace(f, U=jnp.asarray((U * here).reshape(f.U.shape)), V=jnp.asarray((V * here).reshape(f.V.shape)))
+
+    tree = jax.tree_util.tree_map_with_path(make, fresh.tree, is_leaf=components_lib.is_slot)
+    return Components(tree), gains
+
+
+def only(components: Components, modes: Modes, num_always_on: int) -> Components:
+    """The always-on components and those of the modes; 0 elsewhere."""
+    here = jnp.arange(components.num_components) < num_always_on + len(modes)
+    return jax.tree.map(lambda a: a * here.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), components)
+
+
+def _matrices(problem: Problem) -> dict[str, np.ndarray]:
+    """The decomposed leaves as [b, d_in, d_out]."""
+    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
+    leaves = {components_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(problem.params)[0]}
+    return {name: np.asarray(_matrix(problem, name, leaves[name]), np.float32) for name in names}
+
+
+def _matrix(problem: Problem, name: str, leaf: Array) -> Float[Array, "b d_in d_out"]:
+    matrix = unfold(leaf, problem.layouts.get(name, Layout.default(leaf.ndim)))
+    return matrix.reshape(-1, *matrix.shape[-2:])
+
+
+def _directions(problem: Problem, x: PyTree) -> tuple[dict[str, Float[Array, "B b d_in"]], Float[Array, " B"]]:
+    """What every example of a batch reads in every leaf, and the effect of these leaves on its outputs."""
+    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
+    leaves = {components_lib.path_name(path): leaf for path, leaf in jax.tree_util.tree_flatten_with_path(problem.params)[0]}
+    leaves = {name: leaves[name] for name in names}
+    fn = problem.attribution_fn or problem.apply_fn
+
+    def one(x_b: PyTree) -> tuple[dict[str, Array], Array]:
+        def model(leaves):
+            batch = jax.tree.map(lambda a: a[None], x_b)
+            return attributions_lib.outputs(fn(components_lib.replace_leaves(problem.params, leaves), batch))
+
+        out, pull = jax.vjp(model, leaves)
+        change = out - model(jax.tree.map(jnp.zeros_like, leaves))
+        gradient = {name: _matrix(problem, name, g).astype(jnp.float32) for name, g in pull(change)[0].items()}
+        return {name: jax.vmap(_leading_left)(g) for name, g in gradient.items()}, jnp.mean(change.astype(jnp.float32) ** 2)
+
+    fitting = max(1, _CHUNK_BYTES // sum(4 * leaf.size for leaf in leaves.values()))
+    return jax.lax.map(one, x, batch_size=fitting) if fitting < jax.tree.leaves(x)[0].shape[0] else jax.vmap(one)(x)
+
+
+def _leading_left(G: Float[Array, "i o"]) -> Float[Array, " i"]:
+    """The leading left singular vector, by power iterations; 0 where G is 0."""
+
+    def unit(v):
+        return v / jnp.maximum(jnp.linalg.norm(v), 1e-30)
+
+    longest = unit(G[jnp.argmax(jnp.linalg.norm(G, axis=1))])  # of the rows: it has a part along the leading right vector
+    return unit(G @ jax.lax.fori_loop(0, _POWER_ITERATIONS, lambda _, d: unit(G.T @ unit(G @ d)), longest))
+
+
+def _alike(
+    ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]
+) -> tuple[Float[np.ndarray, "N N"], Bool[np.ndarray, "N N"]]:
+    """Which examples are near each other (1 or 0), and which not far, by the cosine of their P, every leaf in units of ‖W_l‖."""
+    factors = []
+    for name, e in ins.items():
+        W = weights[name] / max(float(np.linalg.norm(weights[name])), 1e-30)
+        factors += [(e[:, i], e[:, i] @ W[i]) for i in range(len(W))]
+    length = np.sqrt(np.maximum(sum(np.sum(e**2, 1) * np.sum(v**2, 1) for e, v in factors), 1e-30)).astype(np.float32)
+    N = len(length)
+    near, not_far = np.zeros((N, N), np.float32), np.zeros((N, N), bool)
+    for rows in np.array_split(np.arange(N), max(1, N // 512)):
+        cosine = sum((e[rows] @ e.T) * (v[rows] @ v.T) for e, v in factors) / length[rows, None] / length[None]
+        near[rows], not_far[rows] = cosine > NEAR, cosine > FAR
+    return near, not_far
+
+
+def _leading(e: Float[np.ndarray, "k b d"], count: Float[np.ndarray, " k"]) -> Float[np.ndarray, "b d"]:
+    """The leading direction of several, whatever their signs."""
+    lines = np.moveaxis(e * np.sqrt(count)[:, None, None], 0, 1)
+    return np.stack([np.linalg.svd(line, full_matrices=False)[2][0] for line in lines])
+
+
+def _dual(E: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, "n d"], float]:
+    """The dual directions ê, and the mean of e_i·ê_i: tr(E pinv(E))/n."""
+    u, s, vt = np.linalg.svd(E, full_matrices=False)
+    large = s > _CONDITION * s[0]
+    return (u[:, large] / s[large]) @ vt[large], float(large.mean() * min(E.shape) / len(E))
+
+
+def _spread(W: Float[np.ndarray, "i o"], U: Float[np.ndarray, "c i m"], V: Float[np.ndarray, "c m o"], name: str = "") -> None:
+    """Writes the singular parts of W into components, in turn. Those that do not fit are left out; with a name that is an error."""
+    u, s, vt = np.linalg.svd(W, full_matrices=False)
+    rank = int(np.sum(s > 1e-6 * s[0])) if s[0] > 0 else 0
+    c, m = U.shape[0], U.shape[-1]
+    if name and rank > c * m:
+        raise InputError(
+            f"{name!r} of rank {rank} is shared by all modes, but {c} always-on component(s) of rank {m} hold only {c * m}; "
+            f"set num_always_on to at least {math.ceil(rank / m)}, or the rank to at least {math.ceil(rank / c)}."
+        )
+    for j in range(min(rank, c * m)):
+        U[j % c, :, j // c], V[j % c, j // c] = u[:, j] * np.sqrt(s[j]), np.sqrt(s[j]) * vt[j]
