@@ -31,7 +31,7 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     """
     given = [variant for variant in arg.split(",") if variant]
     sizes = [variant for variant in given if re.fullmatch(r"[1-9]\d*-[1-9]\d*", variant)]
-    variants = {one_of("ResidMLP variant (layers, sizes F-M or a name)", v, (*LAYERS, *MODIFIERS)) for v in given if v not in sizes}
+    variants = {one_of("ResidMLP variant", v, (*LAYERS, *MODIFIERS)) for v in given if v not in sizes}
     layers = sorted(variants & set(LAYERS)) or ["1layer"]
     if len(layers) > 1 or len(sizes) > 1:
         raise InputError(f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; give one of them.")

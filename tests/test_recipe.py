@@ -27,8 +27,9 @@ def linear_problem(data=None):
 
 
 def small(**more):
+    """Quick stages; components begin at random, as they do where modes explain too little."""
     r = recipe.default_recipe()
-    r.update({"restarts": 2} | {stage: {"num_steps": 6} for stage in recipe.STAGES} | more)
+    r.update({"restarts": 2, "least_explained": 2.0} | {stage: {"num_steps": 6} for stage in recipe.STAGES} | more)
     c = default_config()
     c.update(num_components=4, batch_size=1000, steps_per_call=3, log_every_steps=3, checkpoint_every_steps=3)
     return c, r
@@ -156,20 +157,57 @@ def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("arg", ["tms,5-2", "tms,20-5,smoke", "resid_mlp,2layer", "gated,short", "tms_coactive"])
+@pytest.mark.parametrize("arg", ["tms,5-2,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,shared", "gated,short", "tms_coactive"])
 def test_configs_take_only_sizes_from_the_target(arg):
     config = get_config("recipe", arg)
     recipe.check(config.apd, config.recipe)
     other = get_config("recipe", "tms,40-10")
     differing = {name for name in config.apd if config.apd[name] != other.apd[name]}
     smoke = {"batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps"} if "smoke" in arg else set()
-    assert differing <= {"num_components", "rank", "topk", "hidden_reconstruction_coeff"} | smoke
+    assert differing <= {"num_components", "num_always_on", "rank", "topk", "hidden_reconstruction_coeff", "batch_size"} | smoke
     assert config.recipe == other.recipe or "smoke" in arg
     targets.build(config.target, config.apd.batch_size)
 
 
-def test_the_recipe_says_what_it_cannot():
-    with pytest.raises(InputError, match="hidden space"):
-        get_config("recipe", "tms,5-2,id")
+def test_unknown_recipe_targets_are_refused():
     with pytest.raises(InputError, match="recipe target"):
         get_config("recipe", "nonsense")
+
+
+def test_what_is_always_on():
+    """One component for a matrix in the hidden space of TMS; as many as hold W_out (25 neurons, rank 2: 13) where it shall be shared."""
+    assert [get_config("recipe", arg).apd.num_always_on for arg in ("tms,5-2", "tms,5-2,id", "resid_mlp,2layer,shared")] == [0, 1, 13]
+
+
+def one_feature_at_a_time(W, num_instances=1):
+    """f(x) = x W, x a single feature of random size: every row of W is a mechanism."""
+
+    def sample(key, step):
+        which, size = jax.random.split(jax.random.fold_in(key, step))
+        return jax.nn.one_hot(jax.random.randint(which, 64, 0, len(W)), len(W)) * jax.random.uniform(size, (64, 1), minval=0.5)
+
+    config, r = small(least_explained=0.8)
+    config.update(num_components=len(W) + 1, batch_size=64, topk=1.0, rank=2, num_instances=num_instances)
+    return Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, sample), config, r
+
+
+def test_components_begin_at_the_modes_and_are_only_polished(tmp_path):
+    W = np.array([[3.0, 0, 0], [0, 2, 1], [1, 1, 0]], np.float32)
+    problem, config, r = one_feature_at_a_time(W, num_instances=2)
+    components, rows, _ = recipe.fit(problem, config, r, workdir=tmp_path)
+    assert not (tmp_path / "stages").exists() and rows[-1]["step"] == 6
+    P = np.asarray(components.factors["W"].U @ components.factors["W"].V)  # [2, 4, 3, 3]
+    for one in P:  # instances
+        order = [int(np.argmax(np.linalg.norm(one[:, j], axis=-1))) for j in range(3)]
+        np.testing.assert_allclose(one[order], np.eye(3)[:, :, None] * W[None], atol=0.02)
+        assert not one[3].any()
+
+
+def test_where_modes_do_not_explain_the_network_components_begin_at_random(tmp_path):
+    """x is standard normal in twelve dimensions: hardly any two examples have a cosine of 0.95."""
+    config, r = small(least_explained=0.8)
+    sample = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (1000, 12))  # noqa: E731
+    problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(12)}, sample)
+    assert recipe.at_modes(problem, config, r, recipe.scales(problem, config)) is None
+    recipe.fit(problem, config, r, workdir=tmp_path)
+    assert {path.name for path in (tmp_path / "stages").iterdir()} == {"explore", "settle", "clean"}
