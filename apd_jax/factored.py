@@ -27,6 +27,7 @@ from apd_jax.components import Factors
 from apd_jax.dispatch import Plan, is_lookup, kept_product, read, read_all
 from apd_jax.errors import InputError
 
+AT_ZERO = ("gradient", "tangent", "activation")  # flavors that are the target's own weight, and differ in their derivative
 _FORMING = 3  # a multiplication that forms κ costs so many of those in a product: it waits for memory (measured on CPU)
 
 
@@ -41,7 +42,8 @@ class Kappa:
     flavor:  kept         Σ_c s_c P_c
              dense        the same with κ formed wherever it is used: the oracle for masks per position
              cheaper      kept or dense, whichever takes fewer operations for the rows of one product
-             gradient     base + Σ_c s_c P_c at s = 0, with its derivative in s
+             gradient     base + Σ_c s_c P_c at s = 0, with its derivative in s, by reverse mode
+             tangent      the same by forward mode
              activation   base, with Σ ‖rows · P_c‖² over all uses in the place of the derivative in s
     """
 
@@ -162,6 +164,8 @@ class Kappa:
             fn, more = kept_product, self.plan
         elif flavor == "dense":
             fn, more = _dense_product, jax.tree.map(matrix, self.formed)
+        elif flavor == "tangent":
+            fn, more = _moved_from_zero, matrix(self.base)
         else:
             fn, more = functools.partial(_at_zero, self.flavor == "activation"), matrix(self.base)
         for _ in range(n):
@@ -219,9 +223,9 @@ def kappa(
         flavor=flavor,
         per_position=per_position,
         num_examples=num_examples,
-        axis=None if flavor in ("gradient", "activation") else factors.axis,  # those have no sum: a derivative for every s_c
+        axis=None if flavor in AT_ZERO else factors.axis,  # those have no sum: a derivative for every s_c
     )
-    if flavor in ("gradient", "activation"):
+    if flavor in AT_ZERO:
         value = value.replace(base=layout.unfold(like, axes).reshape(value.shape))
     return value if axes.order == tuple(range(len(shape))) else value.transposed([axes.order.index(i) for i in range(len(shape))])
 
@@ -230,6 +234,21 @@ def _dense_product(x, U, V, s, formed):
     """The same as `kept_product`, with every position's own weight formed (before, if all share one)."""
     weights = jnp.einsum("pc,cde->pde", s.astype(U.dtype), U @ V) if formed is None else formed[None]
     return jax.vmap(read)(x, weights)
+
+
+@jax.custom_jvp
+def _moved_from_zero(x, U, V, s, base):
+    """x·(base + Σ_c s_c U_c V_c) at s = 0. x [p, r, d] or integers [p, r]; s [p, C]. Only x and s have tangents."""
+    return read(x, base)
+
+
+@_moved_from_zero.defjvp
+def _(primals, tangents):
+    x, U, V, _, base = primals
+    dx, _, _, ds, _ = tangents
+    moved = jnp.einsum("prcm,pc,cme->pre", read_all(x, U), ds, V)
+    out = read(x, base)
+    return out, (moved if is_lookup(x) else moved + dx @ base).astype(out.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -10,8 +10,8 @@ the modes, of P(x) over the data. Every mode becomes a component. Of n modes wit
 
   P_i = ê_i ⊗ e_iᵀ W,    ê = pinv(Eᵀ) the dual directions,    so that Σ_i P_i = W on all that the modes read
 
-The gain of a leaf, mean_i e_i·ê_i = tr(E pinv(E))/n, is how much of what the leaf does on a mode that mode's part does alone. It is 1 if the
-directions are independent, and (dimensions they span)/n if there are more modes than that: the modes then share the leaf.
+The gain of a leaf, mean_i e_i·ê_i = tr(E pinv(E))/n, is how much of what the leaf does on a mode that mode's part does alone. It is 1
+if the directions are independent, and (dimensions they span)/n if there are more modes than that: the modes then share the leaf.
 
 Shapes: N examples, n modes, C components, b matrices of a leaf (1 unless stacked), m rank. Nothing here looks at a ground truth.
 """

@@ -51,7 +51,9 @@ _SCALE_BATCHES = 20
 def default_recipe() -> config_dict.ConfigDict:
     """The numbers of the recipe. Coefficients are relative; see the module."""
     r = config_dict.ConfigDict()
-    r.least_explained = 0.8  # components begin at the modes if these make up for this part of what the decomposed weights do; above 1: never
+    r.least_explained = (
+        0.8  # components begin at the modes if these make up for this part of what the decomposed weights do; above 1: never
+    )
     r.restarts = 4  # independent random beginnings, of which the one with the lowest loss after `settle` is polished
     r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
     r.minimality_coeff = 1.67

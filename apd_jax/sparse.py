@@ -54,9 +54,9 @@ def apply(
         uses the weights in its own way. Then the decomposed leaves must only meet activations that have an axis of the T positions.
       x: pytree of arrays with leading B.
       route: materialize | masked | dispatch (bool masks only) | auto: materialize if every decomposed leaf is a tiny matrix, else
-        dispatch if `slots` is given, the mask is bool and the rank so large that moving rows about costs less, else masked, and where many rows of an example share a mask (positions,
-        patches) its weight is formed if that takes fewer operations. If a factored route cannot run this function at all, auto
-        falls back to materialize, with a warning.
+        dispatch if `slots` is given, the mask is bool and the rank so large that moving rows about costs less, else masked, and where
+        many rows of an example share a mask (positions, patches) its weight is formed if that takes fewer operations. If a factored
+        route cannot run this function at all, auto falls back to materialize, with a warning.
       slots: S, examples (positions) per component in the dispatch route; see `dispatch.slots_for`.
     Returns: what apply_fn returns, for the whole batch.
     Raises:
@@ -113,8 +113,24 @@ def substituted(
     num_examples: int = 1,
 ) -> Any:
     """apply_fn on one example, with `factored.Kappa` of the given weights [C] or [T, C] for the decomposed leaves."""
-    leaves = components_lib.decomposed_leaves(components, params)
     batch = jax.tree.map(lambda a: a[None], x_b)
+    result = together(apply_fn, params, components, weights, plan, batch, flavor=flavor, num_examples=num_examples)
+    return jax.tree.map(lambda out: out[0], result)
+
+
+def together(
+    apply_fn: Callable,
+    params: PyTree,
+    components: Components,
+    weights: Array,
+    plan: Plan | None,
+    batch: PyTree,
+    *,
+    flavor: str,
+    num_examples: int = 1,
+) -> Any:
+    """The same on a batch that shares the weights."""
+    leaves = components_lib.decomposed_leaves(components, params)
     values = {
         name: kappa(
             f, weights, plan, like=leaves[name], name=name, flavor=flavor, per_position=weights.ndim == 2, num_examples=num_examples
@@ -125,7 +141,7 @@ def substituted(
     named = [(components_lib.path_name(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]]
     args = [*(values.get(name, leaf) for name, leaf in named), *jax.tree.leaves(batch)]
     outs = interpret.arrays(interpret.run(closed.jaxpr, closed.consts, *args))
-    return jax.tree.unflatten(jax.tree.structure(result), [out[0] for out in outs])
+    return jax.tree.unflatten(jax.tree.structure(result), outs)
 
 
 def _materialized(apply_fn, params, components, mask, x):

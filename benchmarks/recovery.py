@@ -48,7 +48,13 @@ def experiment(name: str, seed: int, changes: dict[str, Any]) -> Config:
 def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     """One row: settings, metrics, success, seconds of each part."""
     config = experiment(name, seed, changes)
-    row: dict[str, Any] = {"config": name, "seed": seed, "changes": changes, "device": jax.devices()[0].device_kind, "date": time.strftime("%F")}
+    row: dict[str, Any] = {
+        "config": name,
+        "seed": seed,
+        "changes": changes,
+        "device": jax.devices()[0].device_kind,
+        "date": time.strftime("%F"),
+    }
     began = time.monotonic()
     target = targets.build(config.target, config.apd.batch_size)
     params, _ = pretrain.pretrain(target, config.target)
@@ -101,7 +107,9 @@ def succeeds(target: str, row: dict[str, Any]) -> bool:
 
 
 def summary(rows: list[dict[str, Any]]) -> Table:
-    table = Table("config", "changes", "seeds", "succeed", *SHOWN, *SCRUBBED, "minutes", title="mean (least to most) over seeds, failures included")
+    table = Table(
+        "config", "changes", "seeds", "succeed", *SHOWN, *SCRUBBED, "minutes", title="mean (least to most) over seeds, failures included"
+    )
     groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["config"], ", ".join(f"{k}={v}" for k, v in row["changes"].items())), []).append(row)
@@ -111,7 +119,9 @@ def summary(rows: list[dict[str, Any]]) -> Table:
             values = [row[key] for row in group if key in row]
             cells.append(f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})" if values else "")
         minutes = [row["seconds"] / 60 for row in group if "seconds" in row]
-        table.add_row(name, changes, str(len(group)), str(sum(row["success"] for row in group)), *cells, f"{np.mean(minutes):.2f}" if minutes else "")
+        table.add_row(
+            name, changes, str(len(group)), str(sum(row["success"] for row in group)), *cells, f"{np.mean(minutes):.2f}" if minutes else ""
+        )
     return table
 
 

@@ -33,6 +33,16 @@ def jacobian_attributions(fn, params, cs, x):
 LOOPS = ("scanned_layers", "layers_by_index", "recurrent", "nnx_sequences", "fused_and_reshaped")  # where auto has more to choose
 
 
+@pytest.mark.parametrize("name", ["scanned_layers", "recurrent", "linen_vision", "half_precision", "normalised_weights"])
+def test_forward_attributions_through_the_factors(name, monkeypatch):
+    """Loops, convolutions, mixed precision, and a leaf that must be formed."""
+    monkeypatch.setattr(attributions, "_TWO_PRODUCTS", 0)
+    fn, params, x, cs = setup(name)
+    A = jacobian_attributions(fn, params, cs, x)
+    found = jax.jit(lambda cs: attributions.gradient(fn, params, cs, x, mode="forward"))(cs)
+    np.testing.assert_allclose(found, A, atol=(0.05 if name == "half_precision" else 2e-5) * A.max())
+
+
 @pytest.mark.parametrize("name", NETWORKS)
 def test_routes_and_attributions_agree(name, monkeypatch):
     monkeypatch.setattr(sparse, "_TINY_LEAF", 0)  # or auto would form these small weights whatever the network does

@@ -78,6 +78,22 @@ def test_against_the_jacobian(network, monkeypatch):
         close(measured, expected, err_msg=way)
 
 
+def test_through_the_factors_against_the_jacobian(network, monkeypatch):
+    """What components of low rank take; the networks here are too small for it to pay."""
+    apply_fn, params, comps, x = network
+    monkeypatch.setattr(attributions, "_TWO_PRODUCTS", 0)
+    measured, expected = jax.jit(
+        lambda: (attributions.gradient(apply_fn, params, comps, x, mode="forward"), by_jacobian(apply_fn, params, comps, x))
+    )()
+    close(measured, expected)
+
+
+def test_when_attributions_pass_the_factors():
+    """Rank 2 of 40 x 50: 2·90·4 = 720 < 2000; rank 6: 2160."""
+    params = {"w": jnp.zeros((40, 50))}
+    assert [attributions._low_rank(components.init(jax.random.key(0), params, num_components=3, rank=m)) for m in (2, 6)] == [True, False]
+
+
 def test_against_finite_differences_in_float64(network):
     apply_fn, params, comps, x = network
     with jax.enable_x64(True):

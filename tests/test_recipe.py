@@ -157,7 +157,9 @@ def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("arg", ["tms,5-2,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,shared", "gated,short", "tms_coactive"])
+@pytest.mark.parametrize(
+    "arg", ["tms,5-2,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,shared", "gated,short", "tms_coactive"]
+)
 def test_configs_take_only_sizes_from_the_target(arg):
     config = get_config("recipe", arg)
     recipe.check(config.apd, config.recipe)

@@ -48,8 +48,9 @@ def evaluate(target: FeatureTarget, params: PyTree, components: Components, conf
       relative_parameter_error: Σ_l ‖θ*_l - Σ_c P_{c,l}‖² / Σ_l ‖θ*_l‖² over the decomposed leaves.
       minimality_{topk,top1,all}: MSE to the target's output with the mask of training (batch top-k at `apd.topk` where it trained with
         "none", "exact" or "threshold"), with the single largest component of every example, and with all.
-      num_alive_components: those that fire (are kept with an attribution above 0, or above the threshold of "threshold") in the evaluation batches and have more than
-        ALIVE_NORM of the largest component's norm; num_dead_components: the others. mean_active_components: firing per example.
+      num_alive_components: those that fire (are kept with an attribution above 0, or above the threshold of "threshold") in the
+        evaluation batches and have more than ALIVE_NORM of the largest component's norm; num_dead_components: the others.
+      mean_active_components: firing per example.
       top1_share: share of features that one component serves. With the feature alone in the input, swept in value, L is the mean
         squared error to the *label* over all outputs: served if L_none - L_top1 > SERVED_GAIN · (L_none - L_target), where "none" has no
         component and "top1" the single largest. In the paper this is read off a figure, "about 80 of 100".

@@ -1,0 +1,111 @@
+"""How far each setting can be moved before the truth is lost: the paper's recipe beside ours, on TMS 5-2.
+
+    python benchmarks/robustness.py --json runs/recovery/robustness.json [--seeds 0:5] [--figure docs/images/robustness.png]
+
+Every setting alone is multiplied by 0.1, 0.32, 1, 3.2 and 10 (whole numbers rounded, at least 1). The truth is found if every feature has a
+component of its own, and the mean cosine one to one is at least 0.99; lengths do not count, since the paper's are short at any setting.
+Two recipes have no setting in common but in meaning; FIELDS says which is which. Rows that the file holds already are not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import recovery
+
+FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
+PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2"
+STAGES = ("explore", "settle", "clean", "polish")
+FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "k": (("apd.topk",), ("apd.topk",)),
+    "simplicity": (
+        ("apd.simplicity_coeff",),
+        tuple(f"recipe.{s}.{f}" for s in STAGES[:3] for f in ("simplicity_coeff", "simplicity_coeff_final")),
+    ),
+    "minimality": (("apd.minimality_coeff",), ("recipe.minimality_coeff",)),
+    "learning rate": (("apd.learning_rate",), tuple(f"recipe.{s}.learning_rate" for s in STAGES)),
+    "C": (("apd.num_components",), ("apd.num_components",)),
+    "rank": (("apd.rank",), ("apd.rank",)),
+}
+
+
+def changed(name: str, fields: tuple[str, ...], factor: float) -> dict[str, Any]:
+    """The fields of the config `name`, multiplied."""
+    flat = recovery.experiment(name, 0, {}).to_dict()
+    values = {}
+    for field in fields:
+        value: Any = flat
+        for part in field.split("."):
+            value = value[part]
+        values[field] = max(1, round(value * factor)) if isinstance(value, int) else value * factor
+    return values
+
+
+def found(row: dict[str, Any]) -> bool:
+    return "error" not in row and row["num_features_owned"] == row["num_features"] and row["mmcs_one_to_one"] >= 0.99
+
+
+def rates(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
+    """{setting: {config: share of seeds that find the truth, by factor}}."""
+    shares: dict[str, dict[str, list[float]]] = {}
+    for setting in FIELDS:
+        for name in (PAPER, OURS):
+            here = [[found(r) for r in rows if (r["config"], r["setting"], r["factor"]) == (name, setting, f)] for f in FACTORS]
+            shares.setdefault(setting, {})[name] = [float(np.mean(h)) if h else float("nan") for h in here]
+    return shares
+
+
+def draw(shares: dict[str, dict[str, list[float]]], path: str) -> None:
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 3, figsize=(9, 5), sharex=True, sharey=True, layout="constrained")
+    for axis, (setting, by_config) in zip(axes.flat, shares.items(), strict=True):
+        for name, label, style in ((PAPER, "paper's recipe", "o--"), (OURS, "our recipe", "s-")):
+            axis.semilogx(FACTORS, by_config[name], style, label=label)
+        axis.set_title(setting)
+        axis.set_ylim(-0.05, 1.05)
+    axes[0, 0].legend()
+    figure.supxlabel("factor on the shipped value")
+    figure.supylabel("share of seeds that find all features")
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--seeds", default="0:5", help="first:end")
+    parser.add_argument("--figure", default=None)
+    options = parser.parse_args()
+    file = Path(options.json)
+    rows = json.loads(file.read_text()) if file.exists() else []
+    done = {(row["config"], row["setting"], row["factor"], row["seed"]) for row in rows}
+    for seed in range(*map(int, options.seeds.split(":"))):
+        for setting, fields in FIELDS.items():
+            for name, own in zip((PAPER, OURS), fields, strict=True):
+                for factor in FACTORS:
+                    if (name, setting, factor, seed) in done:
+                        continue
+                    row = recovery.run(name, seed, changed(name, own, factor)) | {"setting": setting, "factor": factor}
+                    rows.append(row)
+                    print(setting, name, f"{factor:.2g}", seed, "found" if found(row) else row.get("error", "lost"), flush=True)
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    file.write_text(json.dumps(rows, indent=1))
+    shares = rates(rows)
+    for setting, by_config in shares.items():
+        print(
+            f"{setting:15}", *(f"{name}: " + " ".join(f"{share:.2f}" for share in values) for name, values in by_config.items()), sep="   "
+        )
+    areas = {name: float(np.nanmean([by_config[name] for by_config in shares.values()])) for name in (PAPER, OURS)}
+    print(f"mean share: {areas}, ratio {areas[OURS] / max(areas[PAPER], 1e-9):.2f}")
+    if options.figure:
+        draw(shares, options.figure)
+
+
+if __name__ == "__main__":
+    main()
