@@ -24,7 +24,8 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from scipy import sparse
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
@@ -34,8 +35,8 @@ from apd_jax.errors import InputError
 from apd_jax.layout import Layout, unfold
 from apd_jax.problem import Problem
 
-NUM_EXAMPLES = 16_384  # that are drawn; one batch where the data comes from the host
-MOST_KEPT = 8192  # of them that are compared with each other
+NUM_EXAMPLES = 16_384  # that are drawn, `times` over; one batch where the data comes from the host
+MOST_KEPT = 8192  # of them that are compared with each other, `times` over
 LEAST_EFFECT = 0.1  # of the mean effect of the decomposed weights on the outputs: examples below it are left out
 NEAR, FAR = 0.95, 0.7  # cosines of P(x): above NEAR an example counts for a mode's density, above FAR it is used up with the mode
 LEAST_COUNT = 5  # examples that make a mode
@@ -60,21 +61,25 @@ class Modes:
         return Modes({name: e[:n] for name, e in self.ins.items()}, self.density[:n])
 
 
-def find(problem: Problem, batch_size: int, key: PRNGKeyArray) -> Modes:
+def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1) -> Modes:
     """The modes of this network on its data.
 
-    Cost: NUM_EXAMPLES gradients of the network; on the host MOST_KEPT² products of the directions of every leaf.
+    The more mechanisms an example needs on average, the rarer are those that need one alone, and the more `times` must be looked.
+
+    Cost: times · NUM_EXAMPLES gradients of the network; on the host (times · MOST_KEPT)² products of the directions of every leaf.
     """
     if isinstance(problem.sample_fn, data.Batches):
         drawn = [jax.jit(lambda x: _directions(problem, x))(jax.tree.map(jnp.asarray, problem.sample_fn.first))]
     else:
         of_step = jax.jit(lambda step: _directions(problem, problem.sample_fn(key, step)))
-        drawn = [jax.device_get(of_step(jnp.asarray(step))) for step in range(math.ceil(NUM_EXAMPLES / batch_size))]
+        drawn = [jax.device_get(of_step(jnp.asarray(step))) for step in range(math.ceil(times * NUM_EXAMPLES / batch_size))]
     ins, effect = jax.tree.map(lambda *a: np.concatenate(a), *drawn)
-    return densest(ins, effect, _matrices(problem))
+    return densest(ins, effect, _matrices(problem), most=times * MOST_KEPT)
 
 
-def densest(ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndarray, " N"], weights: dict[str, np.ndarray]) -> Modes:
+def densest(
+    ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndarray, " N"], weights: dict[str, np.ndarray], most: int = MOST_KEPT
+) -> Modes:
     """The modes of given examples.
 
     One after the other: the example with most others near it; then all that are not far from it are used up. A mode's direction is the
@@ -84,9 +89,10 @@ def densest(ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndar
       ins: e, what every example reads in every leaf, of unit length.
       effect: how far the decomposed weights move the outputs, mean over outputs of (f(θ*, x) - f(0, x))².
       weights: {leaf: [b, d_in, d_out]}, the target's.
+      most: how many examples are compared with each other.
     """
     relative = effect / max(float(np.mean(effect)), 1e-30)
-    kept = np.flatnonzero(relative > LEAST_EFFECT)[:MOST_KEPT]
+    kept = np.flatnonzero(relative > LEAST_EFFECT)[:most]
     count = np.minimum(relative[kept], 1).astype(np.float32)
     ins = {name: e[kept] for name, e in ins.items()}
     near, not_far = _alike(ins, weights)
@@ -99,11 +105,12 @@ def densest(ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndar
             break
         centres.append(best)
         found.append(float(density[best]))
-        used = left & not_far[best]
-        used[best] = True
-        density -= near[:, used] @ count[used]
+        used = np.zeros_like(left)
+        used[[best, *not_far[[best]].indices]] = True
+        used &= left
+        density -= near[used].T @ count[used]
         left &= ~used
-    members = [near[centre] > 0 for centre in centres]
+    members = [near[[centre]].indices for centre in centres]
     leading = {name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:]) for name, e in ins.items()}
     return Modes(leading, np.asarray(found))
 
@@ -201,21 +208,20 @@ def _leading_left(G: Float[Array, "i o"]) -> Float[Array, " i"]:
     return unit(G @ jax.lax.fori_loop(0, _POWER_ITERATIONS, lambda _, d: unit(G.T @ unit(G @ d)), longest))
 
 
-def _alike(
-    ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]
-) -> tuple[Float[np.ndarray, "N N"], Bool[np.ndarray, "N N"]]:
-    """Which examples are near each other (1 or 0), and which not far, by the cosine of their P, every leaf in units of ‖W_l‖."""
+def _alike(ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]) -> tuple[sparse.csr_array, sparse.csr_array]:
+    """Which examples are near each other, and which not far: 1 where the cosine of their P, every leaf in units of ‖W_l‖, is large."""
     factors = []
     for name, e in ins.items():
         W = weights[name] / max(float(np.linalg.norm(weights[name])), 1e-30)
         factors += [(e[:, i], e[:, i] @ W[i]) for i in range(len(W))]
     length = np.sqrt(np.maximum(sum(np.sum(e**2, 1) * np.sum(v**2, 1) for e, v in factors), 1e-30)).astype(np.float32)
     N = len(length)
-    near, not_far = np.zeros((N, N), np.float32), np.zeros((N, N), bool)
+    near, not_far = [], []
     for rows in np.array_split(np.arange(N), max(1, N // 512)):
         cosine = sum((e[rows] @ e.T) * (v[rows] @ v.T) for e, v in factors) / length[rows, None] / length[None]
-        near[rows], not_far[rows] = cosine > NEAR, cosine > FAR
-    return near, not_far
+        near.append(sparse.csr_array((cosine > NEAR).astype(np.float32)))
+        not_far.append(sparse.csr_array((cosine > FAR).astype(np.float32)))
+    return sparse.vstack(near, format="csr"), sparse.vstack(not_far, format="csr")
 
 
 def _leading(e: Float[np.ndarray, "k b d"], count: Float[np.ndarray, " k"]) -> Float[np.ndarray, "b d"]:

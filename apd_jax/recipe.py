@@ -46,6 +46,7 @@ STAGES = ("explore", "settle", "clean", "polish")
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 _DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
 _SCALE_BATCHES = 20
+_LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched for modes, until they explain the network
 
 
 def default_recipe() -> config_dict.ConfigDict:
@@ -253,23 +254,28 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
     def fresh(key: PRNGKeyArray) -> Components:
         return step_lib.init_state(key, problem.params, settings, **options).components
 
-    def begin() -> tuple[list[Components], float]:
-        found, explained = [], 1.0
-        for draw, init in keys:
-            modes = modes_lib.find(problem, config.batch_size, draw)
+    def begin_one(draw: PRNGKeyArray, init: Components) -> tuple[Components, float]:
+        explained = 0.0
+        for times in _LOOKS:
+            modes = modes_lib.find(problem, config.batch_size, draw, times=times)
             if not len(modes):
-                log.info("there are no modes")
-                return [jax.device_get(fresh(init))] * len(keys), 0.0
-            one, gains = modes_lib.components(problem, modes, fresh(init), num_always_on=config.num_always_on)
+                log.info("no modes among %d times the examples", times)
+                continue
+            one, gains = modes_lib.components(problem, modes, init, num_always_on=config.num_always_on)
             alone = components_lib.total(modes_lib.only(one, modes, config.num_always_on), problem.params)
-            explained = min(explained, 1 - _distances(problem, config, alone)[0] / scales.minimality)
-            log.info(
-                "%d modes explain %.3f; gain of %s", len(modes), explained, ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
-            )
-            found.append(jax.device_get(one))
-            if explained < recipe.least_explained:
-                return [found[-1]] * len(keys), explained
-        return found, explained
+            explained = 1 - _distances(problem, config, alone)[0] / scales.minimality
+            leaves = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
+            log.info("%d modes among %d times the examples explain %.3f; gain of %s", len(modes), times, explained, leaves)
+            if explained >= recipe.least_explained:
+                return one, explained
+        return init, explained
+
+    def begin() -> tuple[list[Components], float]:
+        found, least = [], 1.0
+        for draw, init in keys:
+            one, explained = begin_one(draw, fresh(init)) if least >= recipe.least_explained else (fresh(init), least)
+            found, least = [*found, jax.device_get(one)], min(least, explained)
+        return found, least
 
     like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(()))
     found, explained = parallel.from_primary(begin, like=like)

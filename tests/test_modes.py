@@ -13,6 +13,13 @@ from apd_jax.problem import Problem
 W = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0], [1.0, 1.0, 0.0], [0.5, -1.0, 1.0]], np.float32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fewer_examples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modes, "NUM_EXAMPLES", 4096)
+        yield
+
+
 def mixtures(key, step, num_features=4, batch=512):
     """Every feature is on with probability 0.08, then uniform in [0, 1]."""
     on, size = jax.random.split(jax.random.fold_in(key, step))
