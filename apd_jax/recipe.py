@@ -267,6 +267,12 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
             leaves = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
             log.info("%d modes among %d times the examples explain %.3f; gain of %s", len(modes), times, explained, leaves)
             if explained >= recipe.least_explained:
+                if shared := [name for name, gain in gains.items() if gain < modes_lib.SHARED and not config.num_always_on]:
+                    log.warning(
+                        "%d modes share %s: each part does less than the whole on its own mode; num_always_on components could hold it.",
+                        len(modes),
+                        " and ".join(shared),
+                    )
                 return one, explained
         return init, explained
 
