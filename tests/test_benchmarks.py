@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from apd_jax import components
+
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bounds
 import common
 import pod
+import recovery
+import robustness
 import scaling
 
 
@@ -104,3 +108,28 @@ def test_the_quick_form_of_scaling_runs(tmp_path):
 def test_an_unknown_part_is_refused():
     done = subprocess.run([sys.executable, "benchmarks", "--only", "speed"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and "unknown parts ['speed']" in done.stderr
+
+
+def test_when_a_seed_succeeds():
+    tms = {"num_features": 5, "num_features_owned": 5, "mmcs_one_to_one": 0.9995, "ml2r_one_to_one": 0.991}
+    assert recovery.succeeds("tms", tms)
+    assert not any(recovery.succeeds("tms", tms | worse) for worse in ({"ml2r_one_to_one": 1.02}, {"num_features_owned": 4}))
+    resid = {"num_features": 3, "num_features_owned": 0, "distinct": 3, "within_margin": 3}
+    assert recovery.succeeds("resid_mlp", resid) and not recovery.succeeds("resid_mlp", resid | {"distinct": 2})
+
+
+def test_what_a_component_reads_and_writes_apart():
+    """Two features on two neurons with W_E = W_U = 1: each component has its row of W_in, and half of its column of W_out."""
+    eye = np.eye(2, dtype=np.float32)
+    w_in, w_out = np.array([[3.0, 4.0], [0.0, 1.0]], np.float32), np.array([[1.0, 0.0], [2.0, 1.0]], np.float32)
+    P_in, P_out = np.stack([np.diag(e) @ w_in for e in eye]), np.stack([0.5 * w_out @ np.diag(e) for e in eye])
+    parts = components.from_materialized({"mlp_in_0": jnp.asarray(P_in), "mlp_out_0": jnp.asarray(P_out)})
+    found = recovery.sides({"W_E": eye, "W_U": eye, "mlp_in_0": w_in, "mlp_out_0": w_out}, parts, np.array([0, 1]))
+    assert found == pytest.approx({"distinct": 2, "cosine_w_in": 1, "norm_ratio_w_in": 1, "cosine_w_out": 1, "norm_ratio_w_out": 0.5})
+
+
+def test_settings_are_multiplied_and_counted():
+    assert robustness.changed(robustness.PAPER, ("apd.topk", "apd.rank"), 0.1) == pytest.approx({"apd.topk": 0.0211, "apd.rank": 1})
+    row = {"config": robustness.OURS, "setting": "k", "factor": 1.0, "num_features": 5, "num_features_owned": 5, "mmcs_one_to_one": 0.995}
+    rates = robustness.rates([row, row | {"mmcs_one_to_one": 0.9}])
+    assert rates["k"][robustness.OURS][2] == 0.5 and np.isnan(rates["k"][robustness.PAPER][2])
