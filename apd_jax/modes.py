@@ -221,7 +221,7 @@ def _alike(ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.
         cosine = sum((e[rows] @ e.T) * (v[rows] @ v.T) for e, v in factors) / length[rows, None] / length[None]
         near.append(sparse.csr_array((cosine > NEAR).astype(np.float32)))
         not_far.append(sparse.csr_array((cosine > FAR).astype(np.float32)))
-    return sparse.vstack(near, format="csr"), sparse.vstack(not_far, format="csr")
+    return sparse.csr_array(sparse.vstack(near)), sparse.csr_array(sparse.vstack(not_far))
 
 
 def _leading(e: Float[np.ndarray, "k b d"], count: Float[np.ndarray, " k"]) -> Float[np.ndarray, "b d"]:
