@@ -1,6 +1,6 @@
 """A recipe: training in stages, with one set of numbers for all targets. What it finds, and what not yet: docs/results.md.
 
-Where examples of one kind agree on what they read and write (`apd_jax.modes`), and these modes explain the network, components begin
+Where examples of one kind agree on what they read (`apd_jax.modes`), and these modes explain the network, components begin
 there, and `polish` alone is left to do. Where they do not, components begin at random and go through all stages:
 
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a weak one: mechanisms emerge one after
@@ -52,9 +52,7 @@ _LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched fo
 def default_recipe() -> config_dict.ConfigDict:
     """The numbers of the recipe. Coefficients are relative; see the module."""
     r = config_dict.ConfigDict()
-    r.least_explained = (
-        0.8  # components begin at the modes if these make up for this part of what the decomposed weights do; above 1: never
-    )
+    r.least_explained = 0.8  # components begin at the modes if these make up for this part of what the weights do; above 1: never
     r.restarts = 4  # independent random beginnings, of which the one with the lowest loss after `settle` is polished
     r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
     r.minimality_coeff = 1.67
