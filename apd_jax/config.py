@@ -14,6 +14,7 @@ from apd_jax.errors import InputError, one_of
 Config = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
 MASKS = ("batch_topk", "topk", "threshold", "exact", "none")
+INACTIVE = ("drop", "uniform")
 MASK_PER = ("example", "position")
 ATTRIBUTIONS_AT = ("target", "components")
 MINIMALITY_LOSSES = ("mse", "kl")
@@ -52,6 +53,9 @@ def default_config() -> config_dict.ConfigDict:
     c.topk = 1.0  # k, mean active components per example
     c.mask = "batch_topk"  # batch_topk | topk (per example) | threshold | exact (as many as truly active features) | none (all kept)
     c.threshold = 0.0  # of mask = "threshold": components with an attribution above it are kept; in units of the output
+    c.inactive = (
+        "drop"  # what the sparse pass does with the others: drop | uniform (each times U(0, 1), so that they can be ablated in part)
+    )
     c.attributions_at = "target"  # target | components: the weights that the gradient is taken at
     c.attribution = "gradient"  # gradient | integrated_gradient | ablation | activation
     c.attribution_mode = "auto"  # how gradients are taken: auto | forward | reverse | probe (estimated, for wide outputs)
@@ -103,6 +107,7 @@ def validate(config: Config) -> None:
     """
     choices = {
         "mask": MASKS,
+        "inactive": INACTIVE,
         "attributions_at": ATTRIBUTIONS_AT,
         "minimality_loss": MINIMALITY_LOSSES,
         "optimizer": OPTIMIZERS,

@@ -6,20 +6,29 @@ On one example x a weight W matters along few directions: the gradient of the ou
 
 so its leading left singular vector e_l(x) says what the layer reads, and P_l(x) = e_l e_lᵀ W_l is the least matrix that does on x what the
 layer does. Examples that need one mechanism alone share P(x), mixtures of several are scattered: mechanisms are the densest points,
-the modes, of P(x) over the data. Every mode becomes a component. Of n modes with directions e_i (the rows of E) it takes
+the modes, of P(x) over the data. Every mode becomes a component, which must do its part whatever else an example needs. So it reads
 
-  P_i = ê_i ⊗ e_iᵀ W,    ê = pinv(Eᵀ) the dual directions,    so that Σ_i P_i = W on all that the modes read
+  d_i = argmin_d Σ_{x without mode i} (d·e(x))²   where d·e_i = 1,    (the beamformer of minimum variance: Capon 1969)
 
-The gain of a leaf, mean_i e_i·ê_i = tr(E pinv(E))/n, is how much of what the leaf does on a mode that mode's part does alone. It is 1
+the direction that is blind to all examples without the mode; with D the rows d_i and t_i the rows of pinv(D)ᵀ, it is
+
+  P_i = d_i ⊗ t_iᵀ W,    so that Σ_i P_i is W on the span of the d_i
+
+Where layers read nothing but sums of the e_i these d_i are their dual basis, and t_i = e_i. Where a layer also reads what earlier ones
+wrote, which is no sum of what they write for single modes, the d_i are blind to that, and what W makes of it belongs to no mode.
+
+The gain of a leaf, tr(E pinv(E))/n with E the rows e_i, is how much of what the leaf does on a mode that mode's part can do alone. It is 1
 if the directions are independent, and (dimensions they span)/n if there are more modes than that: the modes then share the leaf.
 
-Shapes: N examples, n modes, C components, b matrices of a leaf (1 unless stacked), m rank. Nothing here looks at a ground truth.
+Shapes: N examples, n modes, C components, b matrices of a leaf (1 unless stacked), m rank, r dimensions.
+Nothing here looks at a ground truth.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -42,8 +51,10 @@ NEAR, FAR = 0.95, 0.7  # cosines of P(x): above NEAR an example counts for a mod
 LEAST_COUNT = 5  # examples that make a mode
 LEAST_DENSITY = 0.35  # of the density that modes usually have, in which each is counted by the square of its own
 SHARED = 0.75  # a leaf whose gain is below this goes whole into the components that are always on, if there are any
-_POWER_ITERATIONS = 4
+_POWER_ITERATIONS = 12
 _CONDITION = 0.03  # singular values of E below this part of the largest are taken as 0
+_PRESENT = 0.02  # of what an example reads, by the leaf that tells modes apart best: from there on it has a mode
+_UNSEEN = 1e-9  # of the largest variance among directions: what varies less is not read
 _CHUNK_BYTES = 256 * 2**20  # that the gradients of one chunk of examples may take
 
 
@@ -52,13 +63,16 @@ class Modes:
     """The modes, in the order they were found, the densest first."""
 
     ins: dict[str, Float[np.ndarray, "n b d_in"]]  # e, of every leaf
+    reads: dict[str, Float[np.ndarray, "n b d_in"]]  # d
+    seen: dict[str, Float[np.ndarray, "b d_in r"]]  # an orthonormal basis of all that examples read (further columns are 0)
     density: Float[np.ndarray, " n"]  # examples near each, counted by their effect, at most 1 each
 
     def __len__(self) -> int:
         return len(self.density)
 
     def first(self, n: int) -> Modes:
-        return Modes({name: e[:n] for name, e in self.ins.items()}, self.density[:n])
+        ins, reads = ({name: a[:n] for name, a in arrays.items()} for arrays in (self.ins, self.reads))
+        return Modes(ins, reads, self.seen, self.density[:n])
 
 
 def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1) -> Modes:
@@ -83,7 +97,7 @@ def densest(
     """The modes of given examples.
 
     One after the other: the example with most others near it; then all that are not far from it are used up. A mode's direction is the
-    leading one of the examples near it.
+    leading one of the examples near it, of the quarter of them that agrees best.
 
     Args:
       ins: e, what every example reads in every leaf, of unit length.
@@ -110,17 +124,17 @@ def densest(
         used &= left
         density -= near[used].T @ count[used]
         left &= ~used
-    members = [near[[centre]].indices for centre in centres]
+    members = [_purest(ins, count, near[[centre]].indices) for centre in centres]
     leading = {name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:]) for name, e in ins.items()}
-    return Modes(leading, np.asarray(found))
+    return Modes(leading, *_reads(ins, leading), np.asarray(found))
 
 
 def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0) -> tuple[Components, dict[str, float]]:
     """Components that sum to the target and begin at the modes, after the always-on ones; and the gain of every leaf.
 
-    Leaves whose gain is below SHARED are held by the always-on components, if there are any. What is left of a leaf, on which the modes
-    do nothing, goes in pieces of rank m to the components that no mode has taken. Further columns of U are those of `fresh` with rows of 0
-    in V, so that ranks can grow.
+    Leaves whose gain is below SHARED are held by the always-on components, if there are any, and so is what other leaves make of what is
+    read but belongs to no mode. What is left of a leaf, on which it does nothing, goes in pieces of rank m to the components that no mode
+    has taken; without always-on components both do. Further columns of U are those of `fresh` with rows of 0 in V, so that ranks can grow.
 
     Args:
       fresh: as `components.init` gives them: shapes and small random values.
@@ -142,17 +156,27 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
         here = U.any(axis=(1, 2, 3), keepdims=True)  # the components that `select` gives this leaf
         U[[c for c in range(C) if not taken.start <= c < taken.stop]] = 0
         V = np.zeros((C, len(W), m, W.shape[-1]), U.dtype)
-        dual = [_dual(modes.ins[name][:, i]) for i in range(len(W))]
-        gains[name] = float(np.mean([gain for _, gain in dual]))
-        for i, (matrix, (u, gain)) in enumerate(zip(W, dual, strict=True)):
-            v = modes.ins[name][:, i] @ matrix
-            if num_always_on and gain < SHARED:
+        gains[name] = float(np.mean([_dual(modes.ins[name][:, i])[1] for i in range(len(W))]))
+        always, spare = [[c for c in part if here[c]] for part in (range(num_always_on), range(taken.stop, C))]
+        for i, matrix in enumerate(W):
+            least = 1e-6 * float(np.linalg.norm(matrix, 2))
+            if num_always_on and gains[name] < SHARED:
                 U[:, i] = 0
-                _spread(matrix, U[:num_always_on, i], V[:num_always_on, i], name)
+                if rest := _spread(matrix, U[:, i], V[:, i], always, least):
+                    rank, held = num_always_on * m + rest, num_always_on * m
+                    raise InputError(
+                        f"{name!r} of rank {rank} is shared by all modes, but {num_always_on} always-on component(s) of rank {m} hold only "
+                        f"{held}; set num_always_on to at least {-(-rank // m)}, or the rank to at least {-(-rank // num_always_on)}."
+                    )
                 continue
-            scale = np.sqrt(np.linalg.norm(v, axis=1) / np.maximum(np.linalg.norm(u, axis=1), 1e-30))[:, None]
-            U[taken, i, :, 0], V[taken, i, 0] = u * scale, v / np.maximum(scale, 1e-30)
-            _spread(matrix - u.T @ v, U[taken.stop :, i], V[taken.stop :, i])
+            d = modes.reads[name][:, i].astype(np.float64)
+            v = _dual(d, 1e-6)[0] @ matrix
+            scale = np.sqrt(np.linalg.norm(v, axis=1) / np.maximum(np.linalg.norm(d, axis=1), 1e-30))[:, None]
+            U[taken, i, :, 0], V[taken, i, 0] = d * scale, v / np.maximum(scale, 1e-30)
+            left = matrix - d.T @ v
+            read = modes.seen[name][i] @ (modes.seen[name][i].T @ left)
+            _spread(read, U[:, i], V[:, i], [*always, *spare], least)
+            _spread(left - read, U[:, i], V[:, i], [*spare, *always], least)
         return dataclasses.replace(f, U=jnp.asarray((U * here).reshape(f.U.shape)), V=jnp.asarray((V * here).reshape(f.V.shape)))
 
     tree = jax.tree_util.tree_map_with_path(make, fresh.tree, is_leaf=components_lib.is_slot)
@@ -199,13 +223,16 @@ def _directions(problem: Problem, x: PyTree) -> tuple[dict[str, Float[Array, "B 
 
 
 def _leading_left(G: Float[Array, "i o"]) -> Float[Array, " i"]:
-    """The leading left singular vector, by power iterations; 0 where G is 0."""
+    """The leading left singular vector, by power iterations on the smaller of GᵀG and GGᵀ; 0 where G is 0."""
 
     def unit(v):
         return v / jnp.maximum(jnp.linalg.norm(v), 1e-30)
 
-    longest = unit(G[jnp.argmax(jnp.linalg.norm(G, axis=1))])  # of the rows: it has a part along the leading right vector
-    return unit(G @ jax.lax.fori_loop(0, _POWER_ITERATIONS, lambda _, d: unit(G.T @ unit(G @ d)), longest))
+    wide = G.shape[0] < G.shape[1]
+    gram = G @ G.T if wide else G.T @ G
+    longest = gram[jnp.argmax(jnp.diagonal(gram))]  # of the rows: it has a part along the leading vector
+    v = jax.lax.fori_loop(0, _POWER_ITERATIONS, lambda _, v: unit(gram @ v), unit(longest))
+    return v if wide else unit(G @ v)
 
 
 def _alike(ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]) -> tuple[sparse.csr_array, sparse.csr_array]:
@@ -230,22 +257,71 @@ def _leading(e: Float[np.ndarray, "k b d"], count: Float[np.ndarray, " k"]) -> F
     return np.stack([np.linalg.svd(line, full_matrices=False)[2][0] for line in lines])
 
 
-def _dual(E: Float[np.ndarray, "n d"]) -> tuple[Float[np.ndarray, "n d"], float]:
-    """The dual directions ê, and the mean of e_i·ê_i: tr(E pinv(E))/n."""
+def _purest(ins: dict[str, Float[np.ndarray, "N b d"]], count: Float[np.ndarray, " N"], members: np.ndarray) -> np.ndarray:
+    """The half of these examples that is nearest to their leading directions, and the half of that; not fewer than LEAST_COUNT."""
+    for _ in range(2):
+        cosine = [np.einsum("kbd,bd->kb", e[members], _leading(e[members], count[members])) for e in ins.values()]
+        nearest = np.argsort(-np.sum(np.square(np.concatenate(cosine, 1)), 1), kind="stable")
+        members = members[nearest[: max(LEAST_COUNT, len(members) // 2)]]
+    return members
+
+
+def _reads(
+    ins: dict[str, Float[np.ndarray, "N b d"]], modes: dict[str, Float[np.ndarray, "n b d"]]
+) -> tuple[dict[str, Float[np.ndarray, "n b d"]], dict[str, Float[np.ndarray, "b d r"]]]:
+    """d of every mode and leaf, and what examples read at all.
+
+    Which modes an example has is told by the leaf that tells them apart best: whose modes are independent and explain what is read.
+    The modes themselves count as examples that have no other mode.
+
+    Cost, per matrix of every leaf: d_in³ for the basis, n solutions of r linear equations.
+    """
+    amplitudes, best = np.zeros(0), -1.0
+    for name, e in ins.items():
+        for i in range(e.shape[1]):
+            dual, gain = _dual(modes[name][:, i])
+            found = e[:, i] @ dual.T
+            unexplained = np.mean(np.sum((e[:, i] - found @ modes[name][:, i]) ** 2, 1))
+            if gain * (1 - unexplained) > best:
+                amplitudes, best = found, gain * (1 - unexplained)
+    present = np.abs(amplitudes) > _PRESENT
+
+    reads, seen = {name: np.zeros_like(e) for name, e in modes.items()}, {}
+    for name, e in ins.items():
+        bases = []
+        for i in range(e.shape[1]):
+            x, E = e[:, i].astype(np.float64), modes[name][:, i].astype(np.float64)
+            variance, basis = np.linalg.eigh(x.T @ x)
+            bases.append(basis[:, variance > _UNSEEN * variance[-1]])
+            x, E = x @ bases[-1], E @ bases[-1]
+            every = x.T @ x + E.T @ E
+            for j in range(len(E)):
+                own = np.concatenate([x[present[:, j]], E[[j]]])
+                without = every - own.T @ own
+                without[np.diag_indices_from(without)] += _UNSEEN * max(np.trace(every), 1e-30)
+                d = np.linalg.solve(without, E[j])
+                reads[name][j, i] = bases[-1] @ (d / max(float(d @ E[j]), 1e-30))
+        widest = max(b.shape[1] for b in bases)
+        seen[name] = np.stack([np.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in bases])
+    return reads, seen
+
+
+def _dual(E: Float[np.ndarray, "n d"], condition: float = _CONDITION) -> tuple[Float[np.ndarray, "n d"], float]:
+    """The dual directions ê, the rows of pinv(Eᵀ), and the mean of e_i·ê_i: tr(E pinv(E))/n."""
+    if not len(E):
+        return E, 0.0
     u, s, vt = np.linalg.svd(E, full_matrices=False)
-    large = s > _CONDITION * s[0]
+    large = s > condition * s[0]
     return (u[:, large] / s[large]) @ vt[large], float(large.mean() * min(E.shape) / len(E))
 
 
-def _spread(W: Float[np.ndarray, "i o"], U: Float[np.ndarray, "c i m"], V: Float[np.ndarray, "c m o"], name: str = "") -> None:
-    """Writes the singular parts of W into components, in turn. Those that do not fit are left out; with a name that is an error."""
+def _spread(
+    W: Float[np.ndarray, "i o"], U: Float[np.ndarray, "C i m"], V: Float[np.ndarray, "C m o"], where: Sequence[int], least: float
+) -> int:
+    """Writes the singular parts of W above `least` into free places (V is 0) of these components; how many did not fit, the smallest."""
     u, s, vt = np.linalg.svd(W, full_matrices=False)
-    rank = int(np.sum(s > 1e-6 * s[0])) if s[0] > 0 else 0
-    c, m = U.shape[0], U.shape[-1]
-    if name and rank > c * m:
-        raise InputError(
-            f"{name!r} of rank {rank} is shared by all modes, but {c} always-on component(s) of rank {m} hold only {c * m}; "
-            f"set num_always_on to at least {math.ceil(rank / m)}, or the rank to at least {math.ceil(rank / c)}."
-        )
-    for j in range(min(rank, c * m)):
-        U[j % c, :, j // c], V[j % c, j // c] = u[:, j] * np.sqrt(s[j]), np.sqrt(s[j]) * vt[j]
+    parts = np.flatnonzero(s > least)
+    free = [(c, k) for c in where for k in range(U.shape[-1]) if not V[c, k].any()]
+    for j, (c, k) in zip(parts, free, strict=False):
+        U[c, :, k], V[c, k] = u[:, j] * np.sqrt(s[j]), np.sqrt(s[j]) * vt[j]
+    return max(0, len(parts) - len(free))

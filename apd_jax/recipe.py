@@ -9,7 +9,9 @@ there, and `polish` alone is left to do. Where they do not, components begin at 
   clean    the best of several restarts, by its loss; joined again, unused components cleared for good. More than k are kept, so that
            none gains from holding a piece of another's mechanism.
   polish   simplicity, which shrinks what it selects, is switched off; and instead of the k·B largest all components are kept whose
-           attribution exceeds a small threshold, so that nothing that matters is dropped: the components grow to their full length.
+           attribution exceeds a small threshold, so that nothing that matters is dropped, the others times U(0, 1), so that they can be
+           ablated: the components grow to their full length. Steps are in proportion to √loss, which is how far the weights are off:
+           what is exact already is left alone.
 
 Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`Scales`), so that one
 number means the same on every target. k, the mean number of active components, is `config.topk`. If hidden activations are to be
@@ -60,7 +62,15 @@ def default_recipe() -> config_dict.ConfigDict:
     r.explore = _stage(num_steps=4000, topk_last=1.25, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
-    r.polish = _stage(num_steps=2000, learning_rate=1e-3, simplicity_coeff=0.0, mask="threshold", threshold=1.5, faithfulness_coeff=10.0)
+    r.polish = _stage(
+        num_steps=500,
+        learning_rate=3e-3,
+        simplicity_coeff=0.0,
+        mask="threshold",
+        threshold=0.15,
+        inactive="uniform",
+        faithfulness_coeff=10.0,
+    )
     r.init_scale = 3.0
     return r.lock()
 
@@ -72,7 +82,7 @@ def _stage(**settings: Any) -> config_dict.ConfigDict:
     the topk of the last restart, where they differ. mask: of `apd_jax.config.MASKS`.
     """
     defaults = {"faithfulness_coeff": 1.0, "simplicity_coeff_final": settings["simplicity_coeff"]}
-    defaults |= {"topk": 1.0, "mask": "batch_topk", "threshold": 1.0}
+    defaults |= {"topk": 1.0, "mask": "batch_topk", "inactive": "drop", "threshold": 1.0}
     return config_dict.ConfigDict(defaults | settings)
 
 
@@ -93,7 +103,7 @@ class Scales:
 
 _SET_BY_RECIPE = (
     *("faithfulness_coeff", "minimality_coeff", "simplicity_coeff", "simplicity_coeff_final"),
-    *("mask", "threshold", "num_steps", "learning_rate", "init_scale"),
+    *("mask", "inactive", "threshold", "num_steps", "learning_rate", "init_scale"),
 )
 
 
@@ -191,6 +201,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
         simplicity_coeff_final=settings.simplicity_coeff_final / scales.simplicity if settings.simplicity_coeff_final > 0 else None,
         topk=config.topk * (settings.topk_last if stage == "explore" else settings.topk),
         mask=settings.mask,
+        inactive=settings.inactive,
         threshold=settings.threshold * recipe.threshold * (scales.minimality / config.topk) ** 0.5,
         num_steps=settings.num_steps,
         learning_rate=settings.learning_rate,
@@ -224,6 +235,8 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     for number, stage in enumerate(stages):
         settings = stage_config(config, recipe, stage, reference)
         last = stage == STAGES[-1]
+        if begin is not None and last:
+            settings.learning_rate *= min(1.0, _loss(problem, settings, begin) ** 0.5)
         folder = None if workdir is None else epath.Path(workdir) / ("" if last else f"stages/{stage}")
         title = f"decomposition, {stage} ({number + 1} of {len(stages)})"
         traced = _spread(settings, recipe, n, R) if stage == "explore" and n * R > 1 else None
@@ -286,6 +299,36 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
     if float(explained) < recipe.least_explained:
         return None
     return jax.tree.map(jnp.asarray, found[0]) if len(found) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *found)
+
+
+def _loss(problem: Problem, config: Config, components: Components) -> float:
+    """The loss that a stage with these settings begins with, the mean over batches and instances."""
+    step = step_lib.make_step(
+        problem.apply_fn,
+        None,
+        config,
+        attribution_fn=problem.attribution_fn,
+        num_active_fn=problem.num_active_fn,
+        valid_fn=problem.valid_fn,
+    )
+    params, optimizer = jax.tree.map(jnp.asarray, problem.params), step_lib.make_optimizer(config)
+
+    def total(components: Components, x: PyTree, key: PRNGKeyArray) -> jax.Array:
+        state = step_lib.TrainState(jnp.zeros((), jnp.int32), components, optimizer.init(components))
+        return step(state, params, key, x)[1]["total"]  # what else the step computes is left out by the compiler
+
+    @jax.jit
+    def mean(components: Components, keys: PRNGKeyArray) -> jax.Array:
+        if isinstance(problem.sample_fn, data.Batches):
+            x = jax.tree.map(jnp.asarray, problem.sample_fn.first)
+            return total(components, x, keys[0])
+        return jnp.mean(jax.lax.map(lambda key: total(components, problem.sample_fn(key, jnp.zeros((), jnp.int32)), key), keys))
+
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 2), _SCALE_BATCHES)
+    several = (
+        [components] if config.num_instances == 1 else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(config.num_instances)]
+    )
+    return float(np.mean([mean(one, keys) for one in several]))
 
 
 def _spread(config: Config, recipe: Config, n: int, restarts: int) -> dict[str, np.ndarray]:

@@ -28,6 +28,7 @@ from apd_jax.layout import Layout
 Metrics = dict[str, Float[Array, ""]]
 Settings = Mapping[str, Float[Array, ""]]
 _PROBES = 0x960BE  # sets the draws of attribution probes apart from those of the data
+_PARTS = 0x9A275  # likewise the factors of inactive components
 
 
 @jax.tree_util.register_dataclass
@@ -193,7 +194,7 @@ def make_step(
             "attribution_lp": now.attribution_lp_coeff,
         }
 
-    def loss_terms(now: Config, components, params, x, mask, rng) -> Metrics:
+    def loss_terms(now: Config, components, params, x, mask, kept, rng) -> Metrics:
         terms, components = {}, components_lib.split_over(components, component_axis)
         weights, share = _weights(x, valid_fn, axis_name)
         if config.faithfulness_coeff > 0:
@@ -201,8 +202,9 @@ def make_step(
         if use_sparse:
             target_out, target_hidden = split_result(apply_fn(params, x))
             rows = mask.size // mask.shape[-1]
-            slots = None if config.mask == "none" or config.num_always_on else dispatch.slots_for(config.topk, rows, config.num_components)
-            result = sparse.apply(apply_fn, params, components, mask, x, route=config.sparse_route, slots=slots)
+            dense = config.mask == "none" or config.inactive != "drop" or config.num_always_on
+            slots = None if dense else dispatch.slots_for(config.topk, rows, config.num_components)
+            result = sparse.apply(apply_fn, params, components, kept, x, route=config.sparse_route, slots=slots)
             sparse_out, sparse_hidden = split_result(result)
             if config.minimality_coeff > 0:
                 terms["minimality"] = losses.minimality(sparse_out, target_out, config.minimality_loss, weights)
@@ -235,8 +237,13 @@ def make_step(
             squares = attribute(components_lib.split_over(components, component_axis), params, x, rng)
             mask = mask_fn(jnp.sqrt(squares) if config.mask == "threshold" else squares, x)  # the others ask for the order only
 
+        kept = mask
+        if config.inactive == "uniform":
+            keys = _example_keys(jax.random.fold_in(jax.random.fold_in(key, _PARTS), state.step), x, axis_name)
+            kept = partly(mask, keys, component_axis)
+
         def loss(components):
-            terms = loss_terms(now, components, params, x, mask, rng)
+            terms = loss_terms(now, components, params, x, mask, kept, rng)
             coefficient = coefficients(now, state.step)
             return sum(coefficient[name] * term for name, term in terms.items()), terms
 
@@ -251,6 +258,14 @@ def make_step(
         return TrainState(state.step + 1, optax.apply_updates(components, updates), opt_state), metrics
 
     return step
+
+
+def partly(mask: Bool[Array, "B *T C"], keys: Array, component_axis: str | None = None) -> Float[Array, "B *T C"]:
+    """1 for kept components, an independent U(0, 1) for each of the others; keys [B] are one per example."""
+    C = mask.shape[-1]
+    first, everyone = place(component_axis) * C, C if component_axis is None else C * lax.axis_size(component_axis)
+    drawn = jax.vmap(lambda k: jax.random.uniform(k, (*mask.shape[1:-1], everyone)))(keys)
+    return jnp.where(mask, 1.0, lax.dynamic_slice_in_dim(drawn, first, C, axis=-1))
 
 
 def scan_steps(step: Callable, num_steps: int) -> Callable:

@@ -7,7 +7,9 @@
 A seed is the run of `python -m apd_jax.main --config=configs/FILE --config.seed=S` without figures and report. What is in the file already
 is not run again, and a run that fails is a row too. A seed succeeds
     TMS        MMCS >= 0.999 and ML2R = 1 ± 0.01, one to one, and every feature has a component of its own
-    ResidMLP   every feature has a top-1 component that is no other's, and with it alone an error to the label within 10 % of the target's
+    ResidMLP   every feature has a top-1 component that is no other's, and with it (and what is always on) alone an error to the label
+               within 10 % of the target's; what it reads of the feature through W_in of all layers together has a cosine >= 0.99 and
+               a length of 1 ± 0.02 times the network's (means); scrubbed <= 1.5 sparse, anti-scrubbed >= 10 scrubbed
 """
 
 from __future__ import annotations
@@ -32,7 +34,16 @@ from apd_jax.errors import InputError, NonFiniteError
 from apd_jax.targets import pretrain
 
 MARGIN = 0.1  # of a feature's error, relative to the target's own
-SHOWN = ("mmcs_one_to_one", "ml2r_one_to_one", "num_features_owned", "distinct", "within_margin", "relative_parameter_error")
+SHOWN = (
+    "mmcs_one_to_one",
+    "ml2r_one_to_one",
+    "num_features_owned",
+    "distinct",
+    "within_margin",
+    "cosine_w_in",
+    "norm_ratio_w_in",
+    "relative_parameter_error",
+)
 SCRUBBED = ("minimality_topk", "scrub_scrubbed", "scrub_antiscrubbed", "scrub_monosemantic")
 
 
@@ -103,7 +114,10 @@ def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
 def succeeds(target: str, row: dict[str, Any]) -> bool:
     owned = row["num_features_owned"] == row["num_features"]
     if target == "resid_mlp":
-        return bool(row["distinct"] == row["within_margin"] == row["num_features"])
+        apart = row["distinct"] == row["within_margin"] == row["num_features"]
+        read = row["cosine_w_in"] >= 0.99 and abs(row["norm_ratio_w_in"] - 1) <= 0.02
+        sparse, scrubbed, anti = (row[f"scrub_{kind}"] for kind in ("topk", "scrubbed", "antiscrubbed"))
+        return bool(apart and read and scrubbed <= 1.5 * sparse and anti >= 10 * scrubbed)
     return bool(owned and row["mmcs_one_to_one"] >= 0.999 and abs(row["ml2r_one_to_one"] - 1) <= 0.01)
 
 

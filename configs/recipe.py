@@ -5,8 +5,9 @@
 
 Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
 decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told;
-whether hidden activations are to be reconstructed, and how many components are always on: one where TMS has a matrix in the hidden space.
-`shared` (of resid_mlp) lets components that are always on hold what the modes can only share: W_out, as one dense part.
+whether hidden activations are to be reconstructed, and how many components are always on: one where TMS has a matrix in the hidden space,
+and in ResidMLP as many as hold a matrix of its MLP between them: W_out, which features can only share, as one dense part.
+`split` (of resid_mlp) has none that is always on, so that W_out must be split too.
 `smoke` runs every stage in seconds on a CPU; the result means nothing.
 """
 
@@ -38,8 +39,8 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     """
     name, *rest = arg.split(",")
     one_of("recipe target", name, tuple(SIZES))
-    shared = name == "resid_mlp" and "shared" in rest
-    rest = [variant for variant in rest if not (shared and variant == "shared")]
+    split = name == "resid_mlp" and "split" in rest
+    rest = [variant for variant in rest if not (split and variant == "split")]
     base = _load(name).get_config(*[",".join(rest)] if rest else [])
     mechanisms, probability = SIZES[name](base.target)
 
@@ -53,7 +54,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.apd.num_components = round((1.3 if name == "resid_mlp" else 2) * mechanisms)  # likewise
     if name == "tms" and base.target.hidden != "none":
         config.apd.num_always_on = 1
-    elif shared:
+    elif name == "resid_mlp" and not split:
         config.apd.num_always_on = -(-base.target.d_mlp // config.apd.rank)  # that hold a matrix of full rank between them
     config.apd.num_components += config.apd.num_always_on
     config.apd.topk = mechanisms * probability
