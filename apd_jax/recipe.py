@@ -63,8 +63,8 @@ def default_recipe() -> config_dict.ConfigDict:
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
     r.polish = _stage(
-        num_steps=500,
-        learning_rate=3e-3,
+        num_steps=250,
+        learning_rate=1e-2,
         simplicity_coeff=0.0,
         mask="threshold",
         threshold=0.15,
