@@ -318,7 +318,7 @@ def _loss(problem: Problem, config: Config, components: Components) -> float:
         return step(state, params, key, x)[1]["total"]  # what else the step computes is left out by the compiler
 
     @jax.jit
-    def mean(components: Components, keys: PRNGKeyArray) -> jax.Array:
+    def mean(components: Components, keys: jax.Array) -> jax.Array:
         if isinstance(problem.sample_fn, data.Batches):
             x = jax.tree.map(jnp.asarray, problem.sample_fn.first)
             return total(components, x, keys[0])

@@ -114,8 +114,11 @@ def test_when_a_seed_succeeds():
     tms = {"num_features": 5, "num_features_owned": 5, "mmcs_one_to_one": 0.9995, "ml2r_one_to_one": 0.991}
     assert recovery.succeeds("tms", tms)
     assert not any(recovery.succeeds("tms", tms | worse) for worse in ({"ml2r_one_to_one": 1.02}, {"num_features_owned": 4}))
-    resid = {"num_features": 3, "num_features_owned": 0, "distinct": 3, "within_margin": 3}
-    assert recovery.succeeds("resid_mlp", resid) and not recovery.succeeds("resid_mlp", resid | {"distinct": 2})
+    resid = {"num_features": 3, "num_features_owned": 0, "distinct": 3, "within_margin": 3, "cosine_w_in": 0.995, "norm_ratio_w_in": 1.01}
+    resid |= {"scrub_topk": 1e-5, "scrub_scrubbed": 1.4e-5, "scrub_antiscrubbed": 1.5e-4}
+    assert recovery.succeeds("resid_mlp", resid)
+    for worse in ({"distinct": 2}, {"cosine_w_in": 0.98}, {"norm_ratio_w_in": 0.97}, {"scrub_topk": 9e-6}, {"scrub_antiscrubbed": 1.3e-4}):
+        assert not recovery.succeeds("resid_mlp", resid | worse)
 
 
 def test_what_a_component_reads_and_writes_apart():

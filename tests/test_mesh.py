@@ -169,7 +169,7 @@ def sgd(**fields):
         {"mask": "topk", "topk": 2.0, "unit_norm_U": True, "sparse_route": "masked", "num_always_on": 3},
         {"mask": "exact", "attributions_at": "components", "minimality_loss": "kl", "attribution_metric": "kl"},
         {"mask": "none", "attribution_lp_coeff": 0.1, "minimality_coeff": 0.5, "attribution_mode": "reverse"},
-        {"mask": "threshold", "threshold": 0.05, "attribution": "ablation"},
+        {"mask": "threshold", "threshold": 0.05, "attribution": "ablation", "inactive": "uniform"},
         {"attribution": "integrated_gradient", "optimizer": "adamw", "weight_decay": 0.1},
         {"attribution": "activation", "simplicity_coeff_final": 0.1},
         {"attribution_mode": "probe"},

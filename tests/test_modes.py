@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apd_jax import components, modes
+from apd_jax import components, modes, sparse
 from apd_jax.errors import InputError
 from apd_jax.modes import Modes
 from apd_jax.problem import Problem
@@ -55,14 +55,13 @@ def test_modes_are_the_single_features(found):
 
 
 def test_components_sum_to_the_target_and_each_does_its_own_mode(two_layers, found):
-    """What mode i reads gives, through component i, W's row i; through the others 0. The second leaf has rank 3 for 4 modes: gain 3/4."""
+    """Component i is W's row i and no other, up to how pure examples are. The second leaf has rank 3 for 4 modes: gain 3/4."""
     C, gains = modes.components(two_layers, found, fresh(two_layers.params, 6, 2))
     for name, leaf in two_layers.params.items():
         np.testing.assert_allclose(components.total(C, two_layers.params)[name], leaf, atol=1e-5)
     assert gains["first"] == pytest.approx(1) and gains["second"] == pytest.approx(0.75)
-    e, P = found.ins["first"][:, 0], np.asarray(C.factors["first"].weights)
-    read = np.einsum("id,cdo->ico", e, P)
-    np.testing.assert_allclose(read, np.eye(4, 6)[:, :, None] * (e @ W)[:, None], atol=1e-4)
+    which, P = rows_of(found.ins["first"][:, 0])[0], np.asarray(C.factors["first"].weights)
+    np.testing.assert_allclose(P[:4], np.eye(4)[which][:, :, None] * W[None], atol=1e-3)
     assert (np.linalg.matrix_rank(P[:4], tol=1e-4) == 1).all()
 
 
@@ -95,6 +94,37 @@ def test_a_leaf_that_modes_share_is_held_by_what_is_always_on():
     np.testing.assert_allclose(components.materialize(two)["hidden"].sum(0), np.eye(3), atol=1e-6)
     with pytest.raises(InputError, match="num_always_on to at least 2, or the rank to at least 3"):
         modes.components(problem, m, fresh(params, 8, 2), num_always_on=1)
+
+
+def test_a_component_does_its_part_whatever_else_is_on_or_ablated():
+    """A layer that reads what another has written, in superposition: no sum of what it reads of single features. With W_out apart, and what
+    the second layer makes of that always on, features that are not there can be ablated in any combination, and no output changes."""
+    F, D, M = 5, 16, 3
+    keys = jax.random.split(jax.random.key(3), 5)
+    shapes = {"in_0": (D, M), "out_0": (M, D), "in_1": (D, M), "out_1": (M, D)}
+    params = {name: jax.random.normal(k, shape) / 2 for k, (name, shape) in zip(keys, shapes.items(), strict=False)}
+    embed = jax.random.normal(keys[4], (F, D)) / 4
+
+    def fn(p, x):
+        r = x @ embed
+        for i in range(2):
+            r += jax.nn.relu(r @ p[f"in_{i}"]) @ p[f"out_{i}"]
+        return r
+
+    problem = Problem(fn, params, lambda k, s: mixtures(k, s, F), select=("in_*",))
+    m = modes.find(problem, 512, jax.random.key(0))
+    assert len(m) == F
+    C, gains = modes.components(problem, m, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
+    assert gains == {"in_0": pytest.approx(1), "in_1": pytest.approx(1)}
+    which = rows_of(m.ins["in_0"][:, 0] @ np.linalg.pinv(embed))[0]
+    x = jnp.zeros((64, F)).at[:, which[:2]].set(jax.random.uniform(jax.random.key(5), (64, 2)))
+    factors = jax.random.uniform(jax.random.key(6), (64, F + 3)).at[:, :4].set(1.0)  # always on, always on, the two that are there
+    expected = fn(params, x)
+    error = jnp.abs(sparse.apply(fn, params, C, factors, x) - expected).max() / jnp.abs(expected).max()
+    assert error < 0.01
+    duals = modes.Modes(m.ins, {name: np.linalg.pinv(e[:, 0].T)[:, None] for name, e in m.ins.items()}, m.seen, m.density)
+    worse, _ = modes.components(problem, duals, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
+    assert jnp.abs(sparse.apply(fn, params, worse, factors, x) - expected).max() / jnp.abs(expected).max() > 5 * error
 
 
 def test_stacked_weights_and_selected_components():

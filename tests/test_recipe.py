@@ -158,7 +158,7 @@ def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arg", ["tms,5-2,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,shared", "gated,short", "tms_coactive"]
+    "arg", ["tms,5-2,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,split", "gated,short", "tms_coactive"]
 )
 def test_configs_take_only_sizes_from_the_target(arg):
     config = get_config("recipe", arg)
@@ -177,8 +177,9 @@ def test_unknown_recipe_targets_are_refused():
 
 
 def test_what_is_always_on():
-    """One component for a matrix in the hidden space of TMS; as many as hold W_out (25 neurons, rank 2: 13) where it shall be shared."""
-    assert [get_config("recipe", arg).apd.num_always_on for arg in ("tms,5-2", "tms,5-2,id", "resid_mlp,2layer,shared")] == [0, 1, 13]
+    """One component for a matrix in the hidden space of TMS; as many as hold W_out (25 neurons, rank 2: 13) unless it shall be split."""
+    args = ("tms,5-2", "tms,5-2,id", "resid_mlp,2layer", "resid_mlp,2layer,split")
+    assert [get_config("recipe", arg).apd.num_always_on for arg in args] == [0, 1, 13, 0]
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +209,20 @@ def test_components_begin_at_the_modes_and_are_only_polished(tmp_path):
         order = [int(np.argmax(np.linalg.norm(one[:, j], axis=-1))) for j in range(3)]
         np.testing.assert_allclose(one[order], np.eye(3)[:, :, None] * W[None], atol=0.02)
         assert not one[3].any()
+
+
+def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
+    """Components that are exact stay as they are; the loss that is measured is that of the first step, on fresh data."""
+    W = np.diag([3.0, 2.0, 1.0]).astype(np.float32)
+    problem, config, r = one_feature_at_a_time(W)
+    settings = recipe.stage_config(config, r, "polish", recipe.scales(problem, config))
+    begun = recipe.at_modes(problem, config, r, recipe.scales(problem, config))
+    assert recipe._loss(problem, settings, begun) < 1e-8
+    half = jax.tree.map(lambda a: a * 0.5**0.5, begun)  # the sum is θ*/2: a quarter of the faithfulness loss of nothing
+    assert recipe._loss(problem, settings, half) == pytest.approx(10 / 4 + r.minimality_coeff / 4, rel=0.02)
+    components, _, _ = recipe.fit(problem, config, r)
+    for a, b in zip(jax.tree.leaves(begun), jax.tree.leaves(components), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)
 
 
 def test_where_modes_do_not_explain_the_network_they_are_not_used():

@@ -129,6 +129,31 @@ def test_mask_kinds_and_always_on_components(fields, expected, num_always_on):
     np.testing.assert_array_equal(mask[:, num_always_on:], expected(SCORES[:, num_always_on:]))
 
 
+def test_inactive_components_in_part():
+    """1 where kept; elsewhere uniform, drawn for every example and component apart, and for a share of the components as for all."""
+    keys = jax.random.split(jax.random.key(0), 500)
+    mask = jnp.tile(jnp.array([True, False, False, False]), (500, 1))
+    kept = step_lib.partly(mask, keys)
+    assert (kept[:, 0] == 1).all() and kept.min() >= 0 and kept[:, 1:].max() < 1
+    np.testing.assert_allclose(np.cov(kept[:, 1:].T), np.eye(3) / 12, atol=0.012)
+    np.testing.assert_allclose(kept[:, 1:].mean(0), 0.5, atol=0.05)
+    halves = jax.vmap(lambda part: step_lib.partly(part, keys, "component"), axis_name="component", in_axes=1, out_axes=1)
+    np.testing.assert_array_equal(halves(mask.reshape(500, 2, 2)).reshape(500, 4), kept)
+
+
+def test_the_loss_with_inactive_components_in_part_by_hand():
+    config = config_of(inactive="uniform", simplicity_coeff=0.0)
+    c, key = step_lib.init_state(jax.random.key(0), PARAMS, config).components, jax.random.key(1)
+    x = sample_fn(key, 0)
+    mask = masks.batch_topk(attributions.gradient(apply_fn, PARAMS, c, x), 1.3)
+    draws = jax.random.fold_in(jax.random.fold_in(key, step_lib._PARTS), 0)
+    kept = step_lib.partly(mask, jax.vmap(lambda b: jax.random.fold_in(draws, b))(jnp.arange(B)))
+    out, _ = sparse.apply(apply_fn, PARAMS, c, kept, x)
+    _, metrics = run(config)
+    close(metrics["minimality"][0], losses.minimality(out, apply_fn(PARAMS, x)[0]))
+    assert metrics["mean_active"][0] == 10 / 8  # the mask's
+
+
 def test_exact_mask_needs_a_target_that_knows():
     with pytest.raises(InputError, match=r"mask = 'exact' .* does not tell; use mask = 'batch_topk'"):
         step_lib.make_mask_fn(config_of(mask="exact"))
