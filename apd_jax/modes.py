@@ -162,7 +162,7 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
             least = 1e-6 * float(np.linalg.norm(matrix, 2))
             if num_always_on and gains[name] < SHARED:
                 U[:, i] = 0
-                if rest := _spread(matrix, U[:, i], V[:, i], always, least):
+                if rest := _spread(matrix, U[:, i], V[:, i], [always], least):
                     rank, held = num_always_on * m + rest, num_always_on * m
                     raise InputError(
                         f"{name!r} of rank {rank} is shared by all modes, but {num_always_on} always-on component(s) of rank {m} hold only "
@@ -175,8 +175,8 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
             U[taken, i, :, 0], V[taken, i, 0] = d * scale, v / np.maximum(scale, 1e-30)
             left = matrix - d.T @ v
             read = modes.seen[name][i] @ (modes.seen[name][i].T @ left)
-            _spread(read, U[:, i], V[:, i], [*always, *spare], least)
-            _spread(left - read, U[:, i], V[:, i], [*spare, *always], least)
+            _spread(read, U[:, i], V[:, i], [always, spare], least)
+            _spread(left - read, U[:, i], V[:, i], [spare, always], least)
         return dataclasses.replace(f, U=jnp.asarray((U * here).reshape(f.U.shape)), V=jnp.asarray((V * here).reshape(f.V.shape)))
 
     tree = jax.tree_util.tree_map_with_path(make, fresh.tree, is_leaf=components_lib.is_slot)
@@ -318,10 +318,11 @@ def _dual(E: Float[np.ndarray, "n d"], condition: float = _CONDITION) -> tuple[F
 def _spread(
     W: Float[np.ndarray, "i o"], U: Float[np.ndarray, "C i m"], V: Float[np.ndarray, "C m o"], where: Sequence[int], least: float
 ) -> int:
-    """Writes the singular parts of W above `least` into free places (V is 0) of these components; how many did not fit, the smallest."""
+    """Writes the singular parts of W above `least` into free places (V is 0) of these groups of components, one group after the other, in
+    turn within it. Returns how many did not fit, the smallest."""
     u, s, vt = np.linalg.svd(W, full_matrices=False)
     parts = np.flatnonzero(s > least)
-    free = [(c, k) for c in where for k in range(U.shape[-1]) if not V[c, k].any()]
+    free = [(c, k) for group in where for k in range(U.shape[-1]) for c in group if not V[c, k].any()]
     for j, (c, k) in zip(parts, free, strict=False):
         U[c, :, k], V[c, k] = u[:, j] * np.sqrt(s[j]), np.sqrt(s[j]) * vt[j]
     return max(0, len(parts) - len(free))

@@ -1,7 +1,8 @@
 """A recipe: training in stages, with one set of numbers for all targets. What it finds, and what not yet: docs/results.md.
 
-Where examples of one kind agree on what they read (`apd_jax.modes`), and these modes explain the network, components begin
-there, and `polish` alone is left to do. Where they do not, components begin at random and go through all stages:
+Where examples of one kind agree on what they read (`apd_jax.modes`), and these modes explain the network, components begin there, and
+only `refine` is left to do, or `polish` and `refine` where the loss says that this was not all. Where modes explain too little,
+components begin at random and go through all stages:
 
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a weak one: mechanisms emerge one after
            the other, each in components of its own, several of which may share it. Restarts differ in how many components they keep.
@@ -9,9 +10,9 @@ there, and `polish` alone is left to do. Where they do not, components begin at 
   clean    the best of several restarts, by its loss; joined again, unused components cleared for good. More than k are kept, so that
            none gains from holding a piece of another's mechanism.
   polish   simplicity, which shrinks what it selects, is switched off; and instead of the k·B largest all components are kept whose
-           attribution exceeds a small threshold, so that nothing that matters is dropped, the others times U(0, 1), so that they can be
-           ablated: the components grow to their full length. Steps are in proportion to √loss, which is how far the weights are off:
-           what is exact already is left alone.
+           attribution exceeds a threshold, so that nothing that matters is dropped: the components grow to their full length.
+  refine   the threshold is lowered to a tenth, and the others are not dropped but times U(0, 1), so that they can be ablated in any
+           combination. Steps are in proportion to √loss, which is how far the weights are off: what is exact already stays as it is.
 
 Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`Scales`), so that one
 number means the same on every target. k, the mean number of active components, is `config.topk`. If hidden activations are to be
@@ -44,7 +45,7 @@ from apd_jax.problem import Problem
 
 log = logging.getLogger(__name__)
 
-STAGES = ("explore", "settle", "clean", "polish")
+STAGES = ("explore", "settle", "clean", "polish", "refine")
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 _DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
 _SCALE_BATCHES = 20
@@ -62,7 +63,9 @@ def default_recipe() -> config_dict.ConfigDict:
     r.explore = _stage(num_steps=4000, topk_last=1.25, learning_rate=3e-3, simplicity_coeff=20.0, simplicity_coeff_final=7.0)
     r.settle = _stage(num_steps=3000, learning_rate=3e-3, simplicity_coeff=7.0)
     r.clean = _stage(num_steps=2000, learning_rate=2e-3, simplicity_coeff=3.0, topk=1.5)
-    r.polish = _stage(
+    r.polish = _stage(num_steps=2000, learning_rate=1e-3, simplicity_coeff=0.0, mask="threshold", threshold=1.5, faithfulness_coeff=10.0)
+    r.nearly_exact = 2e-3  # a loss, relative as in `refine`, below which components that begin at modes need no `polish`
+    r.refine = _stage(
         num_steps=250,
         learning_rate=1e-2,
         simplicity_coeff=0.0,
@@ -207,7 +210,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
         learning_rate=settings.learning_rate,
         init_scale=recipe.init_scale,
         num_instances=config.num_instances * (recipe.restarts if stage in STAGES[:2] else 1),
-        seed=config.seed + STAGES.index(stage),  # no batch twice
+        seed=config.seed + min(STAGES.index(stage), 3),  # no batch twice, but that `refine` begins with those of `polish`
     )
     return c
 
@@ -231,7 +234,11 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     reference = scales(problem, config)
     R, n = recipe.restarts, config.num_instances
     begin = at_modes(problem, config, recipe, reference)
-    stages = STAGES if begin is None else STAGES[-1:]
+    stages = STAGES
+    if begin is not None:
+        loss = _loss(problem, stage_config(config, recipe, "refine", reference), begin)
+        log.info("the loss at the modes is %.2g of the reference", loss)
+        stages = STAGES[-1:] if loss < recipe.nearly_exact else STAGES[-2:]
     for number, stage in enumerate(stages):
         settings = stage_config(config, recipe, stage, reference)
         last = stage == STAGES[-1]
@@ -247,7 +254,10 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
         if stage == "settle" and n * R > 1:
             best = _best(rows, settings, n, R)
             components = jax.tree.map(lambda a, best=best: a[best[0]] if n == 1 else a[best], components)
-        begin = _between(problem, settings, components, n * R if stage == "explore" else n, revive=stage == "explore")
+        if stage == "polish":
+            begin = components
+        else:
+            begin = _between(problem, settings, components, n * R if stage == "explore" else n, revive=stage == "explore")
     raise AssertionError("the last stage returns")
 
 

@@ -18,17 +18,18 @@ import matplotlib
 import numpy as np
 import recovery
 
+from apd_jax import recipe
+
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2"
-STAGES = ("explore", "settle", "clean", "polish")
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "k": (("apd.topk",), ("apd.topk",)),
     "simplicity": (
         ("apd.simplicity_coeff",),
-        tuple(f"recipe.{s}.{f}" for s in STAGES[:3] for f in ("simplicity_coeff", "simplicity_coeff_final")),
+        tuple(f"recipe.{s}.{f}" for s in recipe.STAGES[:3] for f in ("simplicity_coeff", "simplicity_coeff_final")),
     ),
     "minimality": (("apd.minimality_coeff",), ("recipe.minimality_coeff",)),
-    "learning rate": (("apd.learning_rate",), tuple(f"recipe.{s}.learning_rate" for s in STAGES)),
+    "learning rate": (("apd.learning_rate",), tuple(f"recipe.{s}.learning_rate" for s in recipe.STAGES)),
     "C": (("apd.num_components",), ("apd.num_components",)),
     "rank": (("apd.rank",), ("apd.rank",)),
 }

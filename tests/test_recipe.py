@@ -75,7 +75,8 @@ def test_relative_coefficients_become_absolute():
     config.hidden_reconstruction_coeff = 10.0  # says whether, not how strongly
     strength = pytest.approx(5 * r.hidden_reconstruction_coeff)
     assert recipe.stage_config(config, r, "explore", s).hidden_reconstruction_coeff == strength
-    polish = recipe.stage_config(config, r, "polish", s)
+    polish, refine = [recipe.stage_config(config, r, stage, s) for stage in ("polish", "refine")]
+    assert (polish.inactive, refine.inactive, refine.mask) == ("drop", "uniform", "threshold")
     assert polish.simplicity_coeff == 0 and polish.mask == "threshold" and polish.num_instances == 1
     assert explore.threshold == pytest.approx(r.threshold * 0.5**0.5)
     assert polish.threshold == pytest.approx(r.polish.threshold * explore.threshold)
@@ -146,13 +147,12 @@ def test_outputs_that_do_not_depend_on_the_weights():
 
 
 def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
-    config, r = small()
-    problem = linear_problem()
+    problem, config, r = one_feature_at_a_time(np.diag([3.0, 2.0, 1.0]).astype(np.float32))
     d = apd_jax.decompose(problem.apply_fn, problem.params, problem.sample_fn, config, recipe=r)
-    assert d.config.mask == "threshold" and d.mask(jnp.ones((3, 2))).shape == (3, 4)
+    assert d.config.mask == "threshold" and d.mask(jnp.ones((3, 3))).shape == (3, 4)
     d.save(tmp_path / "saved")
     loaded = apd_jax.Decomposition.load(tmp_path / "saved", problem.apply_fn, sample_fn=problem.sample_fn)
-    again = loaded.train_again(loaded.problem)  # by the recipe, not by the settings of its last stage alone
+    again = loaded.train_again(loaded.problem)  # by the recipe, from the modes, not by the settings of its last stage from random ones
     for a, b in zip(jax.tree.leaves(d.components), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -199,7 +199,7 @@ def one_feature_at_a_time(W, num_instances=1):
     return Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, sample), config, r
 
 
-def test_components_begin_at_the_modes_and_are_only_polished(tmp_path):
+def test_components_begin_at_the_modes_and_are_only_refined(tmp_path):
     W = np.array([[3.0, 0, 0], [0, 2, 1], [1, 1, 0]], np.float32)
     problem, config, r = one_feature_at_a_time(W, num_instances=2)
     components, rows, _ = recipe.fit(problem, config, r, workdir=tmp_path)
@@ -211,11 +211,18 @@ def test_components_begin_at_the_modes_and_are_only_polished(tmp_path):
         assert not one[3].any()
 
 
+def test_where_modes_are_not_all_components_are_polished_first(tmp_path):
+    problem, config, r = one_feature_at_a_time(np.diag([3.0, 2.0, 1.0]).astype(np.float32))
+    r.nearly_exact = 0.0
+    recipe.fit(problem, config, r, workdir=tmp_path)
+    assert [path.name for path in (tmp_path / "stages").iterdir()] == ["polish"]
+
+
 def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
     """Components that are exact stay as they are; the loss that is measured is that of the first step, on fresh data."""
     W = np.diag([3.0, 2.0, 1.0]).astype(np.float32)
     problem, config, r = one_feature_at_a_time(W)
-    settings = recipe.stage_config(config, r, "polish", recipe.scales(problem, config))
+    settings = recipe.stage_config(config, r, "refine", recipe.scales(problem, config))
     begun = recipe.at_modes(problem, config, r, recipe.scales(problem, config))
     assert recipe._loss(problem, settings, begun) < 1e-8
     half = jax.tree.map(lambda a: a * 0.5**0.5, begun)  # the sum is θ*/2: a quarter of the faithfulness loss of nothing
