@@ -316,7 +316,7 @@ def _dual(E: Float[np.ndarray, "n d"], condition: float = _CONDITION) -> tuple[F
 
 
 def _spread(
-    W: Float[np.ndarray, "i o"], U: Float[np.ndarray, "C i m"], V: Float[np.ndarray, "C m o"], where: Sequence[int], least: float
+    W: Float[np.ndarray, "i o"], U: Float[np.ndarray, "C i m"], V: Float[np.ndarray, "C m o"], where: Sequence[Sequence[int]], least: float
 ) -> int:
     """Writes the singular parts of W above `least` into free places (V is 0) of these groups of components, one group after the other, in
     turn within it. Returns how many did not fit, the smallest."""
