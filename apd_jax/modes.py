@@ -153,7 +153,7 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
         W = weights[name]
         m = f.U.shape[-1]
         U = np.array(f.U).reshape(C, len(W), -1, m)
-        here = U.any(axis=(1, 2, 3), keepdims=True)  # the components that `select` gives this leaf
+        here = np.asarray(U.any(axis=(1, 2, 3), keepdims=True))  # the components that `select` gives this leaf
         U[[c for c in range(C) if not taken.start <= c < taken.stop]] = 0
         V = np.zeros((C, len(W), m, W.shape[-1]), U.dtype)
         gains[name] = float(np.mean([_dual(modes.ins[name][:, i])[1] for i in range(len(W))]))
