@@ -66,13 +66,14 @@ class Modes:
     reads: dict[str, Float[np.ndarray, "n b d_in"]]  # d
     seen: dict[str, Float[np.ndarray, "b d_in r"]]  # an orthonormal basis of all that examples read (further columns are 0)
     density: Float[np.ndarray, " n"]  # examples near each, counted by their effect, at most 1 each
+    unexplained: float = 0.0  # part of what examples read, in squares, that is no sum of the modes, in the leaf where it is least
 
     def __len__(self) -> int:
         return len(self.density)
 
     def first(self, n: int) -> Modes:
         ins, reads = ({name: a[:n] for name, a in arrays.items()} for arrays in (self.ins, self.reads))
-        return Modes(ins, reads, self.seen, self.density[:n])
+        return Modes(ins, reads, self.seen, self.density[:n], self.unexplained)
 
 
 def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1) -> Modes:
@@ -126,7 +127,8 @@ def densest(
         left &= ~used
     members = [_purest(ins, count, near[[centre]].indices) for centre in centres]
     leading = {name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:]) for name, e in ins.items()}
-    return Modes(leading, *_reads(ins, leading), np.asarray(found))
+    reads, seen, unexplained = _reads(ins, leading)
+    return Modes(leading, reads, seen, np.asarray(found), unexplained)
 
 
 def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0) -> tuple[Components, dict[str, float]]:
@@ -268,22 +270,22 @@ def _purest(ins: dict[str, Float[np.ndarray, "N b d"]], count: Float[np.ndarray,
 
 def _reads(
     ins: dict[str, Float[np.ndarray, "N b d"]], modes: dict[str, Float[np.ndarray, "n b d"]]
-) -> tuple[dict[str, Float[np.ndarray, "n b d"]], dict[str, Float[np.ndarray, "b d r"]]]:
-    """d of every mode and leaf, and what examples read at all.
+) -> tuple[dict[str, Float[np.ndarray, "n b d"]], dict[str, Float[np.ndarray, "b d r"]], float]:
+    """d of every mode and leaf, what examples read at all, and which part of it the modes do not explain.
 
     Which modes an example has is told by the leaf that tells them apart best: whose modes are independent and explain what is read.
     The modes themselves count as examples that have no other mode.
 
     Cost, per matrix of every leaf: d_in³ for the basis, n solutions of r linear equations.
     """
-    amplitudes, best = np.zeros(0), -1.0
+    amplitudes, best, least = np.zeros(0), -1.0, 1.0
     for name, e in ins.items():
         for i in range(e.shape[1]):
             dual, gain = _dual(modes[name][:, i])
             found = e[:, i] @ dual.T
-            unexplained = np.mean(np.sum((e[:, i] - found @ modes[name][:, i]) ** 2, 1))
+            unexplained = float(np.mean(np.sum((e[:, i] - found @ modes[name][:, i]) ** 2, 1)))
             if gain * (1 - unexplained) > best:
-                amplitudes, best = found, gain * (1 - unexplained)
+                amplitudes, best, least = found, gain * (1 - unexplained), unexplained
     present = np.abs(amplitudes) > _PRESENT
 
     reads, seen = {name: np.zeros_like(e) for name, e in modes.items()}, {}
@@ -303,7 +305,7 @@ def _reads(
                 reads[name][j, i] = bases[-1] @ (d / max(float(d @ E[j]), 1e-30))
         widest = max(b.shape[1] for b in bases)
         seen[name] = np.stack([np.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in bases])
-    return reads, seen
+    return reads, seen, least
 
 
 def _dual(E: Float[np.ndarray, "n d"], condition: float = _CONDITION) -> tuple[Float[np.ndarray, "n d"], float]:

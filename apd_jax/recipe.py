@@ -49,7 +49,8 @@ STAGES = ("explore", "settle", "clean", "polish", "refine")
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 _DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
 _SCALE_BATCHES = 20
-_LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched for modes, until they explain the network
+_LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched for modes, until they explain the network ...
+_FEW_MISSING = (1e-3, 0.1)  # ... and leave no part between these of what is read unexplained, as when a mode or a few are missing
 
 
 def default_recipe() -> config_dict.ConfigDict:
@@ -276,7 +277,7 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
         return step_lib.init_state(key, problem.params, settings, **options).components
 
     def begin_one(draw: PRNGKeyArray, init: Components) -> tuple[Components, float]:
-        explained = 0.0
+        best, explained, shared, number = init, 0.0, [], 0
         for times in _LOOKS:
             modes = modes_lib.find(problem, config.batch_size, draw, times=times)
             if not len(modes):
@@ -284,18 +285,21 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
                 continue
             one, gains = modes_lib.components(problem, modes, init, num_always_on=config.num_always_on)
             alone = components_lib.total(modes_lib.only(one, modes, config.num_always_on), problem.params)
-            explained = 1 - _distances(problem, config, alone)[0] / scales.minimality
+            part = 1 - _distances(problem, config, alone)[0] / scales.minimality
             leaves = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
-            log.info("%d modes among %d times the examples explain %.3f; gain of %s", len(modes), times, explained, leaves)
-            if explained >= recipe.least_explained:
-                if shared := [name for name, gain in gains.items() if gain < modes_lib.SHARED and not config.num_always_on]:
-                    log.warning(
-                        "%d modes share %s: each part does less than the whole on its own mode; num_always_on components could hold it.",
-                        len(modes),
-                        " and ".join(shared),
-                    )
-                return one, explained
-        return init, explained
+            log.info("%d modes among %d times the examples explain %.3f; gain of %s", len(modes), times, part, leaves)
+            if part >= explained:
+                best, explained, number = one, part, len(modes)
+                shared = [name for name, gain in gains.items() if gain < modes_lib.SHARED and not config.num_always_on]
+            if explained >= recipe.least_explained and not _FEW_MISSING[0] < modes.unexplained < _FEW_MISSING[1]:
+                break
+        if shared and explained >= recipe.least_explained:
+            log.warning(
+                "%d modes share %s: each part does less than the whole on its own mode; num_always_on components could hold it.",
+                number,
+                " and ".join(shared),
+            )
+        return best, explained
 
     def begin() -> tuple[list[Components], float]:
         found, least = [], 1.0

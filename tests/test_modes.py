@@ -69,7 +69,7 @@ def test_what_no_mode_reads_goes_to_the_other_components():
     """Feature 3 is never on: its row, of rank 1, is held by a component without a mode."""
     problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, lambda k, s: mixtures(k, s).at[:, 3].set(0))
     m = modes.find(problem, 512, jax.random.key(0))
-    assert len(m) == 3
+    assert len(m) == 3 and m.unexplained < 1e-6
     C, _ = modes.components(problem, m, fresh(problem.params, 5, 1))
     P = np.asarray(C.factors["W"].weights)
     np.testing.assert_allclose(P[3], np.eye(4)[:, 3:] * W[3], atol=1e-4)
@@ -162,6 +162,7 @@ def test_a_mode_far_below_the_usual_density_is_none():
     """40 examples each of three directions, 10 of a fourth (below 0.35 · 40), 20 of a fifth."""
     e = np.repeat(np.eye(5, dtype=np.float32), [40, 40, 40, 10, 20], axis=0)[:, None]
     m = modes.densest({"W": e}, np.ones(len(e), np.float32), {"W": np.eye(5, dtype=np.float32)[None]})
+    assert m.unexplained == pytest.approx(10 / 150, rel=1e-4)
     assert m.density.tolist() == [40, 40, 40, 20] and isinstance(m.first(2), Modes) and len(m.first(2)) == 2
     weak = np.where(np.arange(len(e)) < 40, 0.01, 1.0).astype(np.float32)  # the first 40 hardly move the outputs
     assert len(modes.densest({"W": e}, weak, {"W": np.eye(5, dtype=np.float32)[None]})) == 3

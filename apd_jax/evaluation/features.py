@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -66,7 +67,7 @@ def evaluate(target: FeatureTarget, params: PyTree, components: Components, conf
     key = jax.random.fold_in(jax.random.key(config.evaluation.seed), STREAM)
 
     # Three programs: each needs something of the one before.
-    rest = jax.jit(lambda p, c: _at_rest(_model(target, p, c, apd), target, p, c))(params, components)
+    rest = jax.jit(lambda p, c: _at_rest(_model(target, p, c, apd), target, p, c, apd.num_always_on))(params, components)
     measure = jax.jit(lambda p, c, owner: _on_batches(_model(target, p, c, apd), target, c, config, key, owner))
     drawn = jax.device_get(measure(params, components, rest["owner"]))
     rest = jax.device_get(rest)
@@ -135,7 +136,7 @@ def _mask_fn(apd: Config, **changes: Any) -> Callable[..., Bool[Array, "B C"]]:
     return step_lib.make_mask_fn(settings)
 
 
-def _at_rest(model: _Model, target: FeatureTarget, params: PyTree, components: Components) -> dict[str, Array]:
+def _at_rest(model: _Model, target: FeatureTarget, params: PyTree, components: Components, num_always_on: int) -> dict[str, Array]:
     """What needs no data: the weights, and the attributions of one-hot probes."""
     x = target.probes
     attributions = model.attributions(x)
@@ -148,7 +149,7 @@ def _at_rest(model: _Model, target: FeatureTarget, params: PyTree, components: C
         "owner": jnp.argmax(jnp.where(mask & ~model.always_on, attributions, -1.0), axis=1),
         "target_weights": target.feature_weights(params, params),
         "sum_weights": target.feature_weights(params, components_lib.total(components, params)),
-        "component_weights": jax.vmap(lambda weights: target.feature_weights(params, weights))(components_lib.materialize(components)),
+        "component_weights": geometry.of_components(partial(target.feature_weights, params), components, num_always_on),
         "norms": jnp.sqrt(jnp.maximum(sum(components_lib.squared_norms(components).values(), jnp.zeros(())), 0)),
         "faithfulness": losses.faithfulness(components, params),
         "relative_parameter_error": jnp.asarray(error) / sum(jnp.sum(leaf**2) for leaf in leaves.values()),

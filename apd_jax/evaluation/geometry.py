@@ -5,12 +5,36 @@ Shapes: C components, F features, d the length of the vector W_f that serves fea
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int, PyTree
 from scipy.optimize import linear_sum_assignment
+
+from apd_jax import components as components_lib
+from apd_jax.components import Components
 
 OWNED_COSINE = 0.9  # a feature is owned if its component's vector points its way ...
 OWNED_NORM_RATIO = 0.5  # ... and holds at least this part of its length
+
+
+def of_components(
+    feature_weights: Callable[[PyTree], Float[Array, "F d"]], components: Components, num_always_on: int = 0
+) -> Float[Array, "C F d"]:
+    """w(A + P_c) - w(A): what every component adds to the feature weights of the always-on ones, A, without which it is never used.
+
+    w(P_c) where w is linear, as for TMS. Where it is a product of leaves, of which A holds one, a component of the other alone has no
+    product. Always-on components have their own w(P_c).
+    """
+    P = components_lib.materialize(components)
+    alone = jax.vmap(feature_weights)(P)
+    if not num_always_on:
+        return alone
+    always = jax.tree.map(lambda a: jnp.sum(a[:num_always_on], axis=0), P)
+    added = jax.vmap(lambda one: feature_weights(jax.tree.map(jnp.add, always, one)) - feature_weights(always))(P)
+    return jnp.where((jnp.arange(len(alone)) < num_always_on)[:, None, None], alone, added)
 
 
 def cosines(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> Float[np.ndarray, "C F"]:

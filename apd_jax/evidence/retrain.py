@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.evaluation import geometry
 from apd_jax.evidence import fit
@@ -67,18 +67,10 @@ def recovered(case: Case, components: Components) -> bool:
     """Every feature has a component of its own; without known features: at least RECOVERED of this run's components are found again."""
     s, target = case.subject, case.target
     if isinstance(target, FeatureTarget):
-        parts = jax.lax.map(lambda P: target.feature_weights(s.params, P), components_as_params(components, s.params))
+        parts = geometry.of_components(partial(target.feature_weights, s.params), components, s.setting.config.num_always_on)
         scores = geometry.scores(np.asarray(parts), np.asarray(target.feature_weights(s.params, s.params)))
         return scores["num_features_owned"] == scores["num_features"]
     return agreement(s.components, components).share >= RECOVERED
-
-
-def components_as_params(components: Components, params: PyTree) -> PyTree:
-    """params with a leading C: P_c where decomposed, zeros elsewhere."""
-    C = components.num_components
-    stacked = jax.tree.map(lambda a: jnp.zeros((C, *a.shape), a.dtype), params)
-    weights = {name: f.weights for name, f in components.factors.items()}
-    return components_lib.replace_leaves(stacked, weights)
 
 
 def seeds(case: Case) -> Check:

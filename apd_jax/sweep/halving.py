@@ -136,7 +136,9 @@ def _judged(
     path = None if folder is None else folder / "judged.npz"
     if path is not None and path.exists():
         return dict(np.load(io.BytesIO(path.read_bytes())))
-    judged = judge.criteria(target.problem(params), config, components, seed) | judge.truth(target, params, components)
+    judged = judge.criteria(target.problem(params), config, components, seed) | judge.truth(
+        target, params, components, config.num_always_on
+    )
     if path is not None:
         unfinished = path.with_name(".judged.npz.unfinished")
         with unfinished.open("wb") as file:

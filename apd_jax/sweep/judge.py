@@ -6,13 +6,13 @@ Shapes: R runs, C components, F features, d the length of a feature's vector. Co
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apd_jax import components as components_lib
 from apd_jax import step as step_lib
 from apd_jax import train
 from apd_jax.components import Components
@@ -101,15 +101,15 @@ def _loss_fn(problem: Problem, config: Config) -> Callable[..., Float[Array, ""]
     return loss
 
 
-def truth(target: Target, params: PyTree, components: Components) -> dict[str, Float[np.ndarray, " R"]]:
+def truth(target: Target, params: PyTree, components: Components, num_always_on: int = 0) -> dict[str, Float[np.ndarray, " R"]]:
     """`geometry.scores` of every run, and success: 1 where every feature has a component of its own. Empty where no truth is known.
 
     Runs that are not finite have NaN, and no success.
     """
     if not isinstance(target, FeatureTarget):
         return {}
-    feature_weights = jax.vmap(lambda weights: target.feature_weights(params, weights))
-    weights = jax.jit(lambda runs: jax.lax.map(lambda one: feature_weights(components_lib.materialize(one)), runs))(components)
+    feature_weights = partial(target.feature_weights, params)
+    weights = jax.jit(lambda runs: jax.lax.map(lambda one: geometry.of_components(feature_weights, one, num_always_on), runs))(components)
     of_target, found = np.asarray(target.feature_weights(params, params)), []
     for P in np.asarray(weights):
         if np.isfinite(P).all():

@@ -2,9 +2,11 @@
 
 import itertools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from apd_jax import components
 from apd_jax.evaluation import geometry
 
 # Two features, W_0 = (1, 0) and W_1 = (0, 2); three components.
@@ -73,3 +75,13 @@ def test_matching_is_the_best_of_all_permutations():
     score = cosine * np.minimum(ratio, 1)
     best = max(itertools.permutations(range(4), 3), key=lambda owner: score[list(owner), range(3)].sum())
     np.testing.assert_array_equal(geometry.one_to_one(cosine, ratio), best)
+
+
+def test_what_components_add_to_those_that_are_always_on():
+    """Feature weights u·v of two leaves. Component 0 holds v = 5 and is always on, 1 and 2 hold u = 2 and u = 3: alone they have no product."""
+    parts = components.from_materialized({"u": jnp.array([[[0.0]], [[2.0]], [[3.0]]]), "v": jnp.array([[[5.0]], [[0.0]], [[0.0]]])})
+    product = lambda w: w["u"] * w["v"]  # noqa: E731
+    np.testing.assert_allclose(geometry.of_components(product, parts, 1)[:, 0, 0], [0, 10, 15], rtol=1e-6)
+    np.testing.assert_allclose(geometry.of_components(product, parts)[:, 0, 0], [0, 0, 0])
+    linear = lambda w: w["u"] + w["v"]  # noqa: E731
+    np.testing.assert_allclose(geometry.of_components(linear, parts, 1), geometry.of_components(linear, parts), rtol=1e-6)
