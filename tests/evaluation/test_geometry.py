@@ -78,7 +78,7 @@ def test_matching_is_the_best_of_all_permutations():
 
 
 def test_what_components_add_to_those_that_are_always_on():
-    """Feature weights u·v of two leaves. Component 0 holds v = 5 and is always on, 1 and 2 hold u = 2 and u = 3: alone they have no product."""
+    """Weights u·v of two leaves. Component 0 holds v = 5 and is always on, 1 and 2 hold u = 2 and u = 3, which alone give no product."""
     parts = components.from_materialized({"u": jnp.array([[[0.0]], [[2.0]], [[3.0]]]), "v": jnp.array([[[5.0]], [[0.0]], [[0.0]]])})
     product = lambda w: w["u"] * w["v"]  # noqa: E731
     np.testing.assert_allclose(geometry.of_components(product, parts, 1)[:, 0, 0], [0, 10, 15], rtol=1e-6)
