@@ -288,7 +288,7 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
             part = 1 - _distances(problem, config, alone)[0] / scales.minimality
             leaves = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
             log.info("%d modes among %d times the examples explain %.3f; gain of %s", len(modes), times, part, leaves)
-            if part >= explained:
+            if part >= min(explained, recipe.least_explained):  # among more examples fewer modes are missing
                 best, explained, number = one, part, len(modes)
                 shared = [name for name, gain in gains.items() if gain < modes_lib.SHARED and not config.num_always_on]
             if explained >= recipe.least_explained and not _FEW_MISSING[0] < modes.unexplained < _FEW_MISSING[1]:
