@@ -53,9 +53,7 @@ def default_config() -> config_dict.ConfigDict:
     c.topk = 1.0  # k, mean active components per example
     c.mask = "batch_topk"  # batch_topk | topk (per example) | threshold | exact (as many as truly active features) | none (all kept)
     c.threshold = 0.0  # of mask = "threshold": components with an attribution above it are kept; in units of the output
-    c.inactive = (
-        "drop"  # what the sparse pass does with the others: drop | uniform (each times U(0, 1), so that they can be ablated in part)
-    )
+    c.inactive = "drop"  # the others, in the sparse pass: drop | uniform (each times U(0, 1), so that parts of them can be ablated)
     c.attributions_at = "target"  # target | components: the weights that the gradient is taken at
     c.attribution = "gradient"  # gradient | integrated_gradient | ablation | activation
     c.attribution_mode = "auto"  # how gradients are taken: auto | forward | reverse | probe (estimated, for wide outputs)

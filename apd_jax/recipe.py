@@ -317,32 +317,18 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
 
 def _loss(problem: Problem, config: Config, components: Components) -> float:
     """The loss that a stage with these settings begins with, the mean over batches and instances."""
-    step = step_lib.make_step(
-        problem.apply_fn,
-        None,
-        config,
-        attribution_fn=problem.attribution_fn,
-        num_active_fn=problem.num_active_fn,
-        valid_fn=problem.valid_fn,
-    )
-    params, optimizer = jax.tree.map(jnp.asarray, problem.params), step_lib.make_optimizer(config)
-
-    def total(components: Components, x: PyTree, key: PRNGKeyArray) -> jax.Array:
-        state = step_lib.TrainState(jnp.zeros((), jnp.int32), components, optimizer.init(components))
-        return step(state, params, key, x)[1]["total"]  # what else the step computes is left out by the compiler
-
-    @jax.jit
-    def mean(components: Components, keys: jax.Array) -> jax.Array:
-        if isinstance(problem.sample_fn, data.Batches):
-            x = jax.tree.map(jnp.asarray, problem.sample_fn.first)
-            return total(components, x, keys[0])
-        return jnp.mean(jax.lax.map(lambda key: total(components, problem.sample_fn(key, jnp.zeros((), jnp.int32)), key), keys))
-
+    fns = {"attribution_fn": problem.attribution_fn, "num_active_fn": problem.num_active_fn, "valid_fn": problem.valid_fn}
+    total, params = step_lib.make_loss(problem.apply_fn, config, **fns), jax.tree.map(jnp.asarray, problem.params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 2), _SCALE_BATCHES)
-    several = (
-        [components] if config.num_instances == 1 else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(config.num_instances)]
-    )
-    return float(np.mean([mean(one, keys) for one in several]))
+    if isinstance(problem.sample_fn, data.Batches):
+        drawn = [(keys[0], jax.tree.map(jnp.asarray, problem.sample_fn.first))]
+    else:
+        draw = jax.jit(problem.sample_fn)
+        drawn = [(key, draw(key, jnp.zeros((), jnp.int32))) for key in keys]
+    each = [components]
+    if config.num_instances > 1:
+        each = [jax.tree.map(lambda a, i=i: a[i], components) for i in range(config.num_instances)]
+    return float(np.mean([total(one, params, key, x) for one in each for key, x in drawn]))
 
 
 def _spread(config: Config, recipe: Config, n: int, restarts: int) -> dict[str, np.ndarray]:

@@ -260,6 +260,20 @@ def make_step(
     return step
 
 
+def make_loss(apply_fn: Callable, config: Config, *, at: int = 0, **options: Any) -> Callable[..., Float[Array, ""]]:
+    """(components, params, key, x) -> the total loss of train step number `at`, jitted; options as for `make_step`.
+
+    The step's update is not used, so XLA leaves it out.
+    """
+    step, optimizer = make_step(apply_fn, None, config, **options), make_optimizer(config)
+
+    @jax.jit
+    def loss(components: Components, params: PyTree, key: PRNGKeyArray, x: PyTree) -> Float[Array, ""]:
+        return step(TrainState(jnp.asarray(at, jnp.int32), components, optimizer.init(components)), params, key, x)[1]["total"]
+
+    return loss
+
+
 def partly(mask: Bool[Array, "B *T C"], keys: Array, component_axis: str | None = None) -> Float[Array, "B *T C"]:
     """1 for kept components, an independent U(0, 1) for each of the others; keys [B] are one per example."""
     C = mask.shape[-1]

@@ -11,7 +11,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from apd_jax import step as step_lib
 from apd_jax import train
@@ -22,7 +22,6 @@ from apd_jax.evaluation.general import STREAM
 from apd_jax.evidence import ablate, length
 from apd_jax.evidence.subject import Setting, baselines, errors, make
 from apd_jax.problem import Problem
-from apd_jax.step import TrainState
 from apd_jax.targets.base import FeatureTarget, Target
 
 CRITERIA = {
@@ -83,22 +82,15 @@ def _each(components: Components) -> list[Components]:
 
 
 def _loss_fn(problem: Problem, config: Config) -> Callable[..., Float[Array, ""]]:
-    """(components, params, key, x) -> the loss of the last train step. The step's update is not used, so XLA leaves it out."""
-    step = step_lib.make_step(
+    """(components, params, key, x) -> the loss of the last train step."""
+    return step_lib.make_loss(
         problem.apply_fn,
-        None,
         config,
+        at=config.num_steps - 1,
         attribution_fn=problem.attribution_fn,
         num_active_fn=problem.num_active_fn,
         valid_fn=problem.valid_fn,
     )
-
-    @jax.jit
-    def loss(components: Components, params: PyTree, key: PRNGKeyArray, x: PyTree) -> Float[Array, ""]:
-        state = TrainState(jnp.asarray(config.num_steps - 1), components, step_lib.make_optimizer(config).init(components))
-        return step(state, params, key, x)[1]["total"]
-
-    return loss
 
 
 def truth(target: Target, params: PyTree, components: Components, num_always_on: int = 0) -> dict[str, Float[np.ndarray, " R"]]:
