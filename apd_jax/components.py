@@ -64,9 +64,17 @@ class Factors:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Components:
-    """`tree` has the structure of the target's params, with `Factors` or None for leaves."""
+    """`tree` has the structure of the target's params, with `Factors` or None for leaves.
+
+    log_thresholds: of a learned mask, log τ_c: component c counts as active where its attribution exceeds τ_c (`masks.importances`).
+    """
 
     tree: PyTree[Any]
+    log_thresholds: Float[Array, "*i C"] | None = None
+
+    @property
+    def thresholds(self) -> Float[Array, "*i C"] | None:
+        return None if self.log_thresholds is None else jnp.exp(self.log_thresholds)
 
     @property
     def factors(self) -> dict[str, Factors]:
@@ -336,7 +344,7 @@ def project_U_gradient(gradient: Components, components: Components) -> Componen
 
 
 def _map_factors(fn: Callable[..., Factors], *trees: Components) -> Components:
-    return Components(jax.tree.map(fn, *(t.tree for t in trees), is_leaf=_is_factors))
+    return dataclasses.replace(trees[0], tree=jax.tree.map(fn, *(t.tree for t in trees), is_leaf=_is_factors))
 
 
 def squared_norms(components: Components) -> dict[str, Float[Array, " C"]]:

@@ -13,7 +13,7 @@ from apd_jax.errors import InputError, one_of
 
 Config = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
-MASKS = ("batch_topk", "topk", "threshold", "exact", "none")
+MASKS = ("batch_topk", "topk", "threshold", "learned", "exact", "none")
 INACTIVE = ("drop", "uniform")
 MASK_PER = ("example", "position")
 ATTRIBUTIONS_AT = ("target", "components")
@@ -32,6 +32,7 @@ TRACEABLE = (  # fields that are numbers in a program rather than its shape: run
     "schatten_p",
     "attribution_lp_coeff",
     "attribution_lp_p",
+    "importance_coeff",
     "learning_rate",
     "weight_decay",
 )
@@ -51,8 +52,8 @@ def default_config() -> config_dict.ConfigDict:
 
     # Attributions and mask.
     c.topk = 1.0  # k, mean active components per example
-    c.mask = "batch_topk"  # batch_topk | topk (per example) | threshold | exact (as many as truly active features) | none (all kept)
-    c.threshold = 0.0  # of mask = "threshold": components with an attribution above it are kept; in units of the output
+    c.mask = "batch_topk"  # batch_topk | topk (per example) | threshold | learned | exact (as many as truly active) | none (all kept)
+    c.threshold = 0.0  # of mask = "threshold": components with an attribution above it are kept; "learned": where each one's begins
     c.inactive = "drop"  # the others, in the sparse pass: drop | uniform (each times U(0, 1), so that parts of them can be ablated)
     c.attributions_at = "target"  # target | components: the weights that the gradient is taken at
     c.attribution = "gradient"  # gradient | integrated_gradient | ablation | activation
@@ -71,6 +72,7 @@ def default_config() -> config_dict.ConfigDict:
     c.schatten_p = 0.9
     c.attribution_lp_coeff = 0.0  # the paper's alternative without top-k; use with mask = "none"
     c.attribution_lp_p = 0.9
+    c.importance_coeff = 0.0  # mask = "learned" only: the price of an active component
 
     # Optimisation.
     c.seed = 0
@@ -148,6 +150,10 @@ def validate(config: Config) -> None:
         raise InputError(f"topk must be a whole number when mask = 'topk' (per example); got {config.topk}.")
     if config.threshold < 0:
         raise InputError(f"threshold must be at least 0; got {config.threshold}.")
+    if config.mask == "learned" and config.threshold == 0:
+        raise InputError("mask = 'learned' begins at threshold, which must be above 0.")
+    if config.mask != "learned" and config.importance_coeff > 0:
+        raise InputError(f"importance_coeff = {config.importance_coeff} is read by mask = 'learned' only; got mask = {config.mask!r}.")
     if config.simplicity_coeff_final is not None and not (config.simplicity_coeff > 0 and 0 < config.simplicity_coeff_final < float("inf")):
         raise InputError(
             "simplicity_coeff and simplicity_coeff_final must both be above 0 for one to become the other; "
@@ -159,6 +165,7 @@ def validate(config: Config) -> None:
         "hidden_reconstruction_coeff",
         "simplicity_coeff",
         "attribution_lp_coeff",
+        "importance_coeff",
         "weight_decay",
     ):
         if not 0 <= config[field] < float("inf"):

@@ -46,7 +46,8 @@ class Decomposition:
 
     def mask_of(self, attributions: Float[Array, "B *T C"], x: PyTree) -> Bool[Array, "B *T C"]:
         """The same, from attributions that are known already."""
-        choose = step_lib.make_mask_fn(self.config, num_active_fn=self.problem.num_active_fn, valid_fn=self.problem.valid_fn)
+        options = {"num_active_fn": self.problem.num_active_fn, "valid_fn": self.problem.valid_fn}
+        choose = step_lib.make_mask_fn(self.config, thresholds=self.components.thresholds, **options)
         return choose(attributions, x)
 
     def sparse_output(self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None) -> Any:

@@ -21,7 +21,7 @@ from jaxtyping import PyTree
 
 from apd_jax import parallel
 from apd_jax import step as step_lib
-from apd_jax.components import Factors
+from apd_jax.components import Components, Factors
 from apd_jax.config import Config
 from apd_jax.errors import InputError
 from apd_jax.parallel import AXIS, Devices
@@ -155,16 +155,19 @@ class Shards:
 
 
 def _specs(state: PyTree) -> PyTree:
-    """Which axis of each array counts components: of U, V and what the optimizer keeps for them. Like the state, of `PartitionSpec`."""
+    """Which axis of each array counts components: of U, V, thresholds and what the optimizer keeps for them. Like the state, of specs."""
 
     def one(node: Any) -> Any:
+        if isinstance(node, Components):
+            thresholds = None if node.log_thresholds is None else P(*[None] * (node.log_thresholds.ndim - 1), COMPONENT_AXIS)
+            return Components(_specs(node.tree), thresholds)
         if not isinstance(node, Factors):
             return P()
         of_components = node.U.ndim - 3 - len(node.axes.batch)  # instances come before
         spec = P(*[None] * of_components, COMPONENT_AXIS)
         return dataclasses.replace(node, U=spec, V=spec)
 
-    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, Factors))
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, Components | Factors))
 
 
 def _placed(a: Any, sharding: NamedSharding) -> jax.Array:

@@ -83,10 +83,10 @@ def _stage(**settings: Any) -> config_dict.ConfigDict:
     """The settings of a stage.
 
     simplicity_coeff_final: where the coefficient ends. topk, threshold: in units of the config's k and of `recipe.threshold`. topk_last:
-    the topk of the last restart, where they differ. mask: of `apd_jax.config.MASKS`.
+    the topk of the last restart, where they differ. mask: of `apd_jax.config.MASKS`. importance_coeff: the price of k active components.
     """
     defaults = {"faithfulness_coeff": 1.0, "simplicity_coeff_final": settings["simplicity_coeff"]}
-    defaults |= {"topk": 1.0, "mask": "batch_topk", "inactive": "drop", "threshold": 1.0}
+    defaults |= {"topk": 1.0, "mask": "batch_topk", "inactive": "drop", "threshold": 1.0, "importance_coeff": 0.0}
     return config_dict.ConfigDict(defaults | settings)
 
 
@@ -107,7 +107,7 @@ class Scales:
 
 _SET_BY_RECIPE = (
     *("faithfulness_coeff", "minimality_coeff", "simplicity_coeff", "simplicity_coeff_final"),
-    *("mask", "inactive", "threshold", "num_steps", "learning_rate", "init_scale"),
+    *("mask", "inactive", "threshold", "importance_coeff", "num_steps", "learning_rate", "init_scale"),
 )
 
 
@@ -206,6 +206,7 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
         topk=config.topk * (settings.topk_last if stage == "explore" else settings.topk),
         mask=settings.mask,
         inactive=settings.inactive,
+        importance_coeff=settings.importance_coeff / config.topk,
         threshold=settings.threshold * recipe.threshold * (scales.minimality / config.topk) ** 0.5,
         num_steps=settings.num_steps,
         learning_rate=settings.learning_rate,
@@ -316,7 +317,9 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
 
 
 def _loss(problem: Problem, config: Config, components: Components) -> float:
-    """The loss that a stage with these settings begins with, the mean over batches and instances."""
+    """The loss that a stage with these settings begins with, the mean over batches and instances; without a price on what is active."""
+    config = config.copy_and_resolve_references()
+    config.importance_coeff = 0.0
     fns = {"attribution_fn": problem.attribution_fn, "num_active_fn": problem.num_active_fn, "valid_fn": problem.valid_fn}
     total, params = step_lib.make_loss(problem.apply_fn, config, **fns), jax.tree.map(jnp.asarray, problem.params)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 2), _SCALE_BATCHES)

@@ -71,7 +71,15 @@ def init_state(
         uses=uses,
         layouts=layouts,
     )
-    return TrainState(jnp.zeros((), jnp.int32), components, make_optimizer(config).init(components))
+    return begin_at(components, config)
+
+
+def begin_at(components: Components, config: Config, *, step: int = 0) -> TrainState:
+    """These components, as if training had come to this step; with the thresholds of a learned mask if it needs them."""
+    if config.mask == "learned" and components.log_thresholds is None:
+        log_thresholds = jnp.full(components.num_components, jnp.log(jnp.asarray(config.threshold, jnp.float32)))
+        components = dataclasses.replace(components, log_thresholds=log_thresholds)
+    return TrainState(jnp.asarray(step, jnp.int32), components, make_optimizer(config).init(components))
 
 
 def make_attribution_fn(
@@ -109,6 +117,7 @@ def make_attribution_fn(
 def make_mask_fn(
     config: Config,
     *,
+    thresholds: Float[Array, " C"] | None = None,
     num_active_fn: Callable | None = None,
     valid_fn: Callable | None = None,
     axis_name: str | None = None,
@@ -118,6 +127,10 @@ def make_mask_fn(
 
     The first `num_always_on` components are always kept and not counted in k. Positions that are padding keep nothing.
 
+    "threshold" and "learned" take attributions A themselves, of the others the order is all that counts.
+
+    Args:
+      thresholds: τ of every component, for "learned".
     Raises:
       InputError: mask = "exact" for a target that does not know how many features are active.
     """
@@ -134,6 +147,10 @@ def make_mask_fn(
             return masks.topk(scores, config.topk, component_axis=component_axis)
         if config.mask == "threshold":
             return scores > config.threshold
+        if config.mask == "learned":
+            if thresholds is None:
+                raise InputError("mask = 'learned' needs components with thresholds, as training with it gives them; these have none.")
+            return scores > thresholds[None]
         if config.mask == "exact" and num_active_fn is not None:
             return masks.batch_largest(scores, psum(jnp.sum(num_active_fn(x), dtype=jnp.int32), axis_name), **axes)
         return jnp.ones(scores.shape, jnp.bool_)
@@ -142,14 +159,24 @@ def make_mask_fn(
         valid = valid_fn(x).reshape(-1) if valid_fn is not None and attributions.ndim == 3 else None
         scores = attributions.reshape(-1, attributions.shape[-1])
         if config.num_always_on:
-            number = place(component_axis) * scores.shape[1] + jnp.arange(scores.shape[1])
-            always = (number < config.num_always_on)[None]
+            always = _always_on(config, scores.shape[1], component_axis)[None]
             mask = always | choose(jnp.where(always, -jnp.inf, scores), x, valid)
         else:
             mask = choose(scores, x, valid)
         return (mask if valid is None else mask & valid[:, None]).reshape(attributions.shape)
 
     return mask_fn
+
+
+def make_importance_fn(config: Config, *, valid_fn: Callable | None = None, component_axis: str | None = None) -> Callable:
+    """(attributions A, components, x) -> g in [0, 1], like A: `masks.importances`; 1 of always-on components, 0 where x is padding."""
+
+    def importance_fn(attributions: Float[Array, "B *T C"], components: Components, x: PyTree) -> Float[Array, "B *T C"]:
+        always = _always_on(config, attributions.shape[-1], component_axis).reshape(*[1] * (attributions.ndim - 1), -1)
+        importance = jnp.where(always, 1.0, masks.importances(attributions, components.log_thresholds))
+        return importance * valid_fn(x)[..., None] if valid_fn is not None and importance.ndim == 3 else importance
+
+    return importance_fn
 
 
 def make_step(
@@ -182,6 +209,7 @@ def make_step(
     """
     make_mask_fn(config, num_active_fn=num_active_fn)  # refuses what it must before anything is traced
     attribute = make_attribution_fn(apply_fn, config, attribution_fn=attribution_fn, valid_fn=valid_fn)
+    importance_fn = make_importance_fn(config, valid_fn=valid_fn, component_axis=component_axis) if config.mask == "learned" else None
     use_sparse = config.minimality_coeff > 0 or config.hidden_reconstruction_coeff > 0
     use_lp = config.attribution_lp_coeff > 0
 
@@ -192,17 +220,18 @@ def make_step(
             "hidden_reconstruction": now.hidden_reconstruction_coeff,
             "simplicity": schedules.geometric(now.simplicity_coeff, now.simplicity_coeff_final, config.num_steps)(step),
             "attribution_lp": now.attribution_lp_coeff,
+            "importance": now.importance_coeff,
         }
 
-    def loss_terms(now: Config, components, params, x, mask, kept, rng) -> Metrics:
+    def loss_terms(now: Config, components, params, x, active, kept, rng) -> Metrics:
         terms, components = {}, components_lib.split_over(components, component_axis)
         weights, share = _weights(x, valid_fn, axis_name)
         if config.faithfulness_coeff > 0:
             terms["faithfulness"] = losses.faithfulness(components, params)
         if use_sparse:
             target_out, target_hidden = split_result(apply_fn(params, x))
-            rows = mask.size // mask.shape[-1]
-            dense = config.mask == "none" or config.inactive != "drop" or config.num_always_on
+            rows = active.size // active.shape[-1]
+            dense = config.mask in ("none", "learned") or config.inactive != "drop" or config.num_always_on
             slots = None if dense else dispatch.slots_for(config.topk, rows, config.num_components)
             result = sparse.apply(apply_fn, params, components, kept, x, route=config.sparse_route, slots=slots)
             sparse_out, sparse_hidden = split_result(result)
@@ -210,13 +239,15 @@ def make_step(
                 terms["minimality"] = losses.minimality(sparse_out, target_out, config.minimality_loss, weights)
             if config.hidden_reconstruction_coeff > 0:
                 terms["hidden_reconstruction"] = losses.hidden_reconstruction(sparse_hidden, target_hidden, weights)
-        active = mask
+        if importance_fn is not None:
+            priced = active @ (~_always_on(config, active.shape[-1], component_axis)).astype(active.dtype)
+            terms["importance"] = over_components(jnp.mean(losses.weighted(priced, weights)), component_axis)
         if use_lp:  # the one variant in which gradients flow through the attributions
             powers = losses.attribution_lp(attribute(components, params, x, rng), now.attribution_lp_p)
             terms["attribution_lp"] = over_components(jnp.mean(losses.weighted(jnp.sum(powers, axis=-1), weights)), component_axis)
-            active = powers if config.mask == "none" else mask
+            active = powers if config.mask == "none" else active
         if config.simplicity_coeff > 0:
-            terms["simplicity"] = losses.simplicity(components, active, now.schatten_p) / (share if mask.ndim == 3 else 1)
+            terms["simplicity"] = losses.simplicity(components, active, now.schatten_p) / (share if active.ndim == 3 else 1)
         return terms
 
     def step(
@@ -224,26 +255,29 @@ def make_step(
     ) -> tuple[TrainState, Metrics]:
         now = config_lib.override(config, settings)
         optimizer = make_optimizer(now)
-        mask_fn = make_mask_fn(now, num_active_fn=num_active_fn, valid_fn=valid_fn, axis_name=axis_name, component_axis=component_axis)
         x = _local_batch(sample_fn(key, state.step) if x is None and sample_fn else x, axis_name)
         components = components_lib.normalize_U(state.components) if config.unit_norm_U else state.components
+        axes = {"axis_name": axis_name, "component_axis": component_axis}
+        mask_fn = make_mask_fn(now, thresholds=components.thresholds, num_active_fn=num_active_fn, valid_fn=valid_fn, **axes)
 
         rng = None
         if config.attribution_mode == "probe":
             rng = _example_keys(jax.random.fold_in(jax.random.fold_in(key, _PROBES), state.step), x, axis_name)
         if config.mask == "none":
-            mask = mask_fn(jnp.zeros(jax.eval_shape(attribute, components, params, x, rng).shape), x)
+            attributions = jnp.zeros(jax.eval_shape(attribute, components, params, x, rng).shape)
         else:
-            squares = attribute(components_lib.split_over(components, component_axis), params, x, rng)
-            mask = mask_fn(jnp.sqrt(squares) if config.mask == "threshold" else squares, x)  # the others ask for the order only
-
-        kept = mask
+            attributions = attribute(components_lib.split_over(components, component_axis), params, x, rng)
+            if config.mask in ("threshold", "learned"):  # the others ask for the order only
+                attributions = jnp.sqrt(attributions)
+        mask = mask_fn(attributions, x)
+        keys = None
         if config.inactive == "uniform":
             keys = _example_keys(jax.random.fold_in(jax.random.fold_in(key, _PARTS), state.step), x, axis_name)
-            kept = partly(mask, keys, component_axis)
 
         def loss(components):
-            terms = loss_terms(now, components, params, x, mask, kept, rng)
+            active = mask if importance_fn is None else importance_fn(attributions, components, x)
+            kept = active if keys is None else partly(active, keys, component_axis)
+            terms = loss_terms(now, components, params, x, active, kept, rng)
             coefficient = coefficients(now, state.step)
             return sum(coefficient[name] * term for name, term in terms.items()), terms
 
@@ -265,21 +299,22 @@ def make_loss(apply_fn: Callable, config: Config, *, at: int = 0, **options: Any
 
     The step's update is not used, so XLA leaves it out.
     """
-    step, optimizer = make_step(apply_fn, None, config, **options), make_optimizer(config)
+    step = make_step(apply_fn, None, config, **options)
 
     @jax.jit
     def loss(components: Components, params: PyTree, key: PRNGKeyArray, x: PyTree) -> Float[Array, ""]:
-        return step(TrainState(jnp.asarray(at, jnp.int32), components, optimizer.init(components)), params, key, x)[1]["total"]
+        return step(begin_at(components, config, step=at), params, key, x)[1]["total"]
 
     return loss
 
 
-def partly(mask: Bool[Array, "B *T C"], keys: Array, component_axis: str | None = None) -> Float[Array, "B *T C"]:
-    """1 for kept components, an independent U(0, 1) for each of the others; keys [B] are one per example."""
-    C = mask.shape[-1]
+def partly(kept: Bool[Array, "B *T C"] | Float[Array, "B *T C"], keys: Array, component_axis: str | None = None) -> Float[Array, "B *T C"]:
+    """g + (1 - g)·U with independent U(0, 1): what is kept (g = 1) whole, the others in part; keys [B] are one per example."""
+    C = kept.shape[-1]
     first, everyone = place(component_axis) * C, C if component_axis is None else C * lax.axis_size(component_axis)
-    drawn = jax.vmap(lambda k: jax.random.uniform(k, (*mask.shape[1:-1], everyone)))(keys)
-    return jnp.where(mask, 1.0, lax.dynamic_slice_in_dim(drawn, first, C, axis=-1))
+    drawn = jax.vmap(lambda k: jax.random.uniform(k, (*kept.shape[1:-1], everyone)))(keys)
+    drawn = lax.dynamic_slice_in_dim(drawn, first, C, axis=-1)
+    return jnp.where(kept, 1.0, drawn) if kept.dtype == jnp.bool_ else kept + (1 - kept) * drawn
 
 
 def scan_steps(step: Callable, num_steps: int) -> Callable:
@@ -297,6 +332,11 @@ def scan_steps(step: Callable, num_steps: int) -> Callable:
 def split_result(result: Any) -> tuple[Any, Any]:
     """(outputs, hidden) of an `apply_fn` result; hidden is empty when it returns outputs only."""
     return result if isinstance(result, tuple) else (result, {})
+
+
+def _always_on(config: Config, C: int, component_axis: str | None) -> Bool[Array, " C"]:
+    """Which of this device's C components are kept on every input."""
+    return place(component_axis) * C + jnp.arange(C) < config.num_always_on
 
 
 def position_weights(x: PyTree, valid_fn: Callable | None) -> Float[Array, "B T"] | None:

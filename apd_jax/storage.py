@@ -1,7 +1,8 @@
 """A decomposition as a folder: what was found, without the data and the checkpoints of the search. No pickle.
 
   params.safetensors       all of the target's params, by dotted path (`params.Dense_0.kernel`)
-  components.safetensors   the factors of every decomposed leaf (`params.Dense_0.kernel.U` [C, d_in, m] and `.V` [C, m, d_out])
+  components.safetensors   the factors of every decomposed leaf (`params.Dense_0.kernel.U` [C, d_in, m] and `.V` [C, m, d_out]);
+                           log_thresholds [C] of a learned mask
   README.md                a card for a model hub
   decomposition.json       what the leaves and containers are, the config, the logged rows; written last
 
@@ -38,6 +39,7 @@ from apd_jax.problem import Problem
 FORMAT = 1  # raised with every change after which older versions would misread a folder
 
 _PARAMS, _COMPONENTS, _ABOUT, _CARD = "params.safetensors", "components.safetensors", "decomposition.json", "README.md"
+_THRESHOLDS = "log_thresholds"  # in the file of components, where their mask was learned
 _DTYPES = {"BOOL": "bool", "F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64", "C64": "complex64"}
 _DTYPES |= {f"{letter}{bits}": f"{name}{bits}" for letter, name in (("I", "int"), ("U", "uint")) for bits in (8, 16, 32, 64)}
 # What of a decomposed leaf goes into the file of arrays, and what into decomposition.json.
@@ -75,6 +77,8 @@ def save(
         "recipe": None if decomposition.recipe is None else decomposition.recipe.to_dict(),
     }
     factors = {f"{name}.{field}": getattr(f, field) for name, f in components.factors.items() for field in _ARRAYS}
+    if components.log_thresholds is not None:
+        factors[_THRESHOLDS] = components.log_thresholds
     text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
     contents = {
         _PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
@@ -119,7 +123,9 @@ def load(
         static = {field: _typed(hints[field], value) for field, value in about["leaves"][name].items()}
         return Factors(**{field: jnp.asarray(_taken(factors, f"{name}.{field}", folder / _COMPONENTS)) for field in _ARRAYS}, **static)
 
-    components = Components(jax.tree_util.tree_map_with_path(slot, params))
+    components = Components(
+        jax.tree_util.tree_map_with_path(slot, params), jnp.asarray(factors[_THRESHOLDS]) if _THRESHOLDS in factors else None
+    )
     components_lib.decomposed_leaves(components, params)  # their shapes agree
     uses = {name: f.uses for name, f in components.factors.items() if f.uses != 1}
     problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, about["select"], uses, valid_fn)

@@ -103,6 +103,7 @@ def _advance(
     end = config.num_steps if until is None else until
     initial, key, step = _build(problem, config, settings, placed)
     if components is not None:
+        components = dataclasses.replace(components, log_thresholds=initial.components.log_thresholds)  # those of these settings
         initial = dataclasses.replace(initial, components=components)
     with _resumed(workdir, config, initial if state is None else state, placed) as (start, reached, record):
         if start < end:

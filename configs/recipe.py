@@ -8,6 +8,7 @@ decomposition only sizes are taken from the target: C, the rank, and k, the true
 whether hidden activations are to be reconstructed, and how many components are always on: one where TMS has a matrix in the hidden space,
 and in ResidMLP as many as hold a matrix of its MLP between them: W_out, which features can only share, as one dense part.
 `split` (of resid_mlp) has none that is always on, so that W_out must be split too.
+`learned` has masks with a learned threshold per component (`mask = "learned"`) in `polish`, which it always runs, and in `refine`.
 `smoke` runs every stage in seconds on a CPU; the result means nothing.
 """
 
@@ -39,8 +40,8 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     """
     name, *rest = arg.split(",")
     one_of("recipe target", name, tuple(SIZES))
-    split = name == "resid_mlp" and "split" in rest
-    rest = [variant for variant in rest if not (split and variant == "split")]
+    split, learned = name == "resid_mlp" and "split" in rest, "learned" in rest
+    rest = [variant for variant in rest if variant != "learned" and not (split and variant == "split")]
     base = _load(name).get_config(*[",".join(rest)] if rest else [])
     mechanisms, probability = SIZES[name](base.target)
 
@@ -61,6 +62,11 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.apd.batch_size = 256 if name == "resid_mlp" else 512
     config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)  # whether; how strongly, the recipe says
     config.recipe = default_recipe()
+    if learned:
+        # An active component costs what dropping one at the threshold does: minimality_coeff · (threshold · recipe.threshold)².
+        config.recipe.polish.update(mask="learned", inactive="uniform", importance_coeff=0.23)
+        config.recipe.refine.update(mask="learned", importance_coeff=2.3e-3)
+        config.recipe.nearly_exact = 0.0
     config.evaluation = ConfigDict(base.evaluation.to_dict())
     config.evaluation.seed = config.get_oneway_ref("seed")
     if "smoke" in rest:

@@ -13,7 +13,8 @@ import tempfile
 # twice, so compiling them fast matters more than running them fast.
 _XLA_FLAGS = (
     "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"

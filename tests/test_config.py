@@ -18,7 +18,10 @@ def test_defaults_are_valid_and_locked():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"mask": "batch_topp"}, "unknown mask 'batch_topp'; known: batch_topk, topk, threshold, exact, none. Did you mean 'batch_topk'?"),
+        (
+            {"mask": "batch_topp"},
+            "unknown mask 'batch_topp'; known: batch_topk, topk, threshold, learned, exact, none. Did you mean 'batch_topk'?",
+        ),
         ({"attributions_at": "sum"}, "unknown attributions_at 'sum'; known: target, components."),
         ({"minimality_loss": "mae"}, "unknown minimality_loss 'mae'; known: mse, kl."),
         ({"optimizer": "adamW"}, "unknown optimizer 'adamW'; known: adam, adamw, sgd. Did you mean 'adam"),
@@ -38,6 +41,8 @@ def test_defaults_are_valid_and_locked():
         ({"topk": float("nan")}, "topk must be above 0"),
         ({"topk": 9.0, "num_always_on": 2}, "at most 8"),
         ({"topk": 1.5, "mask": "topk"}, "topk must be a whole number when mask = 'topk' (per example); got 1.5."),
+        ({"mask": "learned"}, "mask = 'learned' begins at threshold, which must be above 0."),
+        ({"importance_coeff": 0.1}, "importance_coeff = 0.1 is read by mask = 'learned' only; got mask = 'batch_topk'."),
         ({"simplicity_coeff": -1.0}, "simplicity_coeff must be a finite number of at least 0; got -1.0."),
         ({"faithfulness_coeff": float("inf")}, "faithfulness_coeff must be a finite number"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0; got 0.0."),

@@ -135,3 +135,13 @@ def test_pentagon_keeps_each_features_own_component(pentagon):
     scores = attributions.gradient(pentagon.apply_fn, pentagon.params, pentagon.components, pentagon.x)
     np.testing.assert_array_equal(masks.topk(scores, 1), np.eye(5, dtype=bool))
     np.testing.assert_array_equal(masks.batch_topk(scores, 1), np.eye(5, dtype=bool))
+
+
+def test_importances_by_hand():
+    """A^8 / (A^8 + τ^8): a half at the threshold of each component, and constant in the attributions."""
+    A, tau = rng.uniform(0.01, 1, size=(8, 6)), rng.uniform(0.1, 0.5, size=6)
+    A[0, 0] = 0
+    found = masks.importances(jnp.asarray(A, jnp.float32), jnp.log(jnp.asarray(tau, jnp.float32)))
+    np.testing.assert_allclose(found, A**8 / (A**8 + tau**8), rtol=1e-4, atol=1e-7)
+    gradient = jax.grad(lambda a, t: masks.importances(a, t).sum(), argnums=(0, 1))(jnp.asarray(A, jnp.float32), jnp.log(tau))
+    assert not gradient[0].any() and (gradient[1] <= 0).all() and np.isfinite(gradient[1]).all()

@@ -170,6 +170,7 @@ def sgd(**fields):
         {"mask": "exact", "attributions_at": "components", "minimality_loss": "kl", "attribution_metric": "kl"},
         {"mask": "none", "attribution_lp_coeff": 0.1, "minimality_coeff": 0.5, "attribution_mode": "reverse"},
         {"mask": "threshold", "threshold": 0.05, "attribution": "ablation", "inactive": "uniform"},
+        {"mask": "learned", "threshold": 0.05, "importance_coeff": 0.1, "inactive": "uniform", "num_always_on": 3, "unit_norm_U": True},
         {"attribution": "integrated_gradient", "optimizer": "adamw", "weight_decay": 0.1},
         {"attribution": "activation", "simplicity_coeff_final": 0.1},
         {"attribution_mode": "probe"},

@@ -43,7 +43,10 @@ def assert_same_end(one, other):
     assert rows_of(one) == rows_of(other)
 
 
-@pytest.mark.parametrize(("signum", "fields"), [(signal.SIGTERM, {}), (signal.SIGINT, {"num_instances": 2, "unit_norm_U": True})])
+LEARNED = {"mask": "learned", "threshold": 0.1, "importance_coeff": 0.1, "inactive": "uniform"}
+
+
+@pytest.mark.parametrize(("signum", "fields"), [(signal.SIGTERM, LEARNED), (signal.SIGINT, {"num_instances": 2, "unit_norm_U": True})])
 def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, signum, fields):
     small = {"num_components": 3, "num_steps": 17, "batch_size": 8, "init_scale": 3.0, "learning_rate": 1e-2, "checkpoint_every_steps": 6}
     config = make_config(**small | {"steps_per_call": 3, "log_every_steps": 2} | fields)

@@ -21,6 +21,7 @@ BASES = {
     "topk": {"topk": 1.3, "simplicity_coeff_final": 0.5, "hidden_reconstruction_coeff": 0.5, "optimizer": "adamw", "weight_decay": 0.1},
     "whole": {"mask": "topk", "topk": 2.0, "sparse_route": "dispatch", "schedule": "linear"},
     "threshold": {"mask": "threshold", "threshold": 0.4, "attribution_lp_coeff": 0.2, "optimizer": "sgd", "schedule": "constant"},
+    "learned": {"mask": "learned", "threshold": 0.4, "importance_coeff": 0.1},
 }
 CHANGES = {
     "topk": {
@@ -38,6 +39,7 @@ CHANGES = {
     },
     "whole": {"topk": 3.0},
     "threshold": {"threshold": 0.8, "attribution_lp_coeff": 0.7, "attribution_lp_p": 0.5},
+    "learned": {"threshold": 0.8, "importance_coeff": 0.3},
 }
 
 

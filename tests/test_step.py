@@ -154,6 +154,39 @@ def test_the_loss_with_inactive_components_in_part_by_hand():
     assert metrics["mean_active"][0] == 10 / 8  # the mask's
 
 
+@pytest.mark.parametrize("inactive", ["drop", "uniform"])
+def test_a_learned_mask_by_hand(inactive):
+    """One step of gradient descent on thresholds and components, against autodiff of the loss with the importances written out."""
+    fields = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_fraction": 0.0, "inactive": inactive}
+    key = jax.random.key(1)
+    x = sample_fn(key, 0)
+    A = attributions.gradient(apply_fn, PARAMS, step_lib.init_state(jax.random.key(0), PARAMS, config_of()).components, x)
+    threshold = float(jnp.median(A))
+    config = config_of(mask="learned", threshold=threshold, importance_coeff=0.2, num_always_on=1, minimality_coeff=30.0, **fields)
+    before = step_lib.init_state(jax.random.key(0), PARAMS, config).components
+    np.testing.assert_allclose(before.thresholds, threshold, rtol=1e-6)
+    draws = jax.random.fold_in(jax.random.fold_in(key, step_lib._PARTS), 0)
+
+    def loss(c):
+        g = (A**8 / (A**8 + jnp.exp(8 * c.log_thresholds)[None])).at[:, 0].set(1.0)
+        kept = g if inactive == "drop" else step_lib.partly(g, jax.vmap(lambda b: jax.random.fold_in(draws, b))(jnp.arange(B)))
+        out, _ = sparse.apply(apply_fn, PARAMS, c, kept, x)
+        terms = losses.faithfulness(c, PARAMS), losses.minimality(out, apply_fn(PARAMS, x)[0]), losses.simplicity(c, g, config.schatten_p)
+        return jnp.array([1.0, 30.0, config.simplicity_coeff, 0.2]) @ jnp.array([*terms, g[:, 1:].sum() / B])
+
+    expected, gradient = jax.value_and_grad(loss)(before)
+    state, metrics = run(config)
+    close(metrics["total"][0], expected)
+    assert metrics["mean_active"][0] == 1 + np.sum(A[:, 1:] > threshold) / B
+    assert np.abs(gradient.log_thresholds).max() > 1e-3 and gradient.log_thresholds[0] == 0
+    jax.tree.map(lambda new, old, d: close((old - new) / 0.1, d, 1e-3), state.components, before, gradient)
+
+
+def test_a_learned_mask_needs_thresholds():
+    with pytest.raises(InputError, match="needs components with thresholds"):
+        step_lib.make_mask_fn(config_of(mask="learned", threshold=0.1))(SCORES, X)
+
+
 def test_exact_mask_needs_a_target_that_knows():
     with pytest.raises(InputError, match=r"mask = 'exact' .* does not tell; use mask = 'batch_topk'"):
         step_lib.make_mask_fn(config_of(mask="exact"))

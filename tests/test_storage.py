@@ -1,5 +1,6 @@
 """A decomposition saved and loaded is the same decomposition; whatever does not fit is refused in one sentence."""
 
+import dataclasses
 import json
 import re
 import subprocess
@@ -124,6 +125,21 @@ def test_every_static_field_comes_back(tmp_path):
         after = storage.load(tmp_path / str(i), before.problem.apply_fn)
         assert_same(before, after)
         assert {name: f.layout for name, f in after.components.factors.items()} == {n: layouts[n] for n in before.components.factors}
+
+
+def test_thresholds_of_a_learned_mask(tmp_path):
+    params, apply_fn = nested("dict")
+    before = decomposition(params, apply_fn, mask="learned", threshold=0.1)
+    with pytest.raises(InputError, match="needs components with thresholds"):
+        before.mask(X)
+    thresholds = jnp.linspace(0.01, 0.3, 5)
+    before = dataclasses.replace(before, components=dataclasses.replace(before.components, log_thresholds=jnp.log(thresholds)))
+    np.testing.assert_array_equal(before.mask(X), before.attributions(X) > before.components.thresholds[None])
+    assert 0 < before.mask(X).mean() < 1
+    storage.save(before, tmp_path)
+    after = storage.load(tmp_path, apply_fn)
+    assert_same(before, after)
+    np.testing.assert_array_equal(before.mask(X), after.mask(X))
 
 
 def test_instances(tmp_path):

@@ -87,7 +87,7 @@ def minimality(case: Case) -> Check:
 
 
 def description_length(case: Case) -> Check:
-    """Check 19: bits per datapoint at the trained k and over k, with the sparse error beside it.
+    """Check 19: bits per datapoint as trained and over k, with the sparse error beside it.
 
     Suggested k: the smallest from which on the sparse error stays within ERROR_BAR, the rule of check 2.
     """
@@ -95,7 +95,7 @@ def description_length(case: Case) -> Check:
     s, alpha, needed = case.subject, case.bits_per_rank, smallest_k(ks, error)
     trained = float(bits(s, s.mask, alpha))
     values = {"bits": trained, "bits_per_rank": alpha, "topk": case.decomposition.config.topk}
-    text = f"At the trained k = {values['topk']:g} a held-out datapoint takes {trained:.3g} bits (log₂ C per active component "
+    text = f"As trained ({s.setting.kept}) a held-out datapoint takes {trained:.3g} bits (log₂ C per active component "
     text += f"and {alpha:g} per rank)"
     if needed is not None:
         values |= {"suggested_k": needed, "bits_at_suggested_k": float(np.interp(needed, ks, length))}

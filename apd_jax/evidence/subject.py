@@ -40,9 +40,22 @@ class Setting:
         chosen = SimpleNamespace(mask=kind, topk=k, num_always_on=self.config.num_always_on)
         return step_lib.make_mask_fn(chosen, valid_fn=self.problem.valid_fn)(attributions, x)
 
-    def trained_mask(self, attributions: Float[Array, "n *T C"], x: PyTree) -> Bool[Array, "n *T C"]:
+    def trained_mask(self, attributions: Float[Array, "n *T C"], components: Components, x: PyTree) -> Bool[Array, "n *T C"]:
         """As in training; batch top-k at `topk` where it trained with "none" or "exact"."""
+        if self._by_threshold:
+            return step_lib.make_mask_fn(self.config, thresholds=components.thresholds, valid_fn=self.problem.valid_fn)(attributions, x)
         return self.mask(attributions, x, kind="topk" if self.config.mask == "topk" else "batch_topk", k=self.config.topk)
+
+    @property
+    def _by_threshold(self) -> bool:
+        return self.config.mask in ("threshold", "learned")
+
+    @property
+    def kept(self) -> str:
+        """What `trained_mask` goes by, in words."""
+        if self.config.mask == "learned":
+            return "learned thresholds"
+        return f"threshold {self.config.threshold:.3g}" if self._by_threshold else f"k = {self.config.topk:g}"
 
 
 @jax.tree_util.register_dataclass
@@ -74,7 +87,7 @@ def _measured(setting: Setting, params: PyTree, components: Components, x: PyTre
     out = step_lib.split_result(problem.apply_fn(params, x))[0]
     attribute = step_lib.make_attribution_fn(problem.apply_fn, config, attribution_fn=problem.attribution_fn, valid_fn=problem.valid_fn)
     attributions = jnp.sqrt(attribute(components, params, x, jax.random.key(config.seed)))
-    return out, attributions, setting.trained_mask(attributions, x)
+    return out, attributions, setting.trained_mask(attributions, components, x)
 
 
 def distance(subject: Subject, out: Float[Array, "n ..."]) -> Float[Array, " n"]:
@@ -127,7 +140,7 @@ def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
 def fresh(rng: PRNGKeyArray, components: Components, params: PyTree, init_scale: float) -> Components:
     """Components of the same ranks and layouts as at the beginning of training."""
     factors = components.factors
-    return components_lib.init(
+    drawn = components_lib.init(
         rng,
         params,
         num_components=components.num_components,
@@ -136,6 +149,7 @@ def fresh(rng: PRNGKeyArray, components: Components, params: PyTree, init_scale:
         layouts={name: f.layout for name, f in factors.items() if f.layout is not None},
         init_scale=init_scale,
     )
+    return dataclasses.replace(drawn, log_thresholds=components.log_thresholds)
 
 
 def joined(first: Components, second: Components) -> Components:
