@@ -18,6 +18,7 @@ from apd_jax.collectives import over_components
 from apd_jax.components import Components
 from apd_jax.errors import InputError
 
+TERMS = ("faithfulness", "minimality", "simplicity", "hidden_reconstruction", "attribution_lp", "importance")  # of a step's loss
 EPSILON = 1e-16  # inside the powers, so that their gradient is finite at 0 (the released code's value)
 
 

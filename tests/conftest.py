@@ -5,18 +5,29 @@ decomposition is known, and the command line, in this process or in its own.
 """
 
 import atexit
+import importlib.util
+import mmap
 import os
 import shutil
 import tempfile
+from pathlib import Path
+
+
+def _known_to_xla(flag: str) -> bool:
+    """XLA aborts at a flag that it does not know, and drops old ones: is its name in the library?"""
+    spec = importlib.util.find_spec("jaxlib")
+    assert spec is not None and spec.origin is not None
+    for library in Path(spec.origin).parent.glob("*jax_common*.so"):
+        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return content.find(flag.lstrip("-").partition("=")[0].encode()) >= 0
+    return False
+
 
 # Before jax is imported. One thread per device keeps two test processes from fighting over two cores; programs here run once or
 # twice, so compiling them fast matters more than running them fast.
-_XLA_FLAGS = (
-    "--xla_force_host_platform_device_count=4 --xla_cpu_multi_thread_eigen=false "
-    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-)
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_XLA_FLAGS}".strip()
+XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+XLA_FLAGS += " ".join(filter(_known_to_xla, ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]))
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_force_host_platform_device_count=4".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
 # Every test process and every command it starts share their compiled programs, for this session only.
@@ -31,14 +42,12 @@ jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
 
 import dataclasses
 import importlib
-import importlib.util
 import inspect
 import math
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -205,7 +214,7 @@ def start_cli() -> Callable[..., subprocess.Popen]:
     """Starts `python -m apd_jax.main ...` in its own process, by default with one device."""
 
     def start(*args: str, devices: int = 1) -> subprocess.Popen:
-        flags = f"--xla_cpu_multi_thread_eigen=false --xla_force_host_platform_device_count={devices}"
+        flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
         command = [sys.executable, "-m", "apd_jax.main", *map(str, args)]
         return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)

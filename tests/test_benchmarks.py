@@ -134,5 +134,5 @@ def test_what_a_component_reads_and_writes_apart():
 def test_settings_are_multiplied_and_counted():
     assert robustness.changed(robustness.PAPER, ("apd.topk", "apd.rank"), 0.1) == pytest.approx({"apd.topk": 0.0211, "apd.rank": 1})
     row = {"config": robustness.OURS, "setting": "k", "factor": 1.0, "num_features": 5, "num_features_owned": 5, "mmcs_one_to_one": 0.995}
-    rates = robustness.rates([row, row | {"mmcs_one_to_one": 0.9}])
+    rates = robustness.rates([row, row | {"mmcs_one_to_one": 0.9}], robustness.found)
     assert rates["k"][robustness.OURS][2] == 0.5 and np.isnan(rates["k"][robustness.PAPER][2])

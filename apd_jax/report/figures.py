@@ -14,13 +14,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from apd_jax import losses as losses_lib
 from apd_jax.config import Config
 from apd_jax.evaluation.general import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
 from apd_jax.report import columns, style
 from apd_jax.targets.base import Panel
 
-LOSS_NAMES = ("total", "faithfulness", "minimality", "simplicity", "hidden_reconstruction", "attribution_lp")
+LOSS_NAMES = ("total", *losses_lib.TERMS)
 NUM_SWEPT = 8
 
 

@@ -20,6 +20,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from apd_jax import components as components_lib
+from apd_jax import losses as losses_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.evaluation import components_view
@@ -327,7 +328,7 @@ def _map(source: Source, acts: Behaviour | None, is_features: bool) -> dict[str,
 def losses(history: Sequence[Mapping[str, Any]], instance: int | None = None) -> list[dict[str, Any]]:
     """{name, step, value} of every loss in the log, thinned to MAX_POINTS steps. instance: the one of several that is drawn."""
     rows = history if len(history) <= MAX_POINTS else [history[i] for i in np.linspace(0, len(history) - 1, MAX_POINTS).astype(int)]
-    names = ("total", "faithfulness", "minimality", "simplicity", "hidden_reconstruction", "attribution_lp")
+    names = ("total", *losses_lib.TERMS)
     read = []
     for row in rows:
         for name in filter(row.__contains__, names):
