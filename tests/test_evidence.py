@@ -158,9 +158,10 @@ def test_a_cancelling_pair_is_only_found_by_the_attack(judge, pentagon):
     assert worst.passed is False and worst.values["shared_80"] > 0.3
 
 
-def test_untrained_components_and_a_random_network_fail(judge, truth, pentagon):
+def test_untrained_components_and_other_networks_fail(judge, truth, pentagon):
     values = truth["controls"].values
-    assert truth["controls"].passed and values["untrained_bars_failed"] >= 2 and values["random_network_bars_failed"] >= 2
+    assert truth["controls"].passed
+    assert all(values[f"{name}_bars_failed"] >= 2 for name in ("untrained", "random_network", "shuffled_network"))
     untrained = components_lib.init(jax.random.key(1), pentagon.params, num_components=5, select="W", uses={"W": 2})
     found = judge(untrained, 1, 3, 10, 11)
     assert failed(found) == {"parameter_faithfulness", "sparse_reconstruction", "geometry", "shrinkage"}

@@ -1,4 +1,4 @@
-"""Do the bars tell anything? An untrained decomposition and a random network must fail them (16)."""
+"""Do the bars tell anything? An untrained decomposition, a random and a shuffled network must fail them (16)."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ ASKED = (fit.faithfulness, fit.sparse, ablate.partial, ablate.monotone)
 
 
 def random_params(case: Case, key: PRNGKeyArray) -> PyTree:
-    """Another network: the target's initialisation drawn afresh if it has one, else the decomposed weights with their entries shuffled."""
+    """Another network: the target's initialisation drawn afresh if it has one, else the target `shuffled`."""
     if case.target is not None and case.target.loss_fn is not None:
         return jax.jit(case.target.init_fn)(key)
+    return shuffled(case, key)
+
+
+def shuffled(case: Case, key: PRNGKeyArray) -> PyTree:
+    """The target with the entries of each decomposed leaf in random places."""
     leaves = components_lib.decomposed_leaves(case.subject.components, case.subject.params)
-    return components_lib.replace_leaves(
-        case.subject.params,
-        {
-            name: jax.random.permutation(jax.random.fold_in(key, i), leaf.reshape(-1)).reshape(leaf.shape)
-            for i, (name, leaf) in enumerate(leaves.items())
-        },
-    )
+    draws = {name: jax.random.fold_in(key, i) for i, name in enumerate(leaves)}
+    mixed = {name: jax.random.permutation(draws[name], leaf.reshape(-1)).reshape(leaf.shape) for name, leaf in leaves.items()}
+    return components_lib.replace_leaves(case.subject.params, mixed)
 
 
 def controls(case: Case) -> Check:
-    """Check 16: freshly initialised components, and a freshly drawn network against these components, judged by checks 1, 3, 4 and 6.
+    """Check 16: freshly initialised components, and a freshly drawn and a shuffled network against these components, by checks 1, 3, 4, 6.
 
     Each must fail 1 and 3. With `full` a decomposition of that network is trained too, by the same settings; it must fail at least one.
     """
@@ -38,6 +39,7 @@ def controls(case: Case) -> Check:
     judged = {
         "untrained": make(s.setting, s.params, untrained, s.x),
         "random_network": make(s.setting, other, s.components, s.x),
+        "shuffled_network": make(s.setting, shuffled(case, jax.random.fold_in(key, 2)), s.components, s.x),
     }
     if case.full:
         judged["trained_on_random_network"] = make(s.setting, other, retrain.again(case, params=other)[0], s.x)
@@ -59,7 +61,7 @@ def controls(case: Case) -> Check:
         "controls",
         "Controls",
         passed=not fooled,
-        bar="untrained components and a random network fail 1 and 3",
+        bar="untrained components, a random and a shuffled network fail 1 and 3",
         values=values,
         text=text,
         why="" if case.full else "a decomposition trained on a random network is left to --full",
