@@ -28,12 +28,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from scipy import sparse
 
 from apd_jax import attributions as attributions_lib
@@ -53,6 +53,7 @@ LEAST_DENSITY = 0.35  # of the density that modes usually have, in which each is
 SHARED = 0.75  # a leaf whose gain is below this goes whole into the components that are always on, if there are any
 _POWER_ITERATIONS = 12
 _CONDITION = 0.03  # singular values of E below this part of the largest are taken as 0
+_NO_EFFECT = 1e-4  # as LEAST_EFFECT: what these examples read is not looked at
 _PRESENT = 0.02  # of what an example reads, by the leaf that tells modes apart best: from there on it has a mode
 _UNSEEN = 1e-9  # of the largest variance among directions: what varies less is not read
 _CHUNK_BYTES = 256 * 2**20  # that the gradients of one chunk of examples may take
@@ -67,13 +68,14 @@ class Modes:
     seen: dict[str, Float[np.ndarray, "b d_in r"]]  # an orthonormal basis of all that examples read (further columns are 0)
     density: Float[np.ndarray, " n"]  # examples near each, counted by their effect, at most 1 each
     unexplained: float = 0.0  # part of what examples read, in squares, that is no sum of the modes, in the leaf where it is least
+    active: float = 0.0  # modes that an example has, the mean over all examples: an estimate of k
 
     def __len__(self) -> int:
         return len(self.density)
 
     def first(self, n: int) -> Modes:
         ins, reads = ({name: a[:n] for name, a in arrays.items()} for arrays in (self.ins, self.reads))
-        return Modes(ins, reads, self.seen, self.density[:n], self.unexplained)
+        return Modes(ins, reads, self.seen, self.density[:n], self.unexplained, self.active)
 
 
 def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1) -> Modes:
@@ -109,7 +111,7 @@ def densest(
     relative = effect / max(float(np.mean(effect)), 1e-30)
     kept = np.flatnonzero(relative > LEAST_EFFECT)[:most]
     count = np.minimum(relative[kept], 1).astype(np.float32)
-    ins = {name: e[kept] for name, e in ins.items()}
+    everyone, ins = ins, {name: e[kept] for name, e in ins.items()}
     near, not_far = _alike(ins, weights)
     density, left = near @ count, np.ones(len(kept), bool)
     centres, found = [], []
@@ -127,8 +129,10 @@ def densest(
         left &= ~used
     members = [_purest(ins, count, near[[centre]].indices) for centre in centres]
     leading = {name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:]) for name, e in ins.items()}
-    reads, seen, unexplained = _reads(ins, leading)
-    return Modes(leading, reads, seen, np.asarray(found), unexplained)
+    present, unexplained = _present(ins, leading)
+    reads, seen = _reads(ins, leading, present(ins))
+    active = np.sum(present(everyone)[relative > _NO_EFFECT]) / len(relative)
+    return Modes(leading, reads, seen, np.asarray(found), unexplained, float(active))
 
 
 def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0) -> tuple[Components, dict[str, float]]:
@@ -268,26 +272,32 @@ def _purest(ins: dict[str, Float[np.ndarray, "N b d"]], count: Float[np.ndarray,
     return members
 
 
-def _reads(
+def _present(
     ins: dict[str, Float[np.ndarray, "N b d"]], modes: dict[str, Float[np.ndarray, "n b d"]]
-) -> tuple[dict[str, Float[np.ndarray, "n b d"]], dict[str, Float[np.ndarray, "b d r"]], float]:
-    """d of every mode and leaf, what examples read at all, and which part of it the modes do not explain.
+) -> tuple[Callable[[dict[str, np.ndarray]], Bool[np.ndarray, "N n"]], float]:
+    """ins -> which modes each example has, and which part of what is read the modes do not explain.
 
-    Which modes an example has is told by the leaf that tells them apart best: whose modes are independent and explain what is read.
-    The modes themselves count as examples that have no other mode.
-
-    Cost, per matrix of every leaf: d_in³ for the basis, n solutions of r linear equations.
+    Both are told by the leaf that tells modes apart best: whose modes are independent and explain what is read.
     """
-    amplitudes, best, least = np.zeros(0), -1.0, 1.0
+    leaf, best, least = None, -1.0, 1.0
     for name, e in ins.items():
         for i in range(e.shape[1]):
             dual, gain = _dual(modes[name][:, i])
-            found = e[:, i] @ dual.T
-            unexplained = float(np.mean(np.sum((e[:, i] - found @ modes[name][:, i]) ** 2, 1)))
+            unexplained = float(np.mean(np.sum((e[:, i] - e[:, i] @ dual.T @ modes[name][:, i]) ** 2, 1)))
             if gain * (1 - unexplained) > best:
-                amplitudes, best, least = found, gain * (1 - unexplained), unexplained
-    present = np.abs(amplitudes) > _PRESENT
+                leaf, best, least = (name, i, dual), gain * (1 - unexplained), unexplained
+    assert leaf is not None
+    name, i, dual = leaf
+    return lambda ins: np.abs(ins[name][:, i] @ dual.T) > _PRESENT, least
 
+
+def _reads(
+    ins: dict[str, Float[np.ndarray, "N b d"]], modes: dict[str, Float[np.ndarray, "n b d"]], present: Bool[np.ndarray, "N n"]
+) -> tuple[dict[str, Float[np.ndarray, "n b d"]], dict[str, Float[np.ndarray, "b d r"]]]:
+    """d of every mode and leaf, and what examples read at all. The modes themselves count as examples that have no other mode.
+
+    Cost, per matrix of every leaf: d_in³ for the basis, n solutions of r linear equations.
+    """
     reads, seen = {name: np.zeros_like(e) for name, e in modes.items()}, {}
     for name, e in ins.items():
         bases = []
@@ -305,7 +315,7 @@ def _reads(
                 reads[name][j, i] = bases[-1] @ (d / max(float(d @ E[j]), 1e-30))
         widest = max(b.shape[1] for b in bases)
         seen[name] = np.stack([np.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in bases])
-    return reads, seen, least
+    return reads, seen
 
 
 def _dual(E: Float[np.ndarray, "n d"], condition: float = _CONDITION) -> tuple[Float[np.ndarray, "n d"], float]:

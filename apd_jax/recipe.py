@@ -50,6 +50,7 @@ SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses 
 _DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
 _SCALE_BATCHES = 20
 _LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched for modes, until they explain the network ...
+_K_OFF = 2.5  # a topk that differs by this factor from what the modes say is worth a warning
 _FEW_MISSING = (1e-3, 0.1)  # ... and leave no part between these of what is read unexplained, as when a mode or a few are missing
 
 
@@ -275,10 +276,10 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
     options = {"select": problem.select, "uses": problem.uses, "layouts": problem.layouts}
 
     def fresh(key: PRNGKeyArray) -> Components:
-        return step_lib.init_state(key, problem.params, settings, **options).components
+        return dataclasses.replace(step_lib.init_state(key, problem.params, settings, **options).components, log_thresholds=None)
 
     def begin_one(draw: PRNGKeyArray, init: Components) -> tuple[Components, float]:
-        best, explained, shared, number = init, 0.0, [], 0
+        best, explained, shared, number, active = init, 0.0, [], 0, config.topk
         for times in _LOOKS:
             modes = modes_lib.find(problem, config.batch_size, draw, times=times)
             if not len(modes):
@@ -288,9 +289,9 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
             alone = components_lib.total(modes_lib.only(one, modes, config.num_always_on), problem.params)
             part = 1 - _distances(problem, config, alone)[0] / scales.minimality
             leaves = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
-            log.info("%d modes among %d times the examples explain %.3f; gain of %s", len(modes), times, part, leaves)
+            log.info("%d modes, %.3g per example, explain %.3f; gain of %s", len(modes), modes.active, part, leaves)
             if part >= min(explained, recipe.least_explained):  # among more examples fewer modes are missing
-                best, explained, number = one, part, len(modes)
+                best, explained, number, active = one, part, len(modes), modes.active
                 shared = [name for name, gain in gains.items() if gain < modes_lib.SHARED and not config.num_always_on]
             if explained >= recipe.least_explained and not _FEW_MISSING[0] < modes.unexplained < _FEW_MISSING[1]:
                 break
@@ -300,6 +301,8 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
                 number,
                 " and ".join(shared),
             )
+        if explained >= recipe.least_explained and not 1 / _K_OFF < config.topk / active < _K_OFF:
+            log.warning("topk = %g, but examples have %.2g modes on average; topk should be about that.", config.topk, active)
         return best, explained
 
     def begin() -> tuple[list[Components], float]:

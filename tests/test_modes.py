@@ -162,7 +162,8 @@ def test_a_mode_far_below_the_usual_density_is_none():
     """40 examples each of three directions, 10 of a fourth (below 0.35 · 40), 20 of a fifth."""
     e = np.repeat(np.eye(5, dtype=np.float32), [40, 40, 40, 10, 20], axis=0)[:, None]
     m = modes.densest({"W": e}, np.ones(len(e), np.float32), {"W": np.eye(5, dtype=np.float32)[None]})
-    assert m.unexplained == pytest.approx(10 / 150, rel=1e-4)
+    assert m.unexplained == pytest.approx(10 / 150, rel=1e-4) and m.active == pytest.approx(140 / 150)
     assert m.density.tolist() == [40, 40, 40, 20] and isinstance(m.first(2), Modes) and len(m.first(2)) == 2
     weak = np.where(np.arange(len(e)) < 40, 0.01, 1.0).astype(np.float32)  # the first 40 hardly move the outputs
-    assert len(modes.densest({"W": e}, weak, {"W": np.eye(5, dtype=np.float32)[None]})) == 3
+    without = modes.densest({"W": e}, weak, {"W": np.eye(5, dtype=np.float32)[None]})
+    assert len(without) == 3 and without.active == pytest.approx(100 / 150)  # no mode is theirs
