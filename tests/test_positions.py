@@ -116,21 +116,25 @@ def test_integrated_gradients_are_complete():
     np.testing.assert_allclose(attributions.ablation(fn, PARAMS, one, TOKENS), jnp.abs(fn(PARAMS, TOKENS) - nothing), rtol=1e-4)
 
 
-def test_padding_counts_nowhere(cs):
+@pytest.mark.parametrize("fields", [{}, {"mask": "learned", "threshold": 0.3, "importance_coeff": 0.1, "num_always_on": 1}], ids=str)
+def test_padding_counts_nowhere(cs, fields):
     valid = jnp.asarray([[True] * 3, [True, True, False], [True, False, False], [True, True, False]])
     valid_fn = lambda x: x["valid"]  # noqa: E731
     fn = lambda p, x: network(p, x["tokens"])  # noqa: E731
     config = apd_jax.default_config()
-    config.update(mask_per="position", attribution_metric="kl", minimality_loss="kl", num_components=C, topk=1.5, batch_size=B)
+    config.update(mask_per="position", attribution_metric="kl", minimality_loss="kl", num_components=C, topk=1.5, batch_size=B, **fields)
     metrics = {}
     for name, tokens in {"a": TOKENS, "b": jnp.where(valid, TOKENS, 6 - TOKENS)}.items():
         batch = {"tokens": tokens, "valid": valid}
         step = step_lib.make_step(fn, lambda key, i, batch=batch: batch, config, valid_fn=valid_fn)
         state = step_lib.init_state(jax.random.key(0), PARAMS, config, select=["e", "w", "v"])
         state, metrics[name] = jax.jit(step)(state, PARAMS, jax.random.key(1))
-        mask = step_lib.make_mask_fn(config, valid_fn=valid_fn)(jnp.ones((B, T, C)), batch)
-        assert mask.sum() == 12 and not mask[~valid].any()  # ⌊1.5 · 8 positions⌋
-    assert metrics["a"]["mean_active"] == 1.5
+        mask = step_lib.make_mask_fn(config, thresholds=jnp.array([9, 0.5, 9]), valid_fn=valid_fn)(jnp.ones((B, T, C)), batch)
+        assert mask.sum() == (16 if fields else 12) and not mask[~valid].any()  # ⌊1.5 · 8 positions⌋, or two of three components
+    if fields:
+        assert 0 < metrics["a"]["importance"] < C - 1 and metrics["a"]["mean_active"] >= 1
+    else:
+        assert metrics["a"]["mean_active"] == 1.5
     for name, value in metrics["a"].items():
         np.testing.assert_allclose(value, metrics["b"][name], rtol=1e-5, err_msg=name)
 
