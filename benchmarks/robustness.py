@@ -125,7 +125,8 @@ def main() -> None:
             each = (f"{name}: " + " ".join(f"{share:.2f}" for share in values) for name, values in by_config.items())
             print(f"{setting:15}", *each, sep="   ")
         areas = {name: float(np.nanmean([by_config[name] for by_config in by_setting.values()])) for name in (PAPER, OURS)}
-        print(f"mean share: {areas}, ratio {areas[OURS] / max(areas[PAPER], 1e-9):.2f}")
+        ratio = f"ratio {areas[OURS] / areas[PAPER]:.2f}" if areas[PAPER] else "no ratio to 0"
+        print(f"mean share: {areas}, {ratio}")
     if options.figure:
         draw(shares, options.figure)
 
