@@ -78,6 +78,7 @@ def default_config() -> config_dict.ConfigDict:
     c.seed = 0
     c.num_steps = 10_000
     c.learning_rate = 1e-3
+    c.threshold_learning_rate = config_dict.placeholder(float)  # of the log thresholds of mask = "learned"; None: learning_rate
     c.schedule = "cosine"  # constant | linear | cosine (quarter wave) | exponential
     c.warmup_fraction = 0.05
     c.optimizer = "adam"  # adam | adamw | sgd
@@ -154,6 +155,11 @@ def validate(config: Config) -> None:
         raise InputError("mask = 'learned' begins at threshold, which must be above 0.")
     if config.mask != "learned" and config.importance_coeff > 0:
         raise InputError(f"importance_coeff = {config.importance_coeff} is read by mask = 'learned' only; got mask = {config.mask!r}.")
+    if config.threshold_learning_rate is not None and not (config.mask == "learned" and 0 < config.threshold_learning_rate < float("inf")):
+        raise InputError(
+            "threshold_learning_rate must be a finite number above 0, and is read by mask = 'learned' only; "
+            f"got {config.threshold_learning_rate} and mask = {config.mask!r}."
+        )
     if config.simplicity_coeff_final is not None and not (config.simplicity_coeff > 0 and 0 < config.simplicity_coeff_final < float("inf")):
         raise InputError(
             "simplicity_coeff and simplicity_coeff_final must both be above 0 for one to become the other; "

@@ -108,7 +108,7 @@ class Scales:
 
 _SET_BY_RECIPE = (
     *("faithfulness_coeff", "minimality_coeff", "simplicity_coeff", "simplicity_coeff_final"),
-    *("mask", "inactive", "threshold", "importance_coeff", "num_steps", "learning_rate", "init_scale"),
+    *("mask", "inactive", "threshold", "importance_coeff", "num_steps", "learning_rate", "threshold_learning_rate", "init_scale"),
 )
 
 
@@ -246,6 +246,8 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
         settings = stage_config(config, recipe, stage, reference)
         last = stage == STAGES[-1]
         if begin is not None and last:
+            if settings.mask == "learned":
+                settings.threshold_learning_rate = settings.learning_rate  # where thresholds begin is a guess, however exact the rest is
             settings.learning_rate *= min(1.0, _loss(problem, settings, begin) ** 0.5)
         folder = None if workdir is None else epath.Path(workdir) / ("" if last else f"stages/{stage}")
         title = f"decomposition, {stage} ({number + 1} of {len(stages)})"

@@ -45,8 +45,17 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     """The optax optimizer that `config.optimizer` names, at the scheduled learning rate."""
     rate = schedules.learning_rate(config.schedule, config.learning_rate, config.num_steps, config.warmup_fraction)
     if config.optimizer == "adamw":
-        return optax.adamw(rate, weight_decay=config.weight_decay)
-    return {"adam": optax.adam, "sgd": optax.sgd}[config.optimizer](rate)
+        optimizer = optax.adamw(rate, weight_decay=config.weight_decay)
+    else:
+        optimizer = {"adam": optax.adam, "sgd": optax.sgd}[config.optimizer](rate)
+    if config.threshold_learning_rate is None:
+        return optimizer
+    factor = config.threshold_learning_rate / config.learning_rate
+
+    def thresholds_at_their_own_rate(updates: Components, _: Any) -> Components:
+        return dataclasses.replace(updates, log_thresholds=factor * updates.log_thresholds)
+
+    return optax.chain(optimizer, optax.stateless(thresholds_at_their_own_rate))
 
 
 def init_state(

@@ -66,7 +66,6 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         # An active component costs what dropping one at the threshold does: minimality_coeff · (threshold · recipe.threshold)².
         config.recipe.polish.update(mask="learned", inactive="uniform", importance_coeff=0.23)
         config.recipe.refine.update(mask="learned", importance_coeff=2.3e-3)
-        config.recipe.nearly_exact = 0.0
     config.evaluation = ConfigDict(base.evaluation.to_dict())
     config.evaluation.seed = config.get_oneway_ref("seed")
     if "smoke" in rest:

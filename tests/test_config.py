@@ -43,6 +43,8 @@ def test_defaults_are_valid_and_locked():
         ({"topk": 1.5, "mask": "topk"}, "topk must be a whole number when mask = 'topk' (per example); got 1.5."),
         ({"mask": "learned"}, "mask = 'learned' begins at threshold, which must be above 0."),
         ({"importance_coeff": 0.1}, "importance_coeff = 0.1 is read by mask = 'learned' only; got mask = 'batch_topk'."),
+        ({"threshold_learning_rate": 0.1}, "read by mask = 'learned' only; got 0.1 and mask = 'batch_topk'."),
+        ({"threshold_learning_rate": 0.0, "mask": "learned", "threshold": 0.1}, "must be a finite number above 0"),
         ({"simplicity_coeff": -1.0}, "simplicity_coeff must be a finite number of at least 0; got -1.0."),
         ({"faithfulness_coeff": float("inf")}, "faithfulness_coeff must be a finite number"),
         ({"learning_rate": 0.0}, "learning_rate must be a finite number above 0; got 0.0."),

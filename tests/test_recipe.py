@@ -9,7 +9,7 @@ import pytest
 from conftest import get_config
 
 import apd_jax
-from apd_jax import checkpoint, modes, recipe, targets
+from apd_jax import checkpoint, modes, recipe, targets, train
 from apd_jax.config import default_config
 from apd_jax.errors import InputError
 from apd_jax.problem import Problem
@@ -218,20 +218,25 @@ def test_where_modes_are_not_all_components_are_polished_first(tmp_path):
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["polish"]
 
 
-def test_learned_masks(tmp_path):
-    """Both stages learn thresholds, each from its own; a price on what is active counts in neither the rate nor the choice of stages."""
+def test_learned_masks(tmp_path, monkeypatch):
+    """Both stages learn thresholds, each from its own, at the stage's own rate however exact the components are; a price on what is active
+    counts in neither the rate nor the choice of stages."""
     problem, config, r = one_feature_at_a_time(np.diag([3.0, 2.0, 1.0]).astype(np.float32))
     given = get_config("recipe", "tms,5-2,learned").recipe
     for stage in ("polish", "refine"):
         r[stage].update({name: given[stage][name] for name in ("mask", "inactive", "importance_coeff")})
-    r.nearly_exact = given.nearly_exact
+    assert given.nearly_exact == r.nearly_exact > 1e-8
+    r.nearly_exact = 0.0
     reference = recipe.scales(problem, config)
     settings = recipe.stage_config(config, r, "refine", reference)
     assert settings.importance_coeff == pytest.approx(r.minimality_coeff * (r.threshold * r.refine.threshold) ** 2, rel=0.05)
     assert recipe._loss(problem, settings, recipe.at_modes(problem, config, r, reference)) < 1e-8
+    used, advance = [], train.advance
+    monkeypatch.setattr(train, "advance", lambda problem, stage, **options: used.append(stage) or advance(problem, stage, **options))
     components, rows, last = recipe.fit(problem, config, r, workdir=tmp_path)
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["polish"] and last.mask == "learned"
-    np.testing.assert_allclose(components.thresholds, settings.threshold, rtol=0.01)  # where `refine` begins: its steps are tiny here
+    np.testing.assert_allclose(components.thresholds, settings.threshold, rtol=0.01)  # where `refine` begins: no attribution is near it
+    assert [s.threshold_learning_rate for s in used] == [None, r.refine.learning_rate] and used[1].learning_rate < r.refine.learning_rate
     raw = checkpoint.read(tmp_path / "stages" / "polish" / "checkpoints")[2]["components"]["log_thresholds"]
     assert np.ptp(raw) > 1e-4 and np.abs(np.exp(raw) / recipe.stage_config(config, r, "polish", reference).threshold - 1).max() < 0.1
     assert rows[-1]["importance"] == pytest.approx(rows[-1]["mean_active"], abs=0.1)

@@ -43,7 +43,7 @@ def assert_same_end(one, other):
     assert rows_of(one) == rows_of(other)
 
 
-LEARNED = {"mask": "learned", "threshold": 0.1, "importance_coeff": 0.1, "inactive": "uniform"}
+LEARNED = {"mask": "learned", "threshold": 0.1, "importance_coeff": 0.1, "inactive": "uniform", "threshold_learning_rate": 0.1}
 
 
 @pytest.mark.parametrize(("signum", "fields"), [(signal.SIGTERM, LEARNED), (signal.SIGINT, {"num_instances": 2, "unit_norm_U": True})])

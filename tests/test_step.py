@@ -154,10 +154,11 @@ def test_the_loss_with_inactive_components_in_part_by_hand():
     assert metrics["mean_active"][0] == 10 / 8  # the mask's
 
 
-@pytest.mark.parametrize("inactive", ["drop", "uniform"])
-def test_a_learned_mask_by_hand(inactive):
+@pytest.mark.parametrize(("inactive", "threshold_rate"), [("drop", None), ("uniform", 0.4)])
+def test_a_learned_mask_by_hand(inactive, threshold_rate):
     """One step of gradient descent on thresholds and components, against autodiff of the loss with the importances written out."""
     fields = {"optimizer": "sgd", "learning_rate": 0.1, "schedule": "constant", "warmup_fraction": 0.0, "inactive": inactive}
+    fields |= {"threshold_learning_rate": threshold_rate}
     key = jax.random.key(1)
     x = sample_fn(key, 0)
     A = attributions.gradient(apply_fn, PARAMS, step_lib.init_state(jax.random.key(0), PARAMS, config_of()).components, x)
@@ -179,7 +180,9 @@ def test_a_learned_mask_by_hand(inactive):
     close(metrics["total"][0], expected)
     assert metrics["mean_active"][0] == 1 + np.sum(A[:, 1:] > threshold) / B
     assert np.abs(gradient.log_thresholds).max() > 1e-3 and gradient.log_thresholds[0] == 0
-    jax.tree.map(lambda new, old, d: close((old - new) / 0.1, d, 1e-3), state.components, before, gradient)
+    steps = jax.tree.map(lambda new, old: (old - new) / 0.1, state.components, before)
+    jax.tree.map(lambda step, d: close(step, d, 1e-3), steps.tree, gradient.tree)
+    close(steps.log_thresholds, gradient.log_thresholds * (threshold_rate or 0.1) / 0.1, 1e-3)
 
 
 def test_a_learned_mask_needs_thresholds():
