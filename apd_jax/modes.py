@@ -189,6 +189,12 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
     return Components(tree), gains
 
 
+def num_to_hold(problem: Problem, name: str, components: Components) -> int:
+    """How many components of the rank that these have could hold the whole of a leaf between them."""
+    m = components.factors[name].U.shape[-1]
+    return max(-(-int(np.linalg.matrix_rank(matrix)) // m) for matrix in _matrices(problem)[name])
+
+
 def only(components: Components, modes: Modes, num_always_on: int) -> Components:
     """The always-on components and those of the modes; 0 elsewhere."""
     here = jnp.arange(components.num_components) < num_always_on + len(modes)

@@ -299,9 +299,10 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
                 break
         if shared and explained >= recipe.least_explained:
             log.warning(
-                "%d modes share %s: each part does less than the whole on its own mode; num_always_on components could hold it.",
+                "%d modes share %s: each part does less than the whole on its own mode; num_always_on = %d could hold it whole.",
                 number,
                 " and ".join(shared),
+                max(modes_lib.num_to_hold(problem, name, best) for name in shared),
             )
         if explained >= recipe.least_explained and not 1 / _K_OFF < config.topk / active < _K_OFF:
             log.warning("topk = %g, but examples have %.2g modes on average; topk should be about that.", config.topk, active)

@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py --config recipe.py:tms,40-10 --seeds 0:20 --json runs/recovery/tms_40-10.json
     python benchmarks/recovery.py --config recipe.py:tms,5-2 --set recipe.polish.learning_rate=1e-2 --seeds 0:5
-    python benchmarks/recovery.py --summary runs/recovery/*.json
+    python benchmarks/recovery.py --summary runs/recovery/*.json --csv docs/recovery.csv --figure docs/images/recovery.png
 
 A seed is the run of `python -m apd_jax.main --config=configs/FILE --config.seed=S` without figures and report. What is in the file already
 is not run again, and a run that fails is a row too. A seed succeeds
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import csv
 import json
 import sys
 import time
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import matplotlib
 import numpy as np
 from common import load_config
 from rich.console import Console
@@ -43,8 +45,14 @@ SHOWN = (
     "cosine_w_in",
     "norm_ratio_w_in",
     "relative_parameter_error",
+    "mean_active",
 )
 SCRUBBED = ("minimality_topk", "scrub_scrubbed", "scrub_antiscrubbed", "scrub_monosemantic")
+KEPT = ("config", "changes", "seed", "success", *SHOWN, *SCRUBBED, "num_features", "seconds", "seconds_target", "device")
+KEPT += ("date", "error")
+RECIPES = {"paper's settings": "C1", "recipe with learned masks": "C2", "recipe": "C0"}
+SHOWN_TMS = (1e-8, 1.0), (1e-5, 1.0)  # of 1 - MMCS and |ML2R - 1| in the figure: what is outside is drawn at the edge
+SHOWN_RESID_MLP = (1e-8, 1e-2), (1e-10, 1e-2)  # likewise of sparse and scrubbed errors
 
 
 def experiment(name: str, seed: int, changes: dict[str, Any]) -> Config:
@@ -73,12 +81,12 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     problem = target.problem(params)
     try:
         if "recipe" in config:
-            components, _, settings = recipe.fit(problem, config.apd, config.recipe)
+            components, logged, settings = recipe.fit(problem, config.apd, config.recipe)
         else:
-            (components, _), settings = train.fit(problem, config.apd), config.apd
+            (components, logged), settings = train.fit(problem, config.apd), config.apd
     except (InputError, NonFiniteError) as error:
         return row | {"error": str(error), "success": False}
-    row["seconds"] = time.monotonic() - began
+    row |= {"seconds": time.monotonic() - began, "mean_active": logged[-1]["mean_active"] - settings.num_always_on}
     with config.unlocked():
         config.apd = settings
     found = evaluation.evaluate(targets.build(config.target, config.evaluation.batch_size), params, components, config)
@@ -122,22 +130,75 @@ def succeeds(target: str, row: dict[str, Any]) -> bool:
 
 
 def summary(rows: list[dict[str, Any]]) -> Table:
-    table = Table(
-        "config", "changes", "seeds", "succeed", *SHOWN, *SCRUBBED, "minutes", title="mean (least to most) over seeds, failures included"
-    )
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """A column per config and changes, means with least and most over seeds; failures included."""
+    groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["config"], ", ".join(f"{k}={v}" for k, v in row["changes"].items())), []).append(row)
-    for (name, changes), group in groups.items():
-        cells = []
-        for key in (*SHOWN, *SCRUBBED):
-            values = [row[key] for row in group if key in row]
-            cells.append(f"{np.mean(values):.4g} ({min(values):.4g} to {max(values):.4g})" if values else "")
-        minutes = [row["seconds"] / 60 for row in group if "seconds" in row]
-        table.add_row(
-            name, changes, str(len(group)), str(sum(row["success"] for row in group)), *cells, f"{np.mean(minutes):.2f}" if minutes else ""
-        )
+        groups.setdefault("\n".join((row["config"], *(f"{k}={v}" for k, v in row["changes"].items()))), []).append(row)
+    table = Table("mean\n(least to most)", *groups)
+    table.add_row("seeds", *(str(len(group)) for group in groups.values()))
+    table.add_row("succeed", *(str(sum(row["success"] for row in group)) for group in groups.values()))
+    for key in (*SHOWN, *SCRUBBED, "seconds"):
+        each = [[row[key] for row in group if key in row] for group in groups.values()]
+        if any(each):
+            table.add_row(key, *(f"{np.mean(v):.4g}\n({min(v):.4g} to {max(v):.4g})" if v else "" for v in each))
     return table
+
+
+def recipe_and_target(name: str) -> tuple[str, str]:
+    """Which of RECIPES a config is, and of what: ("recipe", "tms,5-2") of "recipe.py:tms,5-2"."""
+    file, _, variant = name.partition(":")
+    if file != "recipe.py":
+        return "paper's settings", ",".join(filter(None, (file.removesuffix(".py"), variant)))
+    learned = ",learned" in variant
+    return "recipe with learned masks" if learned else "recipe", variant.replace(",learned", "")
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """A panel per target, a point per seed: filled where it succeeds; grey is where the measures that are drawn allow success."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if not row["changes"] and "error" not in row]
+    names = list(dict.fromkeys(recipe_and_target(row["config"])[1] for row in rows))
+    names.sort(key=lambda name: not name.startswith("tms"))
+    columns = min(4, len(names))
+    height = -(-len(names) // columns)
+    figure, axes = plt.subplots(height, columns, figsize=(3 * columns, 3 * height + 0.4), layout="constrained", squeeze=False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        tms, counts = name.startswith("tms"), []
+        limits = SHOWN_TMS if tms else SHOWN_RESID_MLP
+        axis.set(xscale="log", yscale="log", xlim=limits[0], ylim=limits[1])
+        for kind, colour in RECIPES.items():
+            here = [row for row in rows if recipe_and_target(row["config"]) == (kind, name)]
+            x = [1 - row["mmcs_one_to_one"] if tms else row["minimality_topk"] for row in here]
+            y = [abs(row["ml2r_one_to_one"] - 1) if tms else row["scrub_scrubbed"] for row in here]
+            x, y = (np.clip(values, *shown) for values, shown in zip((x, y), limits, strict=True))
+            faces = [colour if row["success"] else "none" for row in here]
+            axis.scatter(x, y, s=26, facecolors=faces, edgecolors=colour, linewidths=1.2, label=kind, zorder=3, clip_on=False)
+            counts += [f"{sum(row['success'] for row in here)} of {len(here)}"] if here else []
+        axis.set_title(f"{name}\n{', '.join(counts)} succeed", fontsize=9)
+        axis.set_xlabel("1 - MMCS" if tms else "sparse error")
+        axis.set_ylabel("|ML2R - 1|" if tms else "scrubbed error")
+        (left, right), (lowest, _) = limits
+        edge, allowed = ([left, 1e-3], [1e-2, 1e-2]) if tms else ([left, right], [1.5 * left, 1.5 * right])
+        axis.fill_between(edge, lowest, allowed, color="0.92", zorder=0)
+    for axis in axes.flat[len(names) :]:
+        axis.remove()
+    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour, label=kind) for kind, colour in RECIPES.items()]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=120)
+
+
+def write_csv(rows: list[dict[str, Any]], path: str) -> None:
+    """The rows, of every one what KEPT names, to six digits."""
+
+    def short(value: Any) -> Any:
+        return f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else value
+
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, KEPT, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: short(row[key]) for key in KEPT if key in row} for row in rows)
 
 
 def main() -> None:
@@ -147,10 +208,17 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config to change")
     parser.add_argument("--json", default=None, help="file that rows are added to")
     parser.add_argument("--summary", nargs="*", default=[], metavar="FILE", help="only print the table of these files")
+    parser.add_argument("--csv", default=None, help="file that the rows of the --summary are written to")
+    parser.add_argument("--figure", default=None, help="picture of the rows of the --summary")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 240)
     if options.summary:
-        console.print(summary([row for file in options.summary for row in json.loads(Path(file).read_text())]))
+        rows = [row for file in options.summary for row in json.loads(Path(file).read_text())]
+        console.print(summary(rows))
+        if options.csv:
+            write_csv(rows, options.csv)
+        if options.figure:
+            draw(rows, options.figure)
         return
     if options.config is None:
         parser.error("give a --config, or files for a --summary.")

@@ -1,11 +1,13 @@
 """The benchmarks' counting against numbers worked by hand, the fit against known coefficients, and the quick forms as documented."""
 
+import csv
 import json
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -129,6 +131,28 @@ def test_what_a_component_reads_and_writes_apart():
     parts = components.from_materialized({"mlp_in_0": jnp.asarray(P_in), "mlp_out_0": jnp.asarray(P_out)})
     found = recovery.sides({"W_E": eye, "W_U": eye, "mlp_in_0": w_in, "mlp_out_0": w_out}, parts, np.array([0, 1]))
     assert found == pytest.approx({"distinct": 2, "cosine_w_in": 1, "norm_ratio_w_in": 1, "cosine_w_out": 1, "norm_ratio_w_out": 0.5})
+
+
+def test_rows_are_kept_and_drawn(tmp_path):
+    """Of every seed a line and a point, failures included; runs with changed settings, and such as ended in an error, have no point."""
+    names = {"tms.py:5-2": ("paper's settings", "tms,5-2"), "recipe.py:tms,5-2": ("recipe", "tms,5-2")}
+    names |= {"recipe.py:tms,5-2,learned": ("recipe with learned masks", "tms,5-2"), "resid_mlp.py": ("paper's settings", "resid_mlp")}
+    assert {name: recovery.recipe_and_target(name) for name in names} == names
+    found = {"mmcs_one_to_one": 0.9876543219, "ml2r_one_to_one": 0.9, "minimality_topk": 1e-4, "scrub_scrubbed": 2e-4, "seconds": 60.0}
+    rows = [{"config": name, "seed": 0, "changes": {}, "success": False} | found for name in names]
+    rows += [rows[0] | {"seed": 1, "changes": {"apd.topk": 2.0}}]
+    rows += [{"config": "tms.py:5-2", "seed": 2, "changes": {}, "success": False, "error": "not finite"}]
+    recovery.write_csv(rows, str(tmp_path / "rows.csv"))
+    with open(tmp_path / "rows.csv", newline="") as file:
+        read = list(csv.DictReader(file))
+    assert [row["config"] for row in read] == [row["config"] for row in rows] and read[0]["mmcs_one_to_one"] == "0.987654"
+    assert (read[4]["changes"], read[5]["error"], read[5]["seconds"]) == ('{"apd.topk": 2.0}', "not finite", "")
+    recovery.draw(rows, str(tmp_path / "rows.png"))
+    figure = plt.gcf()
+    assert [axis.get_title() for axis in figure.axes] == ["tms,5-2\n0 of 1, 0 of 1, 0 of 1 succeed", "resid_mlp\n0 of 1 succeed"]
+    assert [len(kind.get_offsets()) for axis in figure.axes for kind in axis.collections[:3]] == [1, 1, 1, 1, 0, 0]
+    assert recovery.summary(rows).row_count > 5 and (tmp_path / "rows.png").stat().st_size > 1000
+    plt.close(figure)
 
 
 def test_settings_are_multiplied_and_counted():

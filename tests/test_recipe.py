@@ -272,3 +272,18 @@ def test_where_modes_do_not_explain_the_network_they_are_not_used():
     sample = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (1000, 12))  # noqa: E731
     problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(12)}, sample)
     assert recipe.at_modes(problem, config, r, recipe.scales(problem, config)) is None
+
+
+def test_a_leaf_that_modes_share_is_said_with_what_could_hold_it(caplog):
+    """Six features read W apart and share H, of rank 3: two components of rank 2 could hold it; once they may, nothing is said."""
+    W = np.array([[3.0, 0, 0], [0, 2, 0], [0, 0, 2], [1, 1, 0], [0, 1, -1], [-1, 0, 1]], np.float32)
+    one, config, r = one_feature_at_a_time(W)
+    problem = Problem(lambda p, x: x @ p["W"] @ p["H"], one.params | {"H": jnp.diag(jnp.array([1.0, 2.0, 3.0]))}, one.sample_fn)
+    config.num_components = 9
+    reference = recipe.scales(problem, config)
+    recipe.at_modes(problem, config, r, reference)
+    assert "6 modes share H: each part does less than the whole on its own mode; num_always_on = 2 could hold it whole" in caplog.text
+    caplog.clear()
+    config.num_always_on = 2
+    recipe.at_modes(problem, config, r, reference)
+    assert "could hold" not in caplog.text
