@@ -1,0 +1,104 @@
+"""What each part of the recipe is for: the recipe with one part at a time left out or exchanged, on some seeds of some targets.
+
+    python benchmarks/ablations.py --json runs/recovery/ablations.json --targets tms,40-10 resid_mlp,2layer --seeds 0:3
+
+Rows are those of `benchmarks/recovery.py`, with `without` for the part; what the file holds already is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import recovery
+from rich.console import Console
+from rich.table import Table
+
+from apd_jax import modes, recipe
+
+
+def reads_of(present: Callable | None) -> Callable:
+    """`modes._reads` blind to the examples that `present` leaves, or the dual basis of the modes."""
+    reads = modes._reads
+
+    def instead(ins: dict, found: dict, here: np.ndarray) -> tuple[dict, dict]:
+        if present is not None:
+            return reads(ins, found, present(here))
+        dual = {name: np.stack([modes._dual(e[:, i])[0] for i in range(e.shape[1])], 1) for name, e in found.items()}
+        return dual, reads(ins, found, here)[1]
+
+    return instead
+
+
+# what is left out or exchanged: (what takes the place of functions, what settings become)
+PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
+    "nothing: the recipe": ([], {}),
+    "refining": ([], {"recipe.refine.num_steps": 1}),
+    "blind reading: the dual basis of the modes": ([(modes, "_reads", reads_of(None))], {}),
+    "the same, and refining": ([(modes, "_reads", reads_of(None))], {"recipe.refine.num_steps": 1}),
+    "blind reading: least variance over all examples": ([(modes, "_reads", reads_of(np.zeros_like))], {}),
+    "the purest quarter: all examples near a mode": ([(modes, "_purest", lambda ins, count, members: members)], {}),
+    "steps in proportion to √loss: 1e-3": (
+        [(recipe, "_loss", lambda *_: 1.0)],
+        {"recipe.nearly_exact": 2.0, "recipe.refine.learning_rate": 1e-3},
+    ),
+    "a low threshold: ten times as high": ([], {"recipe.refine.threshold": 1.5}),
+    "partial ablation: inactive components dropped": ([], {"recipe.refine.inactive": "drop"}),
+    "leaving polish out": ([], {"recipe.nearly_exact": 0.0}),
+    "components that are always on": ([], {"apd.num_always_on": 0}),
+}
+SHOWN = ("mmcs_one_to_one", "ml2r_one_to_one", "within_margin", "cosine_w_in", "norm_ratio_w_in", "minimality_topk", "scrub_scrubbed")
+
+
+def run(target: str, part: str, seed: int) -> dict[str, Any]:
+    replaced, settings = PARTS[part]
+    with contextlib.ExitStack() as stack:
+        for module, name, other in replaced:
+            stack.enter_context(mock.patch.object(module, name, other))
+        return recovery.run(f"recipe.py:{target}", seed, settings) | {"without": part}
+
+
+def table(rows: list[dict[str, Any]], target: str) -> Table:
+    shown = Table("without", "seeds", "succeed", *SHOWN, title=f"{target}: least to most over seeds, failures included")
+    for part in PARTS:
+        here = [row for row in rows if row["config"] == f"recipe.py:{target}" and row["without"] == part]
+        cells = []
+        for key in SHOWN:
+            values = [row[key] for row in here if key in row]
+            cells.append(f"{min(values):.5g} to {max(values):.5g}" if values else "")
+        if here:
+            shown.add_row(part, str(len(here)), str(sum(row["success"] for row in here)), *cells)
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", required=True)
+    parser.add_argument("--targets", nargs="+", default=["tms,40-10", "resid_mlp,2layer"])
+    parser.add_argument("--seeds", default="0:3", help="first:end")
+    options = parser.parse_args()
+    file = Path(options.json)
+    rows = json.loads(file.read_text()) if file.exists() else []
+    done = {(row["config"], row["without"], row["seed"]) for row in rows}
+    for target in options.targets:
+        for seed in range(*map(int, options.seeds.split(":"))):
+            for part in PARTS:
+                always_on = recovery.experiment(f"recipe.py:{target}", seed, {}).apd.num_always_on
+                if (f"recipe.py:{target}", part, seed) in done or ("apd.num_always_on" in PARTS[part][1] and not always_on):
+                    continue
+                rows.append(run(target, part, seed))
+                print(target, seed, part, "success" if rows[-1]["success"] else rows[-1].get("error", "lost"), flush=True)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_text(json.dumps(rows, indent=1))
+    for target in options.targets:
+        Console(width=200).print(table(rows, target))
+
+
+if __name__ == "__main__":
+    main()
