@@ -97,7 +97,7 @@ def restore(workdir: epath.PathLike) -> Restored:
     params = weights.load(_target_path(folder), _shapes(target))
     problem = target.problem(params)
     if "recipe" in config:
-        config = _with(config, recipe.last_config(problem, config.apd, config.recipe))
+        config = _with(config, recipe.last_config(problem, recipe.found_config(config.apd, folder), config.recipe))
     step, components = train.restore_components(problem, config.apd, folder)
     return Restored(config, target, params, step, jax.tree.map(jnp.asarray, components))
 

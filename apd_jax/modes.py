@@ -55,6 +55,7 @@ _POWER_ITERATIONS = 12
 _CONDITION = 0.03  # singular values of E below this part of the largest are taken as 0
 _NO_EFFECT = 1e-4  # as LEAST_EFFECT: what these examples read is not looked at
 _PRESENT = 0.02  # of what an example reads, by the leaf that tells modes apart best: from there on it has a mode
+_NOTHING = 1e-6  # singular parts of a weight below this part of the largest belong to no component
 _UNSEEN = 1e-9  # of the largest variance among directions: what varies less is not read
 _CHUNK_BYTES = 256 * 2**20  # that the gradients of one chunk of examples may take
 
@@ -72,6 +73,11 @@ class Modes:
 
     def __len__(self) -> int:
         return len(self.density)
+
+    @property
+    def gains(self) -> dict[str, float]:
+        """The gain of every leaf, the mean over its matrices."""
+        return {name: float(np.mean([_dual(e[:, i])[1] for i in range(e.shape[1])])) for name, e in self.ins.items()}
 
     def first(self, n: int) -> Modes:
         ins, reads = ({name: a[:n] for name, a in arrays.items()} for arrays in (self.ins, self.reads))
@@ -135,8 +141,8 @@ def densest(
     return Modes(leading, reads, seen, np.asarray(found), unexplained, float(active))
 
 
-def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0) -> tuple[Components, dict[str, float]]:
-    """Components that sum to the target and begin at the modes, after the always-on ones; and the gain of every leaf.
+def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0) -> Components:
+    """Components that sum to the target and begin at the modes, after the always-on ones.
 
     Leaves whose gain is below SHARED are held by the always-on components, if there are any, and so is what other leaves make of what is
     read but belongs to no mode. What is left of a leaf, on which it does nothing, goes in pieces of rank m to the components that no mode
@@ -149,7 +155,7 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
     """
     C = fresh.num_components
     modes = modes.first(C - num_always_on)
-    weights, gains = _matrices(problem), {}
+    weights, gains = _matrices(problem), modes.gains
     taken = slice(num_always_on, num_always_on + len(modes))
 
     def make(path: tuple, f: Factors | None) -> Factors | None:
@@ -162,10 +168,9 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
         here = np.asarray(U.any(axis=(1, 2, 3), keepdims=True))  # the components that `select` gives this leaf
         U[[c for c in range(C) if not taken.start <= c < taken.stop]] = 0
         V = np.zeros((C, len(W), m, W.shape[-1]), U.dtype)
-        gains[name] = float(np.mean([_dual(modes.ins[name][:, i])[1] for i in range(len(W))]))
         always, spare = [[c for c in part if here[c]] for part in (range(num_always_on), range(taken.stop, C))]
         for i, matrix in enumerate(W):
-            least = 1e-6 * float(np.linalg.norm(matrix, 2))
+            least = _NOTHING * float(np.linalg.norm(matrix, 2))
             if num_always_on and gains[name] < SHARED:
                 U[:, i] = 0
                 if rest := _spread(matrix, U[:, i], V[:, i], [always], least):
@@ -186,13 +191,14 @@ def components(problem: Problem, modes: Modes, fresh: Components, *, num_always_
         return dataclasses.replace(f, U=jnp.asarray((U * here).reshape(f.U.shape)), V=jnp.asarray((V * here).reshape(f.V.shape)))
 
     tree = jax.tree_util.tree_map_with_path(make, fresh.tree, is_leaf=components_lib.is_slot)
-    return Components(tree), gains
+    return Components(tree)
 
 
 def num_to_hold(problem: Problem, name: str, components: Components) -> int:
-    """How many components of the rank that these have could hold the whole of a leaf between them."""
+    """How many components of the rank that these have hold the whole of a leaf between them."""
     m = components.factors[name].U.shape[-1]
-    return max(-(-int(np.linalg.matrix_rank(matrix)) // m) for matrix in _matrices(problem)[name])
+    singular = np.linalg.svd(_matrices(problem)[name], compute_uv=False)
+    return int(-(-np.sum(singular > _NOTHING * singular[:, :1], axis=1).max() // m))
 
 
 def only(components: Components, modes: Modes, num_always_on: int) -> Components:

@@ -14,7 +14,7 @@ components begin at random and go through all stages:
   refine   the threshold is lowered to a tenth, and the others are not dropped but times U(0, 1), so that they can be ablated in any
            combination. Steps are in proportion to √loss, which is how far the weights are off: what is exact already stays as it is.
 
-Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`Scales`), so that one
+Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`apd_jax.scales`), so that one
 number means the same on every target. k, the mean number of active components, is `config.topk`. If hidden activations are to be
 reconstructed too, say so by a `config.hidden_reconstruction_coeff` above 0; how strongly is the recipe's.
 """
@@ -22,6 +22,7 @@ reconstructed too, say so by a `config.hidden_reconstruction_coeff` above 0; how
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from typing import Any
 
@@ -29,26 +30,28 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PRNGKeyArray
 from ml_collections import config_dict
 
 from apd_jax import components as components_lib
 from apd_jax import config as config_lib
-from apd_jax import data, losses, parallel, train
+from apd_jax import data, parallel, train
 from apd_jax import modes as modes_lib
 from apd_jax import restructure as restructure_lib
+from apd_jax import scales as scales_lib
 from apd_jax import step as step_lib
 from apd_jax.components import Components
 from apd_jax.config import Config
 from apd_jax.errors import InputError
 from apd_jax.problem import Problem
+from apd_jax.scales import Scales
 
 log = logging.getLogger(__name__)
 
 STAGES = ("explore", "settle", "clean", "polish", "refine")
+FOUND = "recipe.json"  # in a workdir: what the modes say of the network
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 _DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
-_SCALE_BATCHES = 20
 _LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched for modes, until they explain the network ...
 _K_OFF = 2.5  # a topk that differs by this factor from what the modes say is worth a warning
 _FEW_MISSING = (1e-3, 0.1)  # ... and leave no part between these of what is read unexplained, as when a mode or a few are missing
@@ -58,6 +61,7 @@ def default_recipe() -> config_dict.ConfigDict:
     """The numbers of the recipe. Coefficients are relative; see the module."""
     r = config_dict.ConfigDict()
     r.least_explained = 0.8  # components begin at the modes if these make up for this part of what the weights do; above 1: never
+    r.find_always_on = True  # where the config's num_always_on is 0: as many as hold the leaves that modes share
     r.restarts = 4  # independent random beginnings, of which the one with the lowest loss after `settle` is polished
     r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
     r.minimality_coeff = 1.67
@@ -91,21 +95,6 @@ def _stage(**settings: Any) -> config_dict.ConfigDict:
     return config_dict.ConfigDict(defaults | settings)
 
 
-@dataclasses.dataclass(frozen=True)
-class Scales:
-    """The reference points of a target.
-
-    faithfulness: the loss of components that sum to 0. minimality: the distance of the model without the decomposed leaves; hidden: the
-    same of the hidden activations, 0 where there are none.
-    simplicity: the loss of the whole target as one component, kept on every input: Σ_l uses_l Σ_j σ_j(θ*_l)^p / N.
-    """
-
-    faithfulness: float
-    minimality: float
-    hidden: float
-    simplicity: float
-
-
 _SET_BY_RECIPE = (
     *("faithfulness_coeff", "minimality_coeff", "simplicity_coeff", "simplicity_coeff_final"),
     *("mask", "inactive", "threshold", "importance_coeff", "num_steps", "learning_rate", "threshold_learning_rate", "init_scale"),
@@ -136,65 +125,6 @@ def base_config(settings: Config) -> Config:
     return config
 
 
-def scales(problem: Problem, config: Config) -> Scales:
-    """Measures the reference points on fresh batches.
-
-    Raises:
-      InputError: the output, or the hidden activations where they count, do not change when the decomposed leaves are set to 0; or are
-        not finite.
-    """
-    whole = components_lib.from_materialized(_decomposed(problem), uses=problem.uses, layouts=problem.layouts)
-    nothing = components_lib.weighted_sum(whole, problem.params, jnp.zeros(1))
-    minimality, hidden = _distances(problem, config, nothing)
-    zero = jax.tree.map(jnp.zeros_like, whole)
-    if not np.isfinite([minimality, hidden]).all():
-        raise InputError(
-            "the outputs are not finite, of the network itself or with all decomposed leaves set to 0; look at its weights and data."
-        )
-    if minimality == 0:
-        raise InputError("the outputs stay the same when all decomposed leaves are set to 0; there is nothing to decompose.")
-    if hidden == 0 and config.hidden_reconstruction_coeff > 0:
-        raise InputError(
-            "hidden_reconstruction_coeff is above 0, but apply_fn returns no hidden activations that depend on the decomposed leaves."
-        )
-    return Scales(
-        faithfulness=float(losses.faithfulness(zero, problem.params)),
-        minimality=minimality,
-        hidden=hidden,
-        simplicity=float(losses.simplicity(whole, jnp.ones((1, 1), jnp.bool_), config.schatten_p)),
-    )
-
-
-def _distances(problem: Problem, config: Config, params: PyTree) -> tuple[float, float]:
-    """How far the network with these parameters is from the target: in the outputs, and in the hidden activations (0 without any)."""
-
-    def distances(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
-        (out, hidden), (target_out, target_hidden) = [step_lib.split_result(problem.apply_fn(params, x)) for params in ends]
-        weights = step_lib.position_weights(x, problem.valid_fn)
-        distance = losses.minimality(out, target_out, config.minimality_loss, weights)
-        return distance, losses.hidden_reconstruction(hidden, target_hidden, weights) if hidden else jnp.zeros(())
-
-    def mean_distances(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
-        drawn = jax.lax.map(lambda step: distances(ends, problem.sample_fn(key, step)), jnp.arange(_SCALE_BATCHES))
-        return jax.tree.map(jnp.mean, drawn)
-
-    ends = (params, jax.tree.map(jnp.asarray, problem.params))
-    if isinstance(problem.sample_fn, data.Batches):
-        measured = jax.jit(distances)(ends, jax.tree.map(jnp.asarray, problem.sample_fn.first))
-    else:
-        measured = jax.jit(mean_distances)(ends, jax.random.fold_in(jax.random.key(config.seed), _DRAWS))
-    outputs, hidden = map(float, measured)
-    return outputs, hidden
-
-
-def _decomposed(problem: Problem) -> PyTree:
-    """params with a leading axis of one component; None where not decomposed."""
-    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf[None] if components_lib.path_name(path) in names else None, problem.params
-    )
-
-
 def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> Config:
     """The absolute settings of one stage."""
     settings, c = recipe[stage], config.copy_and_resolve_references()
@@ -218,9 +148,21 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
     return c
 
 
+def found_config(config: Config, workdir: epath.PathLike) -> Config:
+    """The config of the run in `workdir`, with what the recipe has found there in place of what the config leaves open."""
+    path = epath.Path(workdir) / FOUND
+    return _always_on(config, json.loads(path.read_text())["num_always_on"]) if path.exists() else config
+
+
+def _always_on(config: Config, number: int) -> Config:
+    config = config.copy_and_resolve_references()
+    config.num_always_on = number
+    return config
+
+
 def last_config(problem: Problem, config: Config, recipe: Config) -> Config:
     """The settings of the last stage, which the components are evaluated with; the seed is the run's."""
-    settings = stage_config(config, recipe, STAGES[-1], scales(problem, config))
+    settings = stage_config(config, recipe, STAGES[-1], scales_lib.measure(problem, config))
     settings.seed = config.seed
     return settings
 
@@ -234,11 +176,13 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     Raises: as `train.fit`.
     """
     check(config, recipe)
-    reference = scales(problem, config)
+    reference = scales_lib.measure(problem, config)
     R, n = recipe.restarts, config.num_instances
-    begin = at_modes(problem, config, recipe, reference)
-    stages = STAGES
-    if begin is not None:
+    stages, begin, found = STAGES, None, at_modes(problem, config, recipe, reference)
+    if found is not None:
+        begin, config = found.components, _always_on(config, found.num_always_on)
+        if workdir is not None:
+            parallel.from_primary(lambda: _keep(found, epath.Path(workdir)))
         loss = _loss(problem, stage_config(config, recipe, "refine", reference), begin)
         log.info("the loss at the modes is %.2g of the reference", loss)
         stages = STAGES[-1:] if loss < recipe.nearly_exact else STAGES[-2:]
@@ -266,7 +210,16 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     raise AssertionError("the last stage returns")
 
 
-def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -> Components | None:
+@dataclasses.dataclass(frozen=True)
+class Beginning:
+    """Components at the modes, and what the modes say of the network."""
+
+    components: Components  # of all instances
+    num_always_on: int
+    active: float  # modes that an example has, the mean: an estimate of k
+
+
+def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -> Beginning | None:
     """Components that begin at the modes, of every instance; None where these explain too little for one of them.
 
     Cost: see `modes.find`, for every instance on data of its own.
@@ -280,46 +233,57 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
     def fresh(key: PRNGKeyArray) -> Components:
         return dataclasses.replace(step_lib.init_state(key, problem.params, settings, **options).components, log_thresholds=None)
 
-    def begin_one(draw: PRNGKeyArray, init: Components) -> tuple[Components, float]:
-        best, explained, shared, number, active = init, 0.0, [], 0, config.topk
+    def begin_one(draw: PRNGKeyArray, init: Components, given: int | None) -> tuple[Components, float, int, float]:
+        best, explained, always_on, active, unheld = init, 0.0, given or 0, config.topk, ()
         for times in _LOOKS:
             modes = modes_lib.find(problem, config.batch_size, draw, times=times)
             if not len(modes):
                 log.info("no modes among %d times the examples", times)
                 continue
-            one, gains = modes_lib.components(problem, modes, init, num_always_on=config.num_always_on)
-            alone = components_lib.total(modes_lib.only(one, modes, config.num_always_on), problem.params)
-            part = 1 - _distances(problem, config, alone)[0] / scales.minimality
-            leaves = ", ".join(f"{name} {gain:.2f}" for name, gain in gains.items())
-            log.info("%d modes, %.3g per example, explain %.3f; gain of %s", len(modes), modes.active, part, leaves)
+            shared = [name for name, gain in modes.gains.items() if gain < modes_lib.SHARED]
+            needed = max((modes_lib.num_to_hold(problem, name, init) for name in shared), default=0)
+            on = given if given is not None else needed if needed + len(modes) <= config.num_components else 0
+            one = modes_lib.components(problem, modes, init, num_always_on=on)
+            alone = components_lib.total(modes_lib.only(one, modes, on), problem.params)
+            part = 1 - scales_lib.distances(problem, config, alone)[0] / scales.minimality
+            gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
+            log.info("%d modes, %.3g per example, explain %.3f; gain of %s; %d always on", len(modes), modes.active, part, gains, on)
             if part >= min(explained, recipe.least_explained):  # among more examples fewer modes are missing
-                best, explained, number, active = one, part, len(modes), modes.active
-                shared = [name for name, gain in gains.items() if gain < modes_lib.SHARED and not config.num_always_on]
+                best, explained, always_on, active = one, part, on, modes.active
+                unheld = (len(modes), " and ".join(shared), needed, needed + len(modes)) if shared and not on else ()
             if explained >= recipe.least_explained and not _FEW_MISSING[0] < modes.unexplained < _FEW_MISSING[1]:
                 break
-        if shared and explained >= recipe.least_explained:
+        if explained >= recipe.least_explained and unheld:
             log.warning(
-                "%d modes share %s: each part does less than the whole on its own mode; num_always_on = %d could hold it whole.",
-                number,
-                " and ".join(shared),
-                max(modes_lib.num_to_hold(problem, name, best) for name in shared),
+                "%d modes share %s: each part does less than the whole on its own mode; num_always_on = %d of at least %d components could "
+                "hold it whole.",
+                *unheld,
             )
         if explained >= recipe.least_explained and not 1 / _K_OFF < config.topk / active < _K_OFF:
             log.warning("topk = %g, but examples have %.2g modes on average; topk should be about that.", config.topk, active)
-        return best, explained
+        return best, explained, always_on, active
 
-    def begin() -> tuple[list[Components], float]:
-        found, least = [], 1.0
+    def begin() -> tuple[list[Components], np.ndarray]:
+        found, said = [], (1.0, None if recipe.find_always_on and not config.num_always_on else config.num_always_on, config.topk)
         for draw, init in keys:
-            one, explained = begin_one(draw, fresh(init)) if least >= recipe.least_explained else (fresh(init), least)
-            found, least = [*found, jax.device_get(one)], min(least, explained)
-        return found, least
+            one, least = fresh(init), said[0]
+            if least >= recipe.least_explained:  # so far all begin at modes
+                one, explained, *more = begin_one(draw, one, said[1])
+                said = (min(least, explained), *more)
+            found.append(jax.device_get(one))
+        return found, np.array(said)
 
-    like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(()))
-    found, explained = parallel.from_primary(begin, like=like)
+    like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(3))
+    found, (explained, always_on, active) = parallel.from_primary(begin, like=like)
     if float(explained) < recipe.least_explained:
         return None
-    return jax.tree.map(jnp.asarray, found[0]) if len(found) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *found)
+    stacked = jax.tree.map(jnp.asarray, found[0]) if len(found) == 1 else jax.tree.map(lambda *a: jnp.stack(a), *found)
+    return Beginning(stacked, int(always_on), float(active))
+
+
+def _keep(found: Beginning, workdir: epath.Path) -> None:
+    workdir.mkdir(parents=True, exist_ok=True)
+    (workdir / FOUND).write_text(json.dumps({"num_always_on": found.num_always_on, "modes_per_example": found.active}))
 
 
 def _loss(problem: Problem, config: Config, components: Components) -> float:
@@ -328,7 +292,7 @@ def _loss(problem: Problem, config: Config, components: Components) -> float:
     config.importance_coeff = 0.0
     fns = {"attribution_fn": problem.attribution_fn, "num_active_fn": problem.num_active_fn, "valid_fn": problem.valid_fn}
     total, params = step_lib.make_loss(problem.apply_fn, config, **fns), jax.tree.map(jnp.asarray, problem.params)
-    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 2), _SCALE_BATCHES)
+    keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 2), scales_lib.BATCHES)
     if isinstance(problem.sample_fn, data.Batches):
         drawn = [(keys[0], jax.tree.map(jnp.asarray, problem.sample_fn.first))]
     else:

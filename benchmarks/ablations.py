@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
     "a low threshold: ten times as high": ([], {"recipe.refine.threshold": 1.5}),
     "partial ablation: inactive components dropped": ([], {"recipe.refine.inactive": "drop"}),
     "leaving polish out": ([], {"recipe.nearly_exact": 0.0}),
-    "components that are always on": ([], {"apd.num_always_on": 0}),
+    "components that are always on": ([], {"recipe.find_always_on": False}),
 }
 SHOWN = ("mmcs_one_to_one", "ml2r_one_to_one", "within_margin", "cosine_w_in", "norm_ratio_w_in", "minimality_topk", "scrub_scrubbed")
 
@@ -89,8 +89,7 @@ def main() -> None:
     for target in options.targets:
         for seed in range(*map(int, options.seeds.split(":"))):
             for part in PARTS:
-                always_on = recovery.experiment(f"recipe.py:{target}", seed, {}).apd.num_always_on
-                if (f"recipe.py:{target}", part, seed) in done or ("apd.num_always_on" in PARTS[part][1] and not always_on):
+                if (f"recipe.py:{target}", part, seed) in done:
                     continue
                 rows.append(run(target, part, seed))
                 print(target, seed, part, "success" if rows[-1]["success"] else rows[-1].get("error", "lost"), flush=True)

@@ -4,9 +4,9 @@
     python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid_mlp
 
 Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
-decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told;
-whether hidden activations are to be reconstructed, and how many components are always on: one where TMS has a matrix in the hidden space,
-and in ResidMLP as many as hold a matrix of its MLP between them: W_out, which features can only share, as one dense part.
+decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told, and
+whether hidden activations are to be reconstructed. How many components are always on is found: one where TMS has a matrix in the hidden
+space, and in ResidMLP as many as hold W_out between them, which features can only share, as one dense part.
 `split` (of resid_mlp) has none that is always on, so that W_out must be split too.
 `learned` has masks with a learned threshold per component (`mask = "learned"`) in `polish`, which it always runs, and in `refine`.
 `smoke` runs every stage in seconds on a CPU; the result means nothing.
@@ -54,14 +54,14 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.apd.rank = 2 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost many times as much
     config.apd.num_components = round((1.3 if name == "resid_mlp" else 2) * mechanisms)  # likewise
     if name == "tms" and base.target.hidden != "none":
-        config.apd.num_always_on = 1
+        config.apd.num_components += 1  # room for what is always on, which the recipe finds
     elif name == "resid_mlp" and not split:
-        config.apd.num_always_on = -(-base.target.d_mlp // config.apd.rank)  # that hold a matrix of full rank between them
-    config.apd.num_components += config.apd.num_always_on
+        config.apd.num_components += -(-base.target.d_mlp // config.apd.rank)  # that hold a matrix of full rank between them
     config.apd.topk = mechanisms * probability
     config.apd.batch_size = 256 if name == "resid_mlp" else 512
     config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)  # whether; how strongly, the recipe says
     config.recipe = default_recipe()
+    config.recipe.find_always_on = not split
     if learned:
         # An active component costs what dropping one at the threshold does: minimality_coeff · (threshold · recipe.threshold)².
         config.recipe.polish.update(mask="learned", inactive="uniform", importance_coeff=0.23)

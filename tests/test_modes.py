@@ -56,7 +56,7 @@ def test_modes_are_the_single_features(found):
 
 def test_components_sum_to_the_target_and_each_does_its_own_mode(two_layers, found):
     """Component i is W's row i and no other, up to how pure examples are. The second leaf has rank 3 for 4 modes: gain 3/4."""
-    C, gains = modes.components(two_layers, found, fresh(two_layers.params, 6, 2))
+    C, gains = modes.components(two_layers, found, fresh(two_layers.params, 6, 2)), found.gains
     for name, leaf in two_layers.params.items():
         np.testing.assert_allclose(components.total(C, two_layers.params)[name], leaf, atol=1e-5)
     assert gains["first"] == pytest.approx(1) and gains["second"] == pytest.approx(0.75)
@@ -70,7 +70,7 @@ def test_what_no_mode_reads_goes_to_the_other_components():
     problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, lambda k, s: mixtures(k, s).at[:, 3].set(0))
     m = modes.find(problem, 512, jax.random.key(0))
     assert len(m) == 3 and m.unexplained < 1e-6
-    C, _ = modes.components(problem, m, fresh(problem.params, 5, 1))
+    C = modes.components(problem, m, fresh(problem.params, 5, 1))
     P = np.asarray(C.factors["W"].weights)
     np.testing.assert_allclose(P[3], np.eye(4)[:, 3:] * W[3], atol=1e-4)
     assert not P[4].any()
@@ -85,12 +85,13 @@ def test_a_leaf_that_modes_share_is_held_by_what_is_always_on():
     problem = Problem(lambda p, x: x @ p["W"] @ p["hidden"], params, lambda k, s: mixtures(k, s, 6))
     m = modes.find(problem, 512, jax.random.key(0))
     assert len(m) == 6
-    C, gains = modes.components(problem, m, fresh(params, 8, 3), num_always_on=1)
-    assert gains["hidden"] == pytest.approx(0.5) and gains["W"] == pytest.approx(1)
+    C = modes.components(problem, m, fresh(params, 8, 3), num_always_on=1)
+    assert m.gains == {"hidden": pytest.approx(0.5), "W": pytest.approx(1)}
     P = components.materialize(C)
     np.testing.assert_allclose(P["hidden"][0], np.eye(3), atol=1e-6)
     assert not np.any(P["hidden"][1:]) and not np.any(P["W"][0])
-    two = modes.components(problem, m, fresh(params, 8, 2), num_always_on=2)[0]  # rank 2 each
+    assert [modes.num_to_hold(problem, "hidden", fresh(params, 8, m)) for m in (1, 2, 3)] == [3, 2, 1]
+    two = modes.components(problem, m, fresh(params, 8, 2), num_always_on=2)  # rank 2 each
     np.testing.assert_allclose(components.materialize(two)["hidden"].sum(0), np.eye(3), atol=1e-6)
     with pytest.raises(InputError, match="num_always_on to at least 2, or the rank to at least 3"):
         modes.components(problem, m, fresh(params, 8, 2), num_always_on=1)
@@ -114,8 +115,8 @@ def test_a_component_does_its_part_whatever_else_is_on_or_ablated():
     problem = Problem(fn, params, lambda k, s: mixtures(k, s, F), select=("in_*",))
     m = modes.find(problem, 512, jax.random.key(0))
     assert len(m) == F
-    C, gains = modes.components(problem, m, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
-    assert gains == {"in_0": pytest.approx(1), "in_1": pytest.approx(1)}
+    C = modes.components(problem, m, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
+    assert m.gains == {"in_0": pytest.approx(1), "in_1": pytest.approx(1)}
     which = rows_of(m.ins["in_0"][:, 0] @ np.linalg.pinv(embed))[0]
     x = jnp.zeros((64, F)).at[:, which[:2]].set(jax.random.uniform(jax.random.key(5), (64, 2)))
     factors = jax.random.uniform(jax.random.key(6), (64, F + 3)).at[:, :4].set(1.0)  # always on, always on, the two that are there
@@ -123,7 +124,7 @@ def test_a_component_does_its_part_whatever_else_is_on_or_ablated():
     error = jnp.abs(sparse.apply(fn, params, C, factors, x) - expected).max() / jnp.abs(expected).max()
     assert error < 0.01
     duals = modes.Modes(m.ins, {name: np.linalg.pinv(e[:, 0].T)[:, None] for name, e in m.ins.items()}, m.seen, m.density)
-    worse, _ = modes.components(problem, duals, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
+    worse = modes.components(problem, duals, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
     assert jnp.abs(sparse.apply(fn, params, worse, factors, x) - expected).max() / jnp.abs(expected).max() > 5 * error
 
 
@@ -136,7 +137,7 @@ def test_stacked_weights_and_selected_components():
 
     problem = Problem(fn, params, lambda k, s: mixtures(k, s, 3), select={"stack": {}, "out": {"components": [0, 1]}})
     m = modes.find(problem, 512, jax.random.key(0))
-    C, _ = modes.components(problem, m, fresh(params, 4, 1, select=problem.select, layouts=problem.layouts))
+    C = modes.components(problem, m, fresh(params, 4, 1, select=problem.select, layouts=problem.layouts))
     P = components.materialize(C)
     np.testing.assert_allclose(P["stack"].sum(0), params["stack"], atol=1e-5)
     which, _ = rows_of(m.ins["stack"][:, 0])

@@ -1,5 +1,6 @@
 """The recipe: reference points by hand, stages, and resuming."""
 
+import json
 import shutil
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 from conftest import get_config
 
 import apd_jax
-from apd_jax import checkpoint, modes, recipe, targets, train
+from apd_jax import checkpoint, modes, recipe, scales, targets, train
 from apd_jax.config import default_config
 from apd_jax.errors import InputError
 from apd_jax.problem import Problem
@@ -38,23 +39,23 @@ def small(**more):
 def test_scales_by_hand():
     """faithfulness of nothing: (9 + 4)/4; distance without W: E mean_o (x W)_o² = (9 + 4)/2; simplicity of W: (3^p + 2^p)/4."""
     config, _ = small()
-    s = recipe.scales(linear_problem(), config)
+    s = scales.measure(linear_problem(), config)
     assert s.faithfulness == pytest.approx(13 / 4)
     assert s.minimality == pytest.approx(13 / 2, rel=0.05)
     assert s.simplicity == pytest.approx((3**0.9 + 2**0.9) / 4, rel=1e-5)
     x = np.random.default_rng(0).normal(size=(1000, 2)).astype(np.float32)
-    assert recipe.scales(linear_problem([x]), config).minimality == pytest.approx(np.mean((x @ W) ** 2), rel=1e-5)
+    assert scales.measure(linear_problem([x]), config).minimality == pytest.approx(np.mean((x @ W) ** 2), rel=1e-5)
 
 
 def test_hidden_scale_by_hand():
     """Hidden activation x W: the squares of x W, mean over examples and widths, as the output without its constant."""
     problem, (config, _) = linear_problem(), small()
     hidden = Problem(lambda p, x: (x @ p["W"], {"h": x @ p["W"]}), problem.params, problem.sample_fn)
-    s = recipe.scales(hidden, config)
+    s = scales.measure(hidden, config)
     assert s.hidden == pytest.approx(s.minimality, rel=1e-6)
     config.hidden_reconstruction_coeff = 1.0
     with pytest.raises(InputError, match="no hidden activations"):
-        recipe.scales(problem, config)
+        scales.measure(problem, config)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -62,12 +63,12 @@ def test_outputs_that_are_not_finite(bad):
     problem = linear_problem()
     broken = Problem(problem.apply_fn, {**problem.params, "b": jnp.full(2, bad)}, problem.sample_fn)
     with pytest.raises(InputError, match="not finite"):
-        recipe.scales(broken, small()[0])
+        scales.measure(broken, small()[0])
 
 
 def test_relative_coefficients_become_absolute():
     config, r = small()
-    s = recipe.Scales(faithfulness=2.0, minimality=0.5, hidden=0.2, simplicity=4.0)
+    s = scales.Scales(faithfulness=2.0, minimality=0.5, hidden=0.2, simplicity=4.0)
     explore = recipe.stage_config(config, r, "explore", s)
     assert (explore.faithfulness_coeff, explore.minimality_coeff) == (0.5, pytest.approx(2 * r.minimality_coeff))
     assert (explore.simplicity_coeff, explore.simplicity_coeff_final) == (5.0, 1.75)
@@ -101,7 +102,7 @@ def test_restarts_differ_in_seed_and_in_how_many_components_they_keep():
     config, r = small(restarts=3)
     config.topk, config.seed = 2.0, 7
     r.explore.topk_last = 1.5
-    explore = recipe.stage_config(config, r, "explore", recipe.Scales(1.0, 1.0, 1.0, 1.0))
+    explore = recipe.stage_config(config, r, "explore", scales.Scales(1.0, 1.0, 1.0, 1.0))
     assert explore.topk == 3.0  # the largest, for which the step makes room
     spread = recipe._spread(explore, r, 2, 3)
     np.testing.assert_allclose(spread["topk"], [2, 2.5, 3] * 2)
@@ -143,7 +144,7 @@ def test_a_stage_that_cannot_run_is_refused_before_the_first():
 def test_outputs_that_do_not_depend_on_the_weights():
     problem = Problem(lambda p, x: x + 0 * p["W"].sum(), {"W": jnp.asarray(W)}, lambda key, step: jnp.ones((1000, 2)))
     with pytest.raises(InputError, match="nothing to decompose"):
-        recipe.scales(problem, small()[0])
+        scales.measure(problem, small()[0])
 
 
 def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
@@ -167,19 +168,13 @@ def test_configs_take_only_sizes_from_the_target(arg):
     differing = {name for name in config.apd if config.apd[name] != other.apd[name]}
     smoke = {"batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps"} if "smoke" in arg else set()
     assert differing <= {"num_components", "num_always_on", "rank", "topk", "hidden_reconstruction_coeff", "batch_size"} | smoke
-    assert config.recipe == other.recipe or "smoke" in arg
+    assert config.recipe == other.recipe or "smoke" in arg or "split" in arg
     targets.build(config.target, config.apd.batch_size)
 
 
 def test_unknown_recipe_targets_are_refused():
     with pytest.raises(InputError, match="recipe target"):
         get_config("recipe", "nonsense")
-
-
-def test_what_is_always_on():
-    """One component for a matrix in the hidden space of TMS; as many as hold W_out (25 neurons, rank 2: 13) unless it shall be split."""
-    args = ("tms,5-2", "tms,5-2,id", "resid_mlp,2layer", "resid_mlp,2layer,split")
-    assert [get_config("recipe", arg).apd.num_always_on for arg in args] == [0, 1, 13, 0]
 
 
 @pytest.fixture(autouse=True)
@@ -227,10 +222,10 @@ def test_learned_masks(tmp_path, monkeypatch):
         r[stage].update({name: given[stage][name] for name in ("mask", "inactive", "importance_coeff")})
     assert given.nearly_exact == r.nearly_exact > 1e-8
     r.nearly_exact = 0.0
-    reference = recipe.scales(problem, config)
+    reference = scales.measure(problem, config)
     settings = recipe.stage_config(config, r, "refine", reference)
     assert settings.importance_coeff == pytest.approx(r.minimality_coeff * (r.threshold * r.refine.threshold) ** 2, rel=0.05)
-    assert recipe._loss(problem, settings, recipe.at_modes(problem, config, r, reference)) < 1e-8
+    assert recipe._loss(problem, settings, recipe.at_modes(problem, config, r, reference).components) < 1e-8
     used, advance = [], train.advance
     monkeypatch.setattr(train, "advance", lambda problem, stage, **options: used.append(stage) or advance(problem, stage, **options))
     components, rows, last = recipe.fit(problem, config, r, workdir=tmp_path)
@@ -247,7 +242,7 @@ def test_a_topk_far_from_what_the_modes_say_is_worth_a_warning(caplog):
     for topk, warned in ((1.0, False), (0.1, True), (4.0, True)):
         caplog.clear()
         config.topk = topk
-        recipe.at_modes(problem, config, r, recipe.scales(problem, config))
+        recipe.at_modes(problem, config, r, scales.measure(problem, config))
         assert ("topk should be about that" in caplog.text) == warned
     assert "topk = 4, but examples have 1 modes" in caplog.text
 
@@ -256,8 +251,8 @@ def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
     """Components that are exact stay as they are; the loss that is measured is that of the first step, on fresh data."""
     W = np.diag([3.0, 2.0, 1.0]).astype(np.float32)
     problem, config, r = one_feature_at_a_time(W)
-    settings = recipe.stage_config(config, r, "refine", recipe.scales(problem, config))
-    begun = recipe.at_modes(problem, config, r, recipe.scales(problem, config))
+    settings = recipe.stage_config(config, r, "refine", scales.measure(problem, config))
+    begun = recipe.at_modes(problem, config, r, scales.measure(problem, config)).components
     assert recipe._loss(problem, settings, begun) < 1e-8
     half = jax.tree.map(lambda a: a * 0.5**0.5, begun)  # the sum is θ*/2: a quarter of the faithfulness loss of nothing
     assert recipe._loss(problem, settings, half) == pytest.approx(10 / 4 + r.minimality_coeff / 4, rel=0.02)
@@ -271,19 +266,37 @@ def test_where_modes_do_not_explain_the_network_they_are_not_used():
     config, r = small(least_explained=0.8)
     sample = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (1000, 12))  # noqa: E731
     problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(12)}, sample)
-    assert recipe.at_modes(problem, config, r, recipe.scales(problem, config)) is None
+    assert recipe.at_modes(problem, config, r, scales.measure(problem, config)) is None
 
 
-def test_a_leaf_that_modes_share_is_said_with_what_could_hold_it(caplog):
-    """Six features read W apart and share H, of rank 3: two components of rank 2 could hold it; once they may, nothing is said."""
+def six_features_that_share_a_layer(C):
+    """f(x) = x W H, every row of W a mechanism, H of rank 3."""
     W = np.array([[3.0, 0, 0], [0, 2, 0], [0, 0, 2], [1, 1, 0], [0, 1, -1], [-1, 0, 1]], np.float32)
     one, config, r = one_feature_at_a_time(W)
-    problem = Problem(lambda p, x: x @ p["W"] @ p["H"], one.params | {"H": jnp.diag(jnp.array([1.0, 2.0, 3.0]))}, one.sample_fn)
-    config.num_components = 9
-    reference = recipe.scales(problem, config)
-    recipe.at_modes(problem, config, r, reference)
-    assert "6 modes share H: each part does less than the whole on its own mode; num_always_on = 2 could hold it whole" in caplog.text
-    caplog.clear()
-    config.num_always_on = 2
-    recipe.at_modes(problem, config, r, reference)
-    assert "could hold" not in caplog.text
+    config.num_components = C
+    return Problem(lambda p, x: x @ p["W"] @ p["H"], one.params | {"H": jnp.diag(jnp.array([1.0, 2.0, 3.0]))}, one.sample_fn), config, r
+
+
+def test_a_layer_that_modes_share_is_held_by_as_many_as_it_takes(tmp_path):
+    """H, of rank 3, by two components of rank 2, which are then always on; the workdir says so, and the settings that come back."""
+    problem, config, r = six_features_that_share_a_layer(8)
+    components, _, settings = recipe.fit(problem, config, r, workdir=tmp_path)
+    assert config.num_always_on == 0 and settings.num_always_on == 2
+    assert recipe.last_config(problem, recipe.found_config(config, tmp_path), r) == settings
+    assert json.loads((tmp_path / "recipe.json").read_text()) == {"num_always_on": 2, "modes_per_example": 1.0}
+    P = {name: np.asarray(f.U @ f.V) for name, f in components.factors.items()}
+    np.testing.assert_allclose(P["H"][:2].sum(0), problem.params["H"], atol=1e-3)
+    features = np.abs(P["W"][2:]).sum(2).argmax(1)
+    assert sorted(features) == list(range(6))
+    np.testing.assert_allclose(P["W"][2:], np.eye(6)[features][:, :, None] * np.asarray(problem.params["W"]), atol=1e-3)
+
+
+@pytest.mark.parametrize(("C", "given", "found"), [(7, 0, True), (9, 0, False), (9, 2, True), (9, 1, True)])
+def test_a_leaf_that_modes_share_is_said_with_what_could_hold_it(caplog, C, given, found):
+    """Nothing is found where there is no room for it, or where it shall not be; nothing is said where something is always on."""
+    problem, config, r = six_features_that_share_a_layer(C)
+    config.num_always_on, r.find_always_on, config.rank = given, found, 2 if given != 1 else 3
+    begun = recipe.at_modes(problem, config, r, scales.measure(problem, config))
+    assert begun.num_always_on == given
+    said = "6 modes share H: each part does less than the whole on its own mode; num_always_on = 2 of at least 8 components could hold it"
+    assert (said in caplog.text) == (given == 0)
