@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import get_config
+from rich.console import Console
 
 import apd_jax
-from apd_jax import checkpoint, modes, recipe, scales, targets, train
+from apd_jax import checkpoint, experiment, modes, recipe, scales, targets, train
 from apd_jax.config import default_config
 from apd_jax.errors import InputError
 from apd_jax.problem import Problem
@@ -300,3 +301,13 @@ def test_a_leaf_that_modes_share_is_said_with_what_could_hold_it(caplog, C, give
     assert begun.num_always_on == given
     said = "6 modes share H: each part does less than the whole on its own mode; num_always_on = 2 of at least 8 components could hold it"
     assert (said in caplog.text) == (given == 0)
+
+
+def test_a_run_comes_back_as_its_last_stage_left_it(tmp_path, monkeypatch):
+    """From a workdir whose config leaves open how many components are always on."""
+    reported = []
+    monkeypatch.setattr(experiment, "_report", lambda run, *_: reported.append(run))
+    experiment.run(get_config("recipe", "tms,5-2,id,smoke"), tmp_path, Console())
+    restored, [run] = experiment.restore(tmp_path), reported
+    assert restored.config == run.config and restored.config.apd.num_always_on == 1 and restored.step == 10
+    jax.tree.map(np.testing.assert_array_equal, restored.components, run.components)
