@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -10,6 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import jax
 from absl import flags
+from absl import logging as absl_logging
 from etils import epath
 from rich.console import Console
 
@@ -43,6 +45,13 @@ def told_in_a_sentence() -> Iterator[None]:
     except KeyboardInterrupt:  # outside the decomposition itself
         print("Stopped; the same command goes on from what the workdir holds.", file=sys.stderr)
         sys.exit(130)
+
+
+def only_our_messages() -> None:
+    """Notes and warnings of this library on stderr, by the first process; of others only errors: orbax tells every file it writes."""
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
+    logging.getLogger("apd_jax").setLevel(logging.INFO if parallel.is_primary() else logging.ERROR)
 
 
 def keep_programs(workdir: str) -> None:

@@ -12,11 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from apd_jax import experiment, parallel
-from apd_jax.cli import keep_programs, make_console, parse, refuse, told_in_a_sentence
+from apd_jax.cli import keep_programs, make_console, only_our_messages, parse, refuse, told_in_a_sentence
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on where it stopped.")
@@ -26,9 +26,9 @@ _MODE = flags.DEFINE_enum("mode", "train", ["train", *_READERS, "compare"], "All
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # orbax tells every file it writes; our own warnings have a logger of their own
     with told_in_a_sentence():
         parallel.initialize()
+        only_our_messages()
         console = make_console()
         if len(argv) > 1:
             refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")

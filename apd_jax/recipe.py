@@ -247,7 +247,14 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
             alone = components_lib.total(modes_lib.only(one, modes, on), problem.params)
             part = 1 - scales_lib.distances(problem, config, alone)[0] / scales.minimality
             gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
-            log.info("%d modes, %.3g per example, explain %.3f; gain of %s; %d always on", len(modes), modes.active, part, gains, on)
+            log.info(
+                "%d modes, %.3g per example, explain %.3f of what the weights do; gain of %s; %d always on",
+                len(modes),
+                modes.active,
+                part,
+                gains,
+                on,
+            )
             if part >= min(explained, recipe.least_explained):  # among more examples fewer modes are missing
                 best, explained, always_on, active = one, part, on, modes.active
                 unheld = (len(modes), " and ".join(shared), needed, needed + len(modes)) if shared and not on else ()

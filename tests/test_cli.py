@@ -18,3 +18,21 @@ def test_compiled_programs_are_kept_beside_the_workdir(tmp_path):
 
     assert place() == str(tmp_path / "runs" / ".jax_cache")
     assert place(JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+
+
+def test_our_notes_and_warnings_are_shown_and_those_of_others_are_not():
+    """As the commands do it: under absl's app.run, which has the handler."""
+    code = """
+import logging
+from absl import app
+from apd_jax import cli
+def main(_):
+    cli.only_our_messages()
+    for name in ("apd_jax.recipe", "orbax"):
+        logging.getLogger(name).info("a note of %s", name)
+        logging.getLogger(name).warning("a warning of %s", name)
+    logging.getLogger("orbax").error("an error of orbax")
+app.run(main)
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stderr.splitlines() == ["a note of apd_jax.recipe", "a warning of apd_jax.recipe", "an error of orbax"]

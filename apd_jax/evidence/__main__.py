@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 from apd_jax import cli, parallel
 from apd_jax.errors import InputError
@@ -26,9 +26,9 @@ _BITS_PER_RANK = flags.DEFINE_float("bits_per_rank", 1.0, "Description length: b
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # orbax tells every file it reads
     try:
         parallel.initialize()
+        cli.only_our_messages()
         if _FULL.value and jax.process_count() > 1:
             cli.refuse("--full trains again, which one process does alone; give the command without a launcher.")
         if len(argv) > 1:

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from apd_jax import parallel, sweep
-from apd_jax.cli import keep_programs, make_console, parse, refuse, told_in_a_sentence
+from apd_jax.cli import keep_programs, make_console, only_our_messages, parse, refuse, told_in_a_sentence
 from apd_jax.sweep.judge import CRITERIA
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
@@ -23,9 +23,9 @@ _CRITERION = flags.DEFINE_enum("criterion", "worst_error", list(CRITERIA), "What
 
 
 def main(argv: Sequence[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # orbax tells every file it writes
     with told_in_a_sentence():
         parallel.initialize()
+        only_our_messages()
         if len(argv) > 1:
             refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:
