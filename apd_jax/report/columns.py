@@ -14,13 +14,14 @@ from apd_jax.report import style
 
 MAX_PANELS = 48
 LARGEST_PANEL = 1000  # entries; a larger matrix is unreadable as a small panel
+DEAD, ALWAYS_ON = -1, -2  # in place of the feature that a component serves
 NUM_SHOWN = 10  # features with their neurons one by one
 
 
 def component_order(feature_of_component: Int[np.ndarray, " C"], attributions: Float[np.ndarray, "F C"]) -> Int[np.ndarray, " C"]:
-    """Components by the feature that they serve, the stronger first within one; dead ones (-1) last."""
-    dead = feature_of_component < 0
-    return np.lexsort((-attributions.max(axis=0), feature_of_component, dead))
+    """Components by the feature that they serve, the stronger first within one; then the DEAD, last those ALWAYS_ON."""
+    served_last = np.minimum(feature_of_component, 0)
+    return np.lexsort((-attributions.max(axis=0), feature_of_component, -served_last))
 
 
 def columns(
@@ -144,7 +145,8 @@ def _against(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _titles(shown: np.ndarray, feature_of_component: np.ndarray) -> list[str]:
-    served = [f"{c}: " + (f"feature {feature_of_component[c]}" if feature_of_component[c] >= 0 else "dead") for c in shown]
+    names = {DEAD: "dead", ALWAYS_ON: "always on"}
+    served = [f"{c}: {names.get(int(f), f'feature {f}')}" for c, f in zip(shown, feature_of_component[shown], strict=True)]
     return ["target", "sum", *served]
 
 

@@ -53,10 +53,12 @@ def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> list[epath.Pa
 
 def _feature_figures(a: Mapping[str, np.ndarray], config: Config) -> dict[str, Figure]:
     """Those of a target with one input and one output per feature."""
-    order = columns.component_order(a["feature_of_component"], a["attributions_one_hot"])
+    serves = a["feature_of_component"]
+    serves = np.where(np.arange(len(serves)) < config.apd.num_always_on, columns.ALWAYS_ON, serves)
+    order = columns.component_order(serves, a["attributions_one_hot"])
     W, total, P = (a[f"feature_weights_{name}"] for name in ("target", "sum", "components"))
     figures = {
-        "columns": columns.columns(W, total, P, order, a["feature_of_component"]),
+        "columns": columns.columns(W, total, P, order, serves),
         "attributions": attributions(a["attributions_one_hot"], a["mask_one_hot"], order, norm_ratios(P, W)),
         "per_feature_loss": per_feature_loss(
             {name: a[f"per_feature_loss_{name}"] for name in ("target", "top1", "none")},
@@ -106,8 +108,9 @@ def attributions(
 ) -> Figure:
     """Which component answers for which feature: attributions on one-hot inputs, the top-1 mask, and the weights' norms."""
     caption = (
-        "Each feature alone in the input (rows) against every component (columns, ordered by the feature that they serve, the dead last). "
-        "Good: one bright diagonal in all three panels, a single component for each feature and nothing beside it."
+        "Each feature alone in the input (rows) against every component (columns, by the feature that they serve, then the dead, last "
+        "those that are always on). Good: one bright diagonal in all three panels, a single component for each feature and nothing "
+        "beside it."
     )
     figure = style.new_figure(12.0, 4.6, caption)
     panels = figure.subplots(1, 3)

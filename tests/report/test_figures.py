@@ -54,7 +54,7 @@ def drawn_texts(figure):
 )
 def test_save_all(tmp_path, name, d, history, extra):
     arrays = make_arrays(d, scrub=name == "resid_mlp")
-    paths = figures.save_all(tmp_path / "figures", Evaluation({}, arrays), history, ConfigDict({"apd": {"topk": 1.28}}))
+    paths = figures.save_all(tmp_path / "figures", Evaluation({}, arrays), history, ConfigDict({"apd": {"topk": 1.28, "num_always_on": 1}}))
     assert [path.stem for path in paths] == ["columns", "attributions", "per_feature_loss", "responses", *extra]
     for path in paths:
         pixels = matplotlib.image.imread(path)
@@ -66,6 +66,8 @@ def test_component_order():
     attributions = np.zeros((F, C))
     attributions[0] = [0.1, 5.0, 0.3, 0.2, 0.9]
     np.testing.assert_array_equal(columns.component_order(FEATURE_OF_COMPONENT, attributions), [4, 2, 3, 0, 1])
+    one_always_on = np.where(np.arange(C) == 2, columns.ALWAYS_ON, FEATURE_OF_COMPONENT)
+    np.testing.assert_array_equal(columns.component_order(one_always_on, attributions), [4, 3, 0, 1, 2])
 
 
 @pytest.mark.parametrize(("draw", "d"), [(columns.polygons, 2), (columns.heat_maps, 4)])
@@ -78,6 +80,7 @@ def test_columns_show_target_sum_and_components_in_order(draw, d):
     titles = [axes.get_title() for axes in figure.axes if axes.get_title()]
     assert titles == ["target", "sum", "4: feature 0", "2: feature 0", "3: feature 1", "0: feature 2", "1: dead"]
     assert "Good:" in drawn_texts(figure)
+    assert "2: always on" in drawn_texts(draw(*weights, order, np.where(np.arange(C) == 2, columns.ALWAYS_ON, FEATURE_OF_COMPONENT)))
 
 
 def test_large_columns_show_the_difference():
