@@ -51,7 +51,7 @@ def default_config() -> config_dict.ConfigDict:
     c.num_instances = 1  # independent decompositions (seeds) trained side by side by vmap
 
     # Attributions and mask.
-    c.topk = 1.0  # k, mean active components per example
+    c.topk = 1.0  # k, mean active components per example; 0, with a recipe: found
     c.mask = "batch_topk"  # batch_topk | topk (per example) | threshold | learned | exact (as many as truly active) | none (all kept)
     c.threshold = 0.0  # of mask = "threshold": components with an attribution above it are kept; "learned": where each one's begins
     c.inactive = "drop"  # the others, in the sparse pass: drop | uniform (each times U(0, 1), so that parts of them can be ablated)

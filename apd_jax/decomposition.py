@@ -171,8 +171,11 @@ def decompose(
     problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses, valid_fn)
     check_function(problem)
     check_examples(problem)
-    if workdir is not None:
+    if recipe is not None:
+        recipe_lib.check(config, recipe)
+    elif workdir is not None:
         config_lib.validate(config)
+    if workdir is not None:
         parallel.from_primary(lambda: claim(workdir, config if recipe is None else ConfigDict({"apd": config, "recipe": recipe})))
     if recipe is None:
         components, history = train.fit(problem, config, workdir=workdir)

@@ -62,9 +62,10 @@ def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
     Raises:
       InputError: a setting, or a workdir that cannot be used.
     """
-    config_lib.validate(config.apd)
     if "recipe" in config:
         recipe.check(config.apd, config.recipe)
+    else:
+        config_lib.validate(config.apd)
     placement.arrange(config.apd, parallel.global_devices())  # or says why it cannot
     target = targets.build(config.target, config.apd.batch_size)
     return target, parallel.from_primary(lambda: _target_params(target, config, folder), like=_shapes(target))

@@ -15,8 +15,9 @@ components begin at random and go through all stages:
            combination. Steps are in proportion to √loss, which is how far the weights are off: what is exact already stays as it is.
 
 Coefficients are relative: every loss is measured in units of its value at a reference point of this target (`apd_jax.scales`), so that one
-number means the same on every target. k, the mean number of active components, is `config.topk`. If hidden activations are to be
-reconstructed too, say so by a `config.hidden_reconstruction_coeff` above 0; how strongly is the recipe's.
+number means the same on every target. k, the mean number of active components, is `config.topk`; where that is 0, it is how many modes
+examples have on average. If hidden activations are to be reconstructed too, say so by a `config.hidden_reconstruction_coeff` above 0; how
+strongly is the recipe's.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ FOUND = "recipe.json"  # in a workdir: what the modes say of the network
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 _DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
 _LOOKS = (1, 2, 4)  # how many times the usual number of examples is searched for modes, until they explain the network ...
-_K_OFF = 2.5  # a topk that differs by this factor from what the modes say is worth a warning
 _FEW_MISSING = (1e-3, 0.1)  # ... and leave no part between these of what is read unexplained, as when a mode or a few are missing
+_K_OFF = 2.5  # a topk that differs by this factor from what the modes say is worth a warning
+_GIVE_K = "set topk to the mean number of components that an example should need."
 
 
 def default_recipe() -> config_dict.ConfigDict:
@@ -110,6 +112,11 @@ def check(config: Config, recipe: Config) -> None:
         )
     if recipe.restarts < 1:
         raise InputError(f"recipe.restarts must be at least 1; got {recipe.restarts}.")
+    if config.topk == 0 and recipe.least_explained > 1:
+        raise InputError(
+            f"topk = 0 leaves k to the modes, but recipe.least_explained = {recipe.least_explained} leaves them out; {_GIVE_K}"
+        )
+    config = _with_any_k(config)
     config_lib.validate(config)
     for stage in STAGES:
         try:
@@ -149,15 +156,31 @@ def stage_config(config: Config, recipe: Config, stage: str, scales: Scales) -> 
 
 
 def found_config(config: Config, workdir: epath.PathLike) -> Config:
-    """The config of the run in `workdir`, with what the recipe has found there in place of what the config leaves open."""
+    """The config of the run in `workdir`, with what the recipe has found there in place of what the config leaves open.
+
+    Raises:
+      InputError: the config leaves k open, and what was found there is missing or torn.
+    """
     path = epath.Path(workdir) / FOUND
-    return _always_on(config, json.loads(path.read_text())["num_always_on"]) if path.exists() else config
+    try:
+        return _filled(config, **json.loads(path.read_text())) if path.exists() or config.topk == 0 else config
+    except (FileNotFoundError, ValueError):
+        raise InputError(
+            f"{path}, which says what k the recipe found, is missing or torn; the command of the run makes it again."
+        ) from None
 
 
-def _always_on(config: Config, number: int) -> Config:
+def _filled(config: Config, num_always_on: int, modes_per_example: float) -> Config:
     config = config.copy_and_resolve_references()
-    config.num_always_on = number
+    config.num_always_on = num_always_on
+    if config.topk == 0:
+        config.topk = min(modes_per_example, float(config.num_components - num_always_on))
     return config
+
+
+def _with_any_k(config: Config) -> Config:
+    """For what does not read k, which the config may leave open."""
+    return _filled(config, config.num_always_on, 1.0)
 
 
 def last_config(problem: Problem, config: Config, recipe: Config) -> Config:
@@ -179,8 +202,10 @@ def fit(problem: Problem, config: Config, recipe: Config, *, workdir: epath.Path
     reference = scales_lib.measure(problem, config)
     R, n = recipe.restarts, config.num_instances
     stages, begin, found = STAGES, None, at_modes(problem, config, recipe, reference)
+    if found is None and config.topk == 0:
+        raise InputError(f"topk = 0 leaves k to the modes, but these explain too little of this network to begin at them; {_GIVE_K}")
     if found is not None:
-        begin, config = found.components, _always_on(config, found.num_always_on)
+        begin, config = found.components, _filled(config, **found.said)
         if workdir is not None:
             parallel.from_primary(lambda: _keep(found, epath.Path(workdir)))
         loss = _loss(problem, stage_config(config, recipe, "refine", reference), begin)
@@ -218,6 +243,11 @@ class Beginning:
     num_always_on: int
     active: float  # modes that an example has, the mean: an estimate of k
 
+    @property
+    def said(self) -> dict[str, Any]:
+        """What `recipe.json` holds."""
+        return {"num_always_on": self.num_always_on, "modes_per_example": self.active}
+
 
 def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -> Beginning | None:
     """Components that begin at the modes, of every instance; None where these explain too little for one of them.
@@ -226,7 +256,7 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
     """
     if recipe.least_explained > 1:
         return None
-    settings = stage_config(config, recipe, STAGES[-1], scales)
+    settings = stage_config(_with_any_k(config), recipe, STAGES[-1], scales)
     keys = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), _DRAWS + 1), (config.num_instances, 2))
     options = {"select": problem.select, "uses": problem.uses, "layouts": problem.layouts}
 
@@ -266,19 +296,20 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
                 "hold it whole.",
                 *unheld,
             )
-        if explained >= recipe.least_explained and not 1 / _K_OFF < config.topk / active < _K_OFF:
+        if explained >= recipe.least_explained and config.topk > 0 and not 1 / _K_OFF < config.topk / active < _K_OFF:
             log.warning("topk = %g, but examples have %.2g modes on average; topk should be about that.", config.topk, active)
         return best, explained, always_on, active
 
     def begin() -> tuple[list[Components], np.ndarray]:
-        found, said = [], (1.0, None if recipe.find_always_on and not config.num_always_on else config.num_always_on, config.topk)
+        found, active, least = [], [], 1.0
+        on = None if recipe.find_always_on and not config.num_always_on else config.num_always_on
         for draw, init in keys:
-            one, least = fresh(init), said[0]
+            one = fresh(init)
             if least >= recipe.least_explained:  # so far all begin at modes
-                one, explained, *more = begin_one(draw, one, said[1])
-                said = (min(least, explained), *more)
+                one, explained, on, k = begin_one(draw, one, on)
+                least, active = min(least, explained), [*active, k]
             found.append(jax.device_get(one))
-        return found, np.array(said)
+        return found, np.array((least, on, np.mean(active)))
 
     like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(3))
     found, (explained, always_on, active) = parallel.from_primary(begin, like=like)
@@ -290,7 +321,7 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
 
 def _keep(found: Beginning, workdir: epath.Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
-    (workdir / FOUND).write_text(json.dumps({"num_always_on": found.num_always_on, "modes_per_example": found.active}))
+    (workdir / FOUND).write_text(json.dumps(found.said))
 
 
 def _loss(problem: Problem, config: Config, components: Components) -> float:

@@ -149,8 +149,8 @@ def recipe_and_target(name: str) -> tuple[str, str]:
     file, _, variant = name.partition(":")
     if file != "recipe.py":
         return "paper's settings", ",".join(filter(None, (file.removesuffix(".py"), variant)))
-    learned = ",learned" in variant
-    return "recipe with learned masks" if learned else "recipe", variant.replace(",learned", "")
+    target = ",".join(part for part in variant.split(",") if part not in ("told", "learned"))
+    return "recipe with learned masks" if "learned" in variant.split(",") else "recipe", target
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:

@@ -23,7 +23,7 @@ import recovery
 from apd_jax import recipe
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
-PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2"
+PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2,told"  # of k, to have something to multiply
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "k": (("apd.topk",), ("apd.topk",)),
     "simplicity": (

@@ -4,11 +4,12 @@
     python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid_mlp
 
 Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
-decomposition only sizes are taken from the target: C, the rank, and k, the true mean of active components, which the recipe is told, and
-whether hidden activations are to be reconstructed. How many components are always on is found: one where TMS has a matrix in the hidden
-space, and in ResidMLP as many as hold W_out between them, which features can only share, as one dense part.
+decomposition only sizes are taken from the target: C and the rank, and whether hidden activations are to be reconstructed. k, the mean
+number of active components, is found, and so is how many are always on: one where TMS has a matrix in the hidden space, and in ResidMLP
+as many as hold W_out between them, which features can only share, as one dense part.
+`told` is told k, the true mean; `gated` always is, for no modes explain it.
 `split` (of resid_mlp) has none that is always on, so that W_out must be split too.
-`learned` has masks with a learned threshold per component (`mask = "learned"`) in `polish`, which it always runs, and in `refine`.
+`learned` has masks with a learned threshold per component (`mask = "learned"`) in `polish` and `refine`.
 `smoke` runs every stage in seconds on a CPU; the result means nothing.
 """
 
@@ -40,8 +41,9 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     """
     name, *rest = arg.split(",")
     one_of("recipe target", name, tuple(SIZES))
-    split, learned = name == "resid_mlp" and "split" in rest, "learned" in rest
-    rest = [variant for variant in rest if variant != "learned" and not (split and variant == "split")]
+    own = {"told", "learned"} | ({"split"} if name == "resid_mlp" else set())
+    told, learned, split = (variant in own and variant in rest for variant in ("told", "learned", "split"))
+    rest = [variant for variant in rest if variant not in own]
     base = _load(name).get_config(*[",".join(rest)] if rest else [])
     mechanisms, probability = SIZES[name](base.target)
 
@@ -57,7 +59,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         config.apd.num_components += 1  # room for what is always on, which the recipe finds
     elif name == "resid_mlp" and not split:
         config.apd.num_components += -(-base.target.d_mlp // config.apd.rank)  # that hold a matrix of full rank between them
-    config.apd.topk = mechanisms * probability
+    config.apd.topk = mechanisms * probability if told or name == "gated" else 0.0  # 0: found
     config.apd.batch_size = 256 if name == "resid_mlp" else 512
     config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)  # whether; how strongly, the recipe says
     config.recipe = default_recipe()

@@ -136,7 +136,7 @@ def test_what_a_component_reads_and_writes_apart():
 def test_rows_are_kept_and_drawn(tmp_path):
     """Of every seed a line and a point, failures included; runs with changed settings, and such as ended in an error, have no point."""
     names = {"tms.py:5-2": ("paper's settings", "tms,5-2"), "recipe.py:tms,5-2": ("recipe", "tms,5-2")}
-    names |= {"recipe.py:tms,5-2,learned": ("recipe with learned masks", "tms,5-2"), "resid_mlp.py": ("paper's settings", "resid_mlp")}
+    names |= {"recipe.py:tms,5-2,told,learned": ("recipe with learned masks", "tms,5-2"), "resid_mlp.py": ("paper's settings", "resid_mlp")}
     assert {name: recovery.recipe_and_target(name) for name in names} == names
     found = {"mmcs_one_to_one": 0.9876543219, "ml2r_one_to_one": 0.9, "minimality_topk": 1e-4, "scrub_scrubbed": 2e-4, "seconds": 60.0}
     rows = [{"config": name, "seed": 0, "changes": {}, "success": False} | found for name in names]

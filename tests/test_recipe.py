@@ -160,7 +160,7 @@ def test_decompose_with_a_recipe_save_and_train_again(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "arg", ["tms,5-2,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,split", "gated,short", "tms_coactive"]
+    "arg", ["tms,5-2,told,id", "tms,20-5,smoke", "resid_mlp,2layer", "resid_mlp,60-30,split", "gated,short", "tms_coactive"]
 )
 def test_configs_take_only_sizes_from_the_target(arg):
     config = get_config("recipe", arg)
@@ -170,6 +170,7 @@ def test_configs_take_only_sizes_from_the_target(arg):
     smoke = {"batch_size", "steps_per_call", "log_every_steps", "checkpoint_every_steps"} if "smoke" in arg else set()
     assert differing <= {"num_components", "num_always_on", "rank", "topk", "hidden_reconstruction_coeff", "batch_size"} | smoke
     assert config.recipe == other.recipe or "smoke" in arg or "split" in arg
+    assert config.apd.topk == {"tms,5-2,told,id": pytest.approx(0.25), "gated,short": pytest.approx(0.2)}.get(arg, 0.0)
     targets.build(config.target, config.apd.batch_size)
 
 
@@ -248,6 +249,49 @@ def test_a_topk_far_from_what_the_modes_say_is_worth_a_warning(caplog):
     assert "topk = 4, but examples have 1 modes" in caplog.text
 
 
+def features_of_their_own(F=5, p=0.2):
+    """f(x) = x W, W diagonal, every feature on with probability p: F p of them on average. k is left open."""
+
+    def sample(key, step):
+        on, size = jax.random.split(jax.random.fold_in(key, step))
+        return jax.random.bernoulli(on, p, (256, F)) * jax.random.uniform(size, (256, F))
+
+    _, config, r = one_feature_at_a_time(np.eye(F))
+    config.update(batch_size=256, topk=0.0)
+    return Problem(lambda params, x: x @ params["W"], {"W": jnp.diag(jnp.linspace(1.0, 2.0, F))}, sample), config, r
+
+
+@pytest.mark.parametrize("num_instances", [1, 2])
+def test_k_is_found_where_it_is_left_open(tmp_path, num_instances):
+    """As many modes as examples have on average; the run is then the one that is told this k, and comes back as such."""
+    problem, config, r = features_of_their_own()
+    config.num_instances = num_instances
+    components, rows, settings = recipe.fit(problem, config, r, workdir=tmp_path)
+    assert config.topk == 0 and settings.topk == pytest.approx(1.0, abs=0.05)
+    assert recipe.last_config(problem, recipe.found_config(config, tmp_path), r) == settings
+    for tear in (lambda file: file.write_text(file.read_text()[:9]), lambda file: file.unlink()):
+        tear(tmp_path / "recipe.json")
+        with pytest.raises(InputError, match=r"recipe\.json, which says what k the recipe found, is missing or torn"):
+            recipe.found_config(config, tmp_path)
+    told = config.copy_and_resolve_references()
+    told.topk = settings.topk
+    again, same, _ = recipe.fit(problem, told, r)
+    jax.tree.map(np.testing.assert_array_equal, components, again)
+    assert rows[-1]["total"] == same[-1]["total"]
+
+
+def test_k_that_nobody_says():
+    """Not the config, and not the modes, which are left out, or explain too little; without a recipe there are none."""
+    problem, config, r = features_of_their_own()
+    wanted = "set topk to the mean number of components that an example should need"
+    for least, why in ((2.0, "recipe.least_explained = 2.0 leaves them out"), (1.0, "explain too little of this network")):
+        r.least_explained = least
+        with pytest.raises(InputError, match=f"topk = 0 leaves k to the modes.*{why}.*{wanted}"):
+            apd_jax.decompose(problem.apply_fn, problem.params, problem.sample_fn, config, recipe=r)
+    with pytest.raises(InputError, match="topk must be above 0"):
+        apd_jax.decompose(problem.apply_fn, problem.params, problem.sample_fn, config)
+
+
 def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
     """Components that are exact stay as they are; the loss that is measured is that of the first step, on fresh data."""
     W = np.diag([3.0, 2.0, 1.0]).astype(np.float32)
@@ -304,10 +348,10 @@ def test_a_leaf_that_modes_share_is_said_with_what_could_hold_it(caplog, C, give
 
 
 def test_a_run_comes_back_as_its_last_stage_left_it(tmp_path, monkeypatch):
-    """From a workdir whose config leaves open how many components are always on."""
+    """From a workdir whose config leaves open how many components are active, and how many are always on."""
     reported = []
     monkeypatch.setattr(experiment, "_report", lambda run, *_: reported.append(run))
     experiment.run(get_config("recipe", "tms,5-2,id,smoke"), tmp_path, Console())
     restored, [run] = experiment.restore(tmp_path), reported
-    assert restored.config == run.config and restored.config.apd.num_always_on == 1 and restored.step == 10
+    assert restored.config == run.config and restored.config.apd.num_always_on == 1 and restored.config.apd.topk > 0 and restored.step == 10
     jax.tree.map(np.testing.assert_array_equal, restored.components, run.components)
