@@ -309,9 +309,9 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
                 one, explained, on, k = begin_one(draw, one, on)
                 least, active = min(least, explained), [*active, k]
             found.append(jax.device_get(one))
-        return found, np.array((least, on, np.mean(active)))
+        return found, np.array((least, on, np.mean(active)), np.float32)
 
-    like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(3))
+    like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(3, np.float32))
     found, (explained, always_on, active) = parallel.from_primary(begin, like=like)
     if float(explained) < recipe.least_explained:
         return None

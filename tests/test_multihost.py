@@ -144,11 +144,13 @@ def launch(*args):
 
 
 def test_command_line_with_two_processes_writes_and_prints_once(tmp_path):
-    steps = ["--config.target.pretrain.num_steps=20", "--config.apd.num_steps=10"]
-    code, output = launch("--config=configs/tms.py:5-2,smoke", f"--workdir={tmp_path}/w", *steps)
+    """By the recipe: process 0 finds modes, k and what is always on, and the others go on from there."""
+    code, output = launch("--config=configs/recipe.py:tms,5-2,id,smoke", f"--workdir={tmp_path}/w", "--config.target.pretrain.num_steps=20")
     assert code == 0, output
-    assert output.count("Figures: ") == output.count("decomposition: step 10/10") == output.count("target: step 20/20") == 1
-    assert [row["step"] for row in rows(tmp_path / "w")] == [10]
+    assert output.count("Figures: ") == output.count("refine (1 of 1): step 10/10") == output.count("target: step 20/20") == 1
+    assert [row["step"] for row in rows(tmp_path / "w")] == [5, 10]
+    found = json.loads((tmp_path / "w/recipe.json").read_text())
+    assert found["num_always_on"] == 1 and found["modes_per_example"] > 0
     assert json.loads((tmp_path / "w/evaluation.json").read_text())["num_devices"] == 4
     assert len(list((tmp_path / "w/tensorboard").iterdir())) == 1
 
