@@ -201,12 +201,6 @@ def num_to_hold(problem: Problem, name: str, components: Components) -> int:
     return int(-(-np.sum(singular > _NOTHING * singular[:, :1], axis=1).max() // m))
 
 
-def only(components: Components, modes: Modes, num_always_on: int) -> Components:
-    """The always-on components and those of the modes; 0 elsewhere."""
-    here = jnp.arange(components.num_components) < num_always_on + len(modes)
-    return jax.tree.map(lambda a: a * here.reshape(-1, *[1] * (a.ndim - 1)).astype(a.dtype), components)
-
-
 def _matrices(problem: Problem) -> dict[str, np.ndarray]:
     """The decomposed leaves as [b, d_in, d_out]."""
     names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)

@@ -62,7 +62,7 @@ _GIVE_K = "set topk to the mean number of components that an example should need
 def default_recipe() -> config_dict.ConfigDict:
     """The numbers of the recipe. Coefficients are relative; see the module."""
     r = config_dict.ConfigDict()
-    r.least_explained = 0.8  # components begin at the modes if these make up for this part of what the weights do; above 1: never
+    r.least_explained = 0.8  # components begin at modes that do this part of what the weights do, beside what is always on; above 1: never
     r.find_always_on = True  # where the config's num_always_on is 0: as many as hold the leaves that modes share
     r.restarts = 4  # independent random beginnings, of which the one with the lowest loss after `settle` is polished
     r.threshold = 0.25  # what matters: an attribution above this part of √(distance of the model without components / k)
@@ -263,6 +263,12 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
     def fresh(key: PRNGKeyArray) -> Components:
         return dataclasses.replace(step_lib.init_state(key, problem.params, settings, **options).components, log_thresholds=None)
 
+    def does(components: Components, first: int) -> float:
+        """The part of what the weights do that this many components do alone."""
+        on = jnp.arange(components.num_components) < first
+        alone = components_lib.weighted_sum(components, problem.params, on.astype(jnp.float32))
+        return 1 - scales_lib.distances(problem, config, alone)[0] / scales.minimality
+
     def begin_one(draw: PRNGKeyArray, init: Components, given: int | None) -> tuple[Components, float, int, float]:
         best, explained, always_on, active, unheld = init, 0.0, given or 0, config.topk, ()
         for times in _LOOKS:
@@ -274,11 +280,10 @@ def at_modes(problem: Problem, config: Config, recipe: Config, scales: Scales) -
             needed = max((modes_lib.num_to_hold(problem, name, init) for name in shared), default=0)
             on = given if given is not None else needed if needed + len(modes) <= config.num_components else 0
             one = modes_lib.components(problem, modes, init, num_always_on=on)
-            alone = components_lib.total(modes_lib.only(one, modes, on), problem.params)
-            part = 1 - scales_lib.distances(problem, config, alone)[0] / scales.minimality
+            part = does(one, on + len(modes)) - (max(0.0, does(one, on)) if on else 0.0)  # what is always on could hold anything
             gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
             log.info(
-                "%d modes, %.3g per example, explain %.3f of what the weights do; gain of %s; %d always on",
+                "%d modes, %.3g per example, explain %.3f of what the weights do; gain of %s; beside %d always on",
                 len(modes),
                 modes.active,
                 part,

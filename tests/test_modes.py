@@ -74,7 +74,7 @@ def test_what_no_mode_reads_goes_to_the_other_components():
     P = np.asarray(C.factors["W"].weights)
     np.testing.assert_allclose(P[3], np.eye(4)[:, 3:] * W[3], atol=1e-4)
     assert not P[4].any()
-    alone = np.asarray(components.total(modes.only(C, m, 0), problem.params)["W"])
+    alone = np.asarray(components.weighted_sum(C, problem.params, jnp.array([1.0, 1, 1, 0, 0]))["W"])
     np.testing.assert_allclose(alone, np.diag([1.0, 1, 1, 0]) @ W, atol=1e-4)
 
 

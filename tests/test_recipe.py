@@ -282,9 +282,10 @@ def test_k_is_found_where_it_is_left_open(tmp_path, num_instances):
 
 def test_k_that_nobody_says():
     """Not the config, and not the modes, which are left out, or explain too little; without a recipe there are none."""
-    problem, config, r = features_of_their_own()
+    problem, config, r = twelve_dimensions()
+    config.topk = 0.0
     wanted = "set topk to the mean number of components that an example should need"
-    for least, why in ((2.0, "recipe.least_explained = 2.0 leaves them out"), (1.0, "explain too little of this network")):
+    for least, why in ((2.0, "recipe.least_explained = 2.0 leaves them out"), (0.8, "explain too little of this network")):
         r.least_explained = least
         with pytest.raises(InputError, match=f"topk = 0 leaves k to the modes.*{why}.*{wanted}"):
             apd_jax.decompose(problem.apply_fn, problem.params, problem.sample_fn, config, recipe=r)
@@ -306,12 +307,26 @@ def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
         np.testing.assert_allclose(a, b, atol=1e-4)
 
 
-def test_where_modes_do_not_explain_the_network_they_are_not_used():
+def twelve_dimensions():
     """x is standard normal in twelve dimensions: hardly any two examples have a cosine of 0.95."""
     config, r = small(least_explained=0.8)
-    sample = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (1000, 12))  # noqa: E731
-    problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(12)}, sample)
+    sample = lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (config.batch_size, 12))  # noqa: E731
+    return Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(12)}, sample), config, r
+
+
+def test_where_modes_do_not_explain_the_network_they_are_not_used():
+    problem, config, r = twelve_dimensions()
     assert recipe.at_modes(problem, config, r, scales.measure(problem, config)) is None
+
+
+def test_what_is_always_on_is_not_explained_by_modes(caplog):
+    """Gated functions all read the same x. With one component always on, which could hold anything, the components sum to the network."""
+    config = get_config("recipe", "gated,short")
+    target = targets.build(config.target, config.apd.batch_size)
+    problem = target.problem(target.init_fn(jax.random.key(0)))
+    with caplog.at_level("INFO"):
+        assert recipe.at_modes(problem, config.apd, config.recipe, scales.measure(problem, config.apd)) is None
+    assert "beside 1 always on" in caplog.text
 
 
 def six_features_that_share_a_layer(C):
