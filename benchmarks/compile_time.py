@@ -32,8 +32,8 @@ CONFIGS = [
     ("digits.py", ""),
     ("induction.py", ""),
     ("tms_coactive.py", ""),
-    ("recipe.py", "tms,40-10"),
-    ("recipe.py", "resid_mlp,2layer"),
+    ("recipe.py", "tms,40-10,told"),
+    ("recipe.py", "resid_mlp,2layer,told"),
 ]
 QUICK = [("tms.py", "5-2,smoke"), ("linear.py", "2x2,smoke")]
 
