@@ -160,8 +160,8 @@ def decompose(
       num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
       valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding; the others count in no loss, no
         attribution and no mask.
-      recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the coefficients of `config`. The returned
-        decomposition has the settings of the last stage.
+      recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the coefficients of `config`. `config.topk` = 0
+        then leaves k to the modes. The returned decomposition has the settings of the last stage, and what was found.
       workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same call then resumes. None: nothing
         is written.
     Raises:
@@ -171,11 +171,11 @@ def decompose(
     problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses, valid_fn)
     check_function(problem)
     check_examples(problem)
-    if recipe is not None:
-        recipe_lib.check(config, recipe)
-    elif workdir is not None:
-        config_lib.validate(config)
     if workdir is not None:
+        if recipe is None:
+            config_lib.validate(config)
+        else:
+            recipe_lib.check(config, recipe)
         parallel.from_primary(lambda: claim(workdir, config if recipe is None else ConfigDict({"apd": config, "recipe": recipe})))
     if recipe is None:
         components, history = train.fit(problem, config, workdir=workdir)
