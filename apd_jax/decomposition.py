@@ -13,15 +13,18 @@ from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
-from apd_jax import config as config_lib
-from apd_jax import data, parallel, sparse, train
-from apd_jax import recipe as recipe_lib
-from apd_jax import step as step_lib
 from apd_jax.components import Components, Select
-from apd_jax.config import Config
 from apd_jax.errors import InputError
-from apd_jax.problem import Problem, check_examples, check_function
-from apd_jax.workdir import claim
+from apd_jax.forward import sparse
+from apd_jax.methods import config as config_lib
+from apd_jax.methods.config import Config
+from apd_jax.network import data
+from apd_jax.network.problem import Problem, check_examples, check_function
+from apd_jax.recipe import stages as recipe_lib
+from apd_jax.train import loop as train
+from apd_jax.train import parallel
+from apd_jax.train import step as step_lib
+from apd_jax.train.workdir import claim
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +40,9 @@ class Decomposition:
     def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
         """A_c(x), in units of the output, of the kind that the config names; per position if it says so."""
         p = self.problem
-        attribute = step_lib.make_attribution_fn(p.apply_fn, self.config, attribution_fn=p.attribution_fn, valid_fn=p.valid_fn)
+        attribute = step_lib.make_attribution_fn(
+            p.apply_fn, self.config, attribution_fn=p.attribution_fn, valid_fn=p.valid_fn
+        )
         return jnp.sqrt(attribute(self.components, p.params, x, jax.random.key(self.config.seed)))
 
     def mask(self, x: PyTree) -> Bool[Array, "B *T C"]:
@@ -47,31 +52,47 @@ class Decomposition:
     def mask_of(self, attributions: Float[Array, "B *T C"], x: PyTree) -> Bool[Array, "B *T C"]:
         """The same, from attributions that are known already."""
         options = {"num_active_fn": self.problem.num_active_fn, "valid_fn": self.problem.valid_fn}
-        choose = step_lib.make_mask_fn(self.config, thresholds=self.components.thresholds, **options)
+        choose = step_lib.make_mask_fn(
+            self.config, thresholds=self.components.thresholds, **options
+        )
         return choose(attributions, x)
 
-    def sparse_output(self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None) -> Any:
+    def sparse_output(
+        self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None
+    ) -> Any:
         """What apply_fn returns with only the kept components (or those of a given mask)."""
         mask = self.mask(x) if mask is None else mask
         return sparse.apply(self.problem.apply_fn, self.problem.params, self.components, mask, x)
 
     def ablate(self, components: Sequence[int], x: PyTree) -> Any:
         """What apply_fn returns with all components but the given ones."""
-        weights = jnp.ones(self.components.num_components).at[jnp.asarray(components, jnp.int32)].set(0.0)
-        return self.problem.apply_fn(components_lib.weighted_sum(self.components, self.problem.params, weights), x)
+        weights = (
+            jnp.ones(self.components.num_components).at[jnp.asarray(components, jnp.int32)].set(0.0)
+        )
+        return self.problem.apply_fn(
+            components_lib.weighted_sum(self.components, self.problem.params, weights), x
+        )
 
     def component(self, i: int) -> PyTree:
         """P_i as a pytree like params; zeros where params are not decomposed."""
         zeros = jax.tree.map(jnp.zeros_like, self.problem.params)
-        return components_lib.weighted_sum(self.components, zeros, jnp.zeros(self.components.num_components).at[i].set(1.0))
+        return components_lib.weighted_sum(
+            self.components, zeros, jnp.zeros(self.components.num_components).at[i].set(1.0)
+        )
 
-    def save(self, path: epath.PathLike, *, metrics: Mapping[str, Any] | None = None, evidence: Mapping[str, Any] | None = None) -> None:
+    def save(
+        self,
+        path: epath.PathLike,
+        *,
+        metrics: Mapping[str, Any] | None = None,
+        evidence: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes this decomposition as a folder of safetensors and JSON, with a card for a model hub: see `apd_jax.storage`.
 
         Args:
           metrics, evidence: what evaluation.json and evidence.json hold, for the card.
         """
-        from apd_jax import storage  # which knows this class
+        from apd_jax.storage import folder as storage  # which knows this class
 
         storage.save(self, path, metrics=metrics, evidence=evidence)
 
@@ -88,11 +109,19 @@ class Decomposition:
         from apd_jax.report import html  # which knows this class
 
         if self.config.num_instances > 1:
-            raise InputError(f"this holds {self.config.num_instances} decompositions; report one of them, e.g. .instance(0).report(path).")
+            raise InputError(
+                f"this holds {self.config.num_instances} decompositions; report one of them, e.g. .instance(0).report(path)."
+            )
         path, sample_fn = epath.Path(path), self.problem.sample_fn
         if x is None and sample_fn is not None:
-            x = sample_fn.first if isinstance(sample_fn, data.Batches) else sample_fn(jax.random.key(self.config.seed), 0)
-        metrics = {"seed": self.config.seed} | ({"step": self.history[-1]["step"]} if self.history else {})
+            x = (
+                sample_fn.first
+                if isinstance(sample_fn, data.Batches)
+                else sample_fn(jax.random.key(self.config.seed), 0)
+            )
+        metrics = {"seed": self.config.seed} | (
+            {"step": self.history[-1]["step"]} if self.history else {}
+        )
         settings = {"apd": self.config.to_dict()}
         name = path.resolve().parent.name if path.stem == "report" else path.stem
         return html.write(path, html.Source(name, self, x, settings=settings, metrics=metrics))
@@ -104,17 +133,25 @@ class Decomposition:
         return evidence(self, **options)
 
     @staticmethod
-    def load(path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any) -> Decomposition:
+    def load(
+        path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any
+    ) -> Decomposition:
         """The decomposition that `save` wrote: see `apd_jax.storage.load` for the arguments."""
-        from apd_jax import storage
+        from apd_jax.storage import folder as storage
 
         return storage.load(path, apply_fn, params, **more)
 
     def train_again(self, problem: Problem, **changes: Any) -> Components:
         """The components of another run by the same settings (and recipe), but for `changes` of the config."""
-        config = (self.config if self.recipe is None else recipe_lib.base_config(self.config)).copy_and_resolve_references()
+        config = (
+            self.config if self.recipe is None else recipe_lib.base_config(self.config)
+        ).copy_and_resolve_references()
         config.update(changes)
-        components = (train.fit(problem, config) if self.recipe is None else recipe_lib.fit(problem, config, self.recipe))[0]
+        components = (
+            train.fit(problem, config)
+            if self.recipe is None
+            else recipe_lib.fit(problem, config, self.recipe)
+        )[0]
         return jax.tree.map(jnp.asarray, components)
 
     def instance(self, i: int) -> Decomposition:
@@ -125,7 +162,9 @@ class Decomposition:
             return self
         config = self.config.copy_and_resolve_references()
         config.num_instances = 1
-        return dataclasses.replace(self, components=jax.tree.map(lambda a: a[i], self.components), config=config)
+        return dataclasses.replace(
+            self, components=jax.tree.map(lambda a: a[i], self.components), config=config
+        )
 
 
 def decompose(
@@ -168,7 +207,9 @@ def decompose(
       InputError: anything that does not fit, in one sentence.
     """
     params = jax.tree_util.tree_map_with_path(_array, params)
-    problem = Problem(apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses, valid_fn)
+    problem = Problem(
+        apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses, valid_fn
+    )
     check_function(problem)
     check_examples(problem)
     if workdir is not None:
@@ -176,7 +217,11 @@ def decompose(
             config_lib.validate(config)
         else:
             recipe_lib.check(config, recipe)
-        parallel.from_primary(lambda: claim(workdir, config if recipe is None else ConfigDict({"apd": config, "recipe": recipe})))
+        parallel.from_primary(
+            lambda: claim(
+                workdir, config if recipe is None else ConfigDict({"apd": config, "recipe": recipe})
+            )
+        )
     if recipe is None:
         components, history = train.fit(problem, config, workdir=workdir)
     else:

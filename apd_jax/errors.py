@@ -32,4 +32,7 @@ def one_of(what: str, value: str, known: Iterable[str]) -> str:
     if value in known:
         return value
     near = difflib.get_close_matches(value, known, n=1)
-    raise InputError(f"unknown {what} {value!r}; known: {', '.join(known)}." + (f" Did you mean {near[0]!r}?" if near else ""))
+    raise InputError(
+        f"unknown {what} {value!r}; known: {', '.join(known)}."
+        + (f" Did you mean {near[0]!r}?" if near else "")
+    )

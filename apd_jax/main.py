@@ -15,14 +15,35 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from apd_jax import experiment, parallel
-from apd_jax.cli import keep_programs, make_console, only_our_messages, parse, refuse, told_in_a_sentence
+from apd_jax.commands import experiment
+from apd_jax.commands.cli import (
+    keep_programs,
+    make_console,
+    only_our_messages,
+    parse,
+    refuse,
+    told_in_a_sentence,
+)
+from apd_jax.train import parallel
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run; the same command goes on where it stopped.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run; the same command goes on where it stopped."
+)
 _OTHER = flags.DEFINE_string("other", None, "Folder of a second run, for --mode=compare.")
-_READERS = {"evaluate": experiment.evaluate, "inspect": experiment.inspect, "report": experiment.report}
-_MODE = flags.DEFINE_enum("mode", "train", ["train", *_READERS, "compare"], "All but train read a workdir; they need no --config.")
+_READERS = {
+    "evaluate": experiment.evaluate,
+    "inspect": experiment.inspect,
+    "report": experiment.report,
+}
+_MODE = flags.DEFINE_enum(
+    "mode",
+    "train",
+    ["train", *_READERS, "compare"],
+    "All but train read a workdir; they need no --config.",
+)
 
 
 def main(argv: Sequence[str]) -> None:

@@ -25,16 +25,32 @@ from pathlib import Path
 from common import write_json
 
 HERE = Path(__file__).parent
-PARTS = ("step_time", "compile_time", "instances", "scaling", "architectures", "probes", "communication")
+PARTS = (
+    "step_time",
+    "compile_time",
+    "instances",
+    "scaling",
+    "architectures",
+    "probes",
+    "communication",
+)
 MARKDOWN = PARTS[:4]
-QUICK = {"architectures": ["--only", "MLP"]} | {part: ["--quick"] for part in MARKDOWN}  # the others are left out
+QUICK = {"architectures": ["--only", "MLP"]} | {
+    part: ["--quick"] for part in MARKDOWN
+}  # the others are left out
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", default=None, help="file for what all parts found, by part")
     parser.add_argument("--markdown", action="store_true", help="tables for the docs")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes: shows that everything runs, the numbers mean nothing")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="tiny shapes: shows that everything runs, the numbers mean nothing",
+    )
     parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
     options = parser.parse_args()
     chosen = options.only.split(",")
@@ -44,8 +60,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for part in [part for part in chosen if not options.quick or part in QUICK]:
             file, began = Path(folder) / f"{part}.json", time.monotonic()
-            flags = [*(["--markdown"] if options.markdown and part in MARKDOWN else []), *(QUICK[part] if options.quick else [])]
-            subprocess.run([sys.executable, str(HERE / f"{part}.py"), "--json", str(file), *flags], check=True)
+            flags = [
+                *(["--markdown"] if options.markdown and part in MARKDOWN else []),
+                *(QUICK[part] if options.quick else []),
+            ]
+            subprocess.run(
+                [sys.executable, str(HERE / f"{part}.py"), "--json", str(file), *flags], check=True
+            )
             found[part] = json.loads(file.read_text())
             print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
             write_json(options.json, found)

@@ -20,7 +20,8 @@ import recovery
 from rich.console import Console
 from rich.table import Table
 
-from apd_jax import modes, recipe
+from apd_jax.recipe import modes
+from apd_jax.recipe import stages as recipe
 
 
 def reads_of(present: Callable | None) -> Callable:
@@ -30,7 +31,10 @@ def reads_of(present: Callable | None) -> Callable:
     def instead(ins: dict, found: dict, here: np.ndarray) -> tuple[dict, dict]:
         if present is not None:
             return reads(ins, found, present(here))
-        dual = {name: np.stack([modes._dual(e[:, i])[0] for i in range(e.shape[1])], 1) for name, e in found.items()}
+        dual = {
+            name: np.stack([modes._dual(e[:, i])[0] for i in range(e.shape[1])], 1)
+            for name, e in found.items()
+        }
         return dual, reads(ins, found, here)[1]
 
     return instead
@@ -42,8 +46,14 @@ PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
     "refining": ([], {"recipe.refine.num_steps": 1}),
     "blind reading: the dual basis of the modes": ([(modes, "_reads", reads_of(None))], {}),
     "the same, and refining": ([(modes, "_reads", reads_of(None))], {"recipe.refine.num_steps": 1}),
-    "blind reading: least variance over all examples": ([(modes, "_reads", reads_of(np.zeros_like))], {}),
-    "the purest quarter: all examples near a mode": ([(modes, "_purest", lambda ins, count, members: members)], {}),
+    "blind reading: least variance over all examples": (
+        [(modes, "_reads", reads_of(np.zeros_like))],
+        {},
+    ),
+    "the purest quarter: all examples near a mode": (
+        [(modes, "_purest", lambda ins, count, members: members)],
+        {},
+    ),
     "steps in proportion to √loss: 1e-3": (
         [(recipe, "_loss", lambda *_: 1.0)],
         {"recipe.nearly_exact": 2.0, "recipe.refine.learning_rate": 1e-3},
@@ -53,7 +63,15 @@ PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
     "leaving polish out": ([], {"recipe.nearly_exact": 0.0}),
     "components that are always on": ([], {"recipe.find_always_on": False}),
 }
-SHOWN = ("mmcs_one_to_one", "ml2r_one_to_one", "within_margin", "cosine_w_in", "norm_ratio_w_in", "minimality_topk", "scrub_scrubbed")
+SHOWN = (
+    "mmcs_one_to_one",
+    "ml2r_one_to_one",
+    "within_margin",
+    "cosine_w_in",
+    "norm_ratio_w_in",
+    "minimality_topk",
+    "scrub_scrubbed",
+)
 
 
 def run(target: str, part: str, seed: int) -> dict[str, Any]:
@@ -65,9 +83,17 @@ def run(target: str, part: str, seed: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], target: str) -> Table:
-    shown = Table("without", "seeds", "succeed", *SHOWN, title=f"{target}: least to most over seeds, failures included")
+    shown = Table(
+        "without",
+        "seeds",
+        "succeed",
+        *SHOWN,
+        title=f"{target}: least to most over seeds, failures included",
+    )
     for part in PARTS:
-        here = [row for row in rows if row["config"] == f"recipe.py:{target}" and row["without"] == part]
+        here = [
+            row for row in rows if row["config"] == f"recipe.py:{target}" and row["without"] == part
+        ]
         cells = []
         for key in SHOWN:
             values = [row[key] for row in here if key in row]
@@ -78,7 +104,9 @@ def table(rows: list[dict[str, Any]], target: str) -> Table:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", required=True)
     parser.add_argument("--targets", nargs="+", default=["tms,40-10", "resid_mlp,2layer"])
     parser.add_argument("--seeds", default="0:3", help="first:end")
@@ -92,7 +120,13 @@ def main() -> None:
                 if (f"recipe.py:{target}", part, seed) in done:
                     continue
                 rows.append(run(target, part, seed))
-                print(target, seed, part, "success" if rows[-1]["success"] else rows[-1].get("error", "lost"), flush=True)
+                print(
+                    target,
+                    seed,
+                    part,
+                    "success" if rows[-1]["success"] else rows[-1].get("error", "lost"),
+                    flush=True,
+                )
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(json.dumps(rows, indent=1))
     for target in options.targets:

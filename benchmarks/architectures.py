@@ -23,7 +23,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array
 
-from apd_jax import components, dispatch, layout, masks, sparse
+from apd_jax import components
+from apd_jax.components import layout
+from apd_jax.forward import dispatch, sparse
+from apd_jax.gates import selection as masks
 
 B, C, K = 32, 20, 2.0  # examples, components, kept per example
 WINDOWS, WINDOW_SECONDS = 5, 0.15
@@ -73,7 +76,9 @@ class LinenScanned(nn.Module):
         def layer(module, carry, _):
             return carry + nn.relu(nn.Dense(D, name="layer")(carry)), None
 
-        return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS)(self, x, None)[0]
+        return nn.scan(
+            layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=LAYERS
+        )(self, x, None)[0]
 
 
 class NnxMLP(nnx.Module):
@@ -133,22 +138,41 @@ class NnxScanned(nnx.Module):
 
 
 def plain_mlp():
-    return {"w": _matrix(1, D, 4 * D), "v": _matrix(2, 4 * D, D)}, lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
+    return {
+        "w": _matrix(1, D, 4 * D),
+        "v": _matrix(2, 4 * D, D),
+    }, lambda p, x: jax.nn.relu(x @ p["w"]) @ p["v"]
 
 
 def plain_conv():
     def fn(p, x):
         for name, stride in (("k1", 1), ("k2", 2)):
-            x = jax.lax.conv_general_dilated(x, p[name], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            x = jax.lax.conv_general_dilated(
+                x, p[name], (stride, stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
             x = jax.nn.relu(x)
         return x.mean((1, 2)) @ p["out"]
 
-    return {"k1": _matrix(1, 3, 3, 3, 32), "k2": _matrix(2, 3, 3, 32, 64) / 3, "out": _matrix(3, 64, 10)}, fn
+    return {
+        "k1": _matrix(1, 3, 3, 3, 32),
+        "k2": _matrix(2, 3, 3, 32, 64) / 3,
+        "out": _matrix(3, 64, 10),
+    }, fn
 
 
 def plain_transformer():
-    shapes = {"q": (D, 4, D // 4), "k": (D, 4, D // 4), "v": (D, 4, D // 4), "o": (4, D // 4, D), "up": (D, 2 * D), "down": (2 * D, D)}
-    blocks = [{name: _matrix(10 * i + j, *shape) / 2 for j, (name, shape) in enumerate(shapes.items())} for i in range(2)]
+    shapes = {
+        "q": (D, 4, D // 4),
+        "k": (D, 4, D // 4),
+        "v": (D, 4, D // 4),
+        "o": (4, D // 4, D),
+        "up": (D, 2 * D),
+        "down": (2 * D, D),
+    }
+    blocks = [
+        {name: _matrix(10 * i + j, *shape) / 2 for j, (name, shape) in enumerate(shapes.items())}
+        for i in range(2)
+    ]
 
     def fn(p, tokens):
         x = p["embed"][tokens]
@@ -171,12 +195,16 @@ def plain_recurrent():
 
         return jax.lax.scan(cell, jnp.zeros((x.shape[0], D)), jnp.swapaxes(x, 0, 1))[0] @ p["out"]
 
-    weights = {f"w{g}": _matrix(i, 16, D) for i, g in enumerate("zrn")} | {f"u{g}": _matrix(9 + i, D, D) for i, g in enumerate("zrn")}
+    weights = {f"w{g}": _matrix(i, 16, D) for i, g in enumerate("zrn")} | {
+        f"u{g}": _matrix(9 + i, D, D) for i, g in enumerate("zrn")
+    }
     return weights | {"out": _matrix(3, D, 10)}, fn
 
 
 def plain_scanned():
-    return {"w": _matrix(1, LAYERS, D, D)}, lambda p, x: jax.lax.scan(lambda h, w: (h + jax.nn.relu(h @ w), None), x, p["w"])[0]
+    return {"w": _matrix(1, LAYERS, D, D)}, lambda p, x: jax.lax.scan(
+        lambda h, w: (h + jax.nn.relu(h @ w), None), x, p["w"]
+    )[0]
 
 
 def _linen(model: nn.Module, x: Array) -> tuple[Any, Callable]:
@@ -202,21 +230,36 @@ def networks() -> dict[str, tuple[Array, dict[str, Callable[[], tuple[Any, Calla
     of_nnx = (NnxMLP, NnxConv, NnxTransformer, NnxRecurrent, NnxScanned)
     plain = (plain_mlp, plain_conv, plain_transformer, plain_recurrent, plain_scanned)
     return {
-        name: (x, {"Linen": lambda m=m, x=x: _linen(m(), x), "NNX": lambda n=n: _nnx(n(nnx.Rngs(0))), "plain": p})
+        name: (
+            x,
+            {
+                "Linen": lambda m=m, x=x: _linen(m(), x),
+                "NNX": lambda n=n: _nnx(n(nnx.Rngs(0))),
+                "plain": p,
+            },
+        )
         for (name, x), m, n, p in zip(inputs.items(), linen, of_nnx, plain, strict=True)
     }
 
 
 def measure(params: Any, apply_fn: Callable, x: Array) -> list[dict[str, Any]]:
     """One row per route."""
-    cs = components.init(jax.random.key(0), params, num_components=C, init_scale=3.0, layouts=layout.infer(apply_fn, params, x))
+    cs = components.init(
+        jax.random.key(0),
+        params,
+        num_components=C,
+        init_scale=3.0,
+        layouts=layout.infer(apply_fn, params, x),
+    )
     mask = masks.batch_topk(jax.random.uniform(jax.random.key(1), (B, C)), K)
     rows: list[dict[str, Any]] = []
     oracle = None
     for route in ROUTES:
 
         def loss(cs, route=route):
-            out = sparse.apply(apply_fn, params, cs, mask, x, route=route, slots=dispatch.slots_for(K, B, C))
+            out = sparse.apply(
+                apply_fn, params, cs, mask, x, route=route, slots=dispatch.slots_for(K, B, C)
+            )
             return jnp.mean(out**2)
 
         program = jax.jit(jax.value_and_grad(loss)).lower(cs).compile()
@@ -246,12 +289,16 @@ def _window(program: Callable, cs: components.Components) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", type=Path, required=True)
     parser.add_argument("--only", default="", help="architectures whose name contains this")
     options = parser.parse_args()
     print(f"{jax.devices()[0].device_kind}, batch {B}, C = {C}, k = {K}\n")
-    print(f"| network | as | loss differs by | gradient differs by | ms: {' / '.join(ROUTES)} | temporaries MiB: the same |")
+    print(
+        f"| network | as | loss differs by | gradient differs by | ms: {' / '.join(ROUTES)} | temporaries MiB: the same |"
+    )
     print("|---|---|---|---|---|---|")
     results = []
     for name, (x, kinds) in networks().items():
@@ -259,11 +306,18 @@ def main() -> None:
             params, apply_fn = build()
             rows = measure(params, apply_fn, x)
             results += [{"architecture": name, "kind": kind, **row} for row in rows]
-            errors = [f"{max(row[e] for row in rows):.0e}" for e in ("value_error", "gradient_error")]
-            costs = [" / ".join(f"{row[cost]:.{digits}f}" for row in rows) for cost, digits in (("ms", 1), ("temp_mib", 0))]
+            errors = [
+                f"{max(row[e] for row in rows):.0e}" for e in ("value_error", "gradient_error")
+            ]
+            costs = [
+                " / ".join(f"{row[cost]:.{digits}f}" for row in rows)
+                for cost, digits in (("ms", 1), ("temp_mib", 0))
+            ]
             print(f"| {' | '.join([name, kind, *errors, *costs])} |", flush=True)
     options.json.parent.mkdir(parents=True, exist_ok=True)
-    options.json.write_text(json.dumps({"device": jax.devices()[0].device_kind, "rows": results}, indent=2))
+    options.json.write_text(
+        json.dumps({"device": jax.devices()[0].device_kind, "rows": results}, indent=2)
+    )
 
 
 if __name__ == "__main__":

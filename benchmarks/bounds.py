@@ -35,12 +35,18 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     for eqn in jaxpr.eqns:
         inner = [
             getattr(p, "jaxpr", p)
-            for p in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr | ClosedJaxpr))
+            for p in jax.tree.leaves(
+                list(eqn.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr | ClosedJaxpr)
+            )
             if isinstance(p, Jaxpr | ClosedJaxpr)
         ]
         length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         if eqn.primitive.name == "while":  # the search carries its thresholds as uint32
-            length = PASSES if any(getattr(v.aval, "dtype", None) == jnp.uint32 for v in eqn.outvars) else 0
+            length = (
+                PASSES
+                if any(getattr(v.aval, "dtype", None) == jnp.uint32 for v in eqn.outvars)
+                else 0
+            )
         for program in inner:
             yield from equations(program, times * length)
         if not inner:
@@ -49,7 +55,11 @@ def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
 
 def dot_flops(eqn: Any) -> int:
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    return (
+        2
+        * math.prod(eqn.outvars[0].aval.shape)
+        * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    )
 
 
 def count(fn: Callable, *args: Any, axis_env: Any = None) -> dict[str, Any]:
@@ -74,7 +84,12 @@ def dots_ms(dots: Counter, share: float = 0.9) -> float:
 
     def flops(dot):
         lhs, rhs, ((contracted, _), (batch, _)) = dot
-        out = math.prod(lhs) * math.prod(rhs) // math.prod(lhs[i] for i in contracted) ** 2 // math.prod(lhs[i] for i in batch)
+        out = (
+            math.prod(lhs)
+            * math.prod(rhs)
+            // math.prod(lhs[i] for i in contracted) ** 2
+            // math.prod(lhs[i] for i in batch)
+        )
         return 2 * out * math.prod(lhs[i] for i in contracted) * dots[dot]
 
     total, done, seconds = sum(map(flops, dots)), 0, 0.0
@@ -83,13 +98,21 @@ def dots_ms(dots: Counter, share: float = 0.9) -> float:
             break
         lhs, rhs, numbers = dot
 
-        def body(out, i, fixed, numbers=numbers):  # the smaller factor depends on the last product, so none is left out
+        def body(
+            out, i, fixed, numbers=numbers
+        ):  # the smaller factor depends on the last product, so none is left out
             a, b = fixed
             nudge = 1 + 1e-30 * out.reshape(-1)[0]
-            return jax.lax.dot_general(*((a * nudge, b) if a.size < b.size else (a, b * nudge)), numbers)
+            return jax.lax.dot_general(
+                *((a * nudge, b) if a.size < b.size else (a, b * nudge)), numbers
+            )
 
         a, b = jnp.ones(lhs), jnp.ones(rhs)
-        out = jnp.zeros(jax.eval_shape(lambda a, b, numbers=numbers: jax.lax.dot_general(a, b, numbers), a, b).shape)
+        out = jnp.zeros(
+            jax.eval_shape(
+                lambda a, b, numbers=numbers: jax.lax.dot_general(a, b, numbers), a, b
+            ).shape
+        )
         steps = max(2, min(50, int(2e9 * dots[dot] / max(flops(dot), 1))))
         seconds += dots[dot] * looped_s(body, out, (a, b), steps, lambda call: fastest(call, 3))
         done += flops(dot)

@@ -19,10 +19,11 @@ import jax.numpy as jnp
 from rich.console import Console
 from rich.table import Table
 
-from apd_jax import parallel, targets
-from apd_jax import step as step_lib
-from apd_jax.config import Config
+from apd_jax import targets
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Target
+from apd_jax.train import parallel
+from apd_jax.train import step as step_lib
 
 ROOT = Path(__file__).parents[1]
 WINDOWS = 7
@@ -52,11 +53,15 @@ def _seconds(call: Callable[[], Any], windows: int) -> list[float]:
     return seconds
 
 
-def looped_s(body: Callable[..., Any], carry: Any, fixed: Any, steps: int, clock: Callable = timed) -> float:
+def looped_s(
+    body: Callable[..., Any], carry: Any, fixed: Any, steps: int, clock: Callable = timed
+) -> float:
     """Seconds of one `carry = body(carry, i, fixed)`, in a scan of `steps` whose buffers are donated, as in training."""
 
     def loop(carry, fixed):  # `fixed` is an argument, lest XLA fold it as a constant
-        return jax.lax.scan(lambda carry, i: (body(carry, i, fixed), None), carry, jnp.arange(steps))[0]
+        return jax.lax.scan(
+            lambda carry, i: (body(carry, i, fixed), None), carry, jnp.arange(steps)
+        )[0]
 
     program = jax.jit(loop, donate_argnums=0)
     held = [jax.block_until_ready(program(jax.tree.map(jnp.copy, carry), fixed))]
@@ -125,7 +130,10 @@ class Steps:
         config = experiment.apd
         with config.unlocked():
             config.batch_size = batch_size or config.batch_size
-        target, devices = targets.build(experiment.target, config.batch_size), jax.local_devices()[:num_devices]
+        target, devices = (
+            targets.build(experiment.target, config.batch_size),
+            jax.local_devices()[:num_devices],
+        )
         params = target.init_fn(jax.random.key(0)) if params is None else params
 
         def make_state(key):
@@ -154,7 +162,9 @@ class Steps:
             return jax.block_until_ready((held[0], metrics))[1]
 
         def traced(size):
-            return jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])(make_first(), params, jax.random.key(0)).jaxpr
+            return jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])(
+                make_first(), params, jax.random.key(0)
+            ).jaxpr
 
         return cls(target, params, config, steps, make(None), make_first, call, traced)
 
@@ -175,10 +185,14 @@ def peak_memory_gib() -> float:
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
-    status = Path("/proc/self/status")  # elsewhere ru_maxrss, which a child process begins with its parent's
+    status = Path(
+        "/proc/self/status"
+    )  # elsewhere ru_maxrss, which a child process begins with its parent's
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**30 if sys.platform == "darwin" else 2**20
+    )
 
 
 def write_json(path: str | Path | None, value: Any) -> None:
@@ -187,7 +201,13 @@ def write_json(path: str | Path | None, value: Any) -> None:
         Path(path).write_text(json.dumps(value, indent=2))
 
 
-def show(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str], *, markdown: bool = False) -> None:
+def show(
+    title: str,
+    rows: Sequence[Mapping[str, Any]],
+    columns: Mapping[str, str],
+    *,
+    markdown: bool = False,
+) -> None:
     """Prints rows as a table, or as Markdown for the docs. columns: {heading: key}; numbers with three digits."""
 
     def text(value: Any) -> str:

@@ -19,12 +19,15 @@ from ml_collections import config_flags
 from rich.console import Console
 from rich.table import Table
 
-from apd_jax import communication, placement, targets
-from apd_jax import step as step_lib
+from apd_jax import targets
+from apd_jax.train import communication, placement
+from apd_jax.train import step as step_lib
 
 NUM_DEVICES, NUM_STEPS = 8, 10
 
-_CONFIG = config_flags.DEFINE_config_file("config", str(Path(__file__).parent.parent / "configs/resid_mlp.py"), "Experiment.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", str(Path(__file__).parent.parent / "configs/resid_mlp.py"), "Experiment."
+)
 _SHARDS = flags.DEFINE_list("shards", ["1", "2", "4", "8"], "Values of num_component_shards.")
 _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 
@@ -37,24 +40,46 @@ def transfers(config: Any, num_component_shards: int) -> list[communication.Tran
     target = targets.build(config.target, apd.batch_size)
     params = jax.jit(target.init_fn)(jax.random.key(0))
     placed = placement.arrange(apd, jax.devices())
-    step = step_lib.make_step(target.apply_fn, target.sample_fn, apd, attribution_fn=target.attribution_fn, **placed.axes)
-    state = placed.make(lambda key: step_lib.init_state(key, params, apd, select=target.select, uses=target.uses), jax.random.key(0))
+    step = step_lib.make_step(
+        target.apply_fn, target.sample_fn, apd, attribution_fn=target.attribution_fn, **placed.axes
+    )
+    state = placed.make(
+        lambda key: step_lib.init_state(key, params, apd, select=target.select, uses=target.uses),
+        jax.random.key(0),
+    )
     params, key = placed.share((params, jax.random.key(1)))
-    compiled = placed.program(step, NUM_STEPS).lower(placed.put(state), params, key, (), None).compile()
+    compiled = (
+        placed.program(step, NUM_STEPS).lower(placed.put(state), params, key, (), None).compile()
+    )
     return communication.read(compiled.as_text(), placed.shape, num_steps=NUM_STEPS)
 
 
 def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    table = Table("devices", "where", "axes", "operation", "times", "bytes per device", title="Sent between devices")
+    table = Table(
+        "devices",
+        "where",
+        "axes",
+        "operation",
+        "times",
+        "bytes per device",
+        title="Sent between devices",
+    )
     rows = []
     for M in map(int, _SHARDS.value):
         label = f"pmap, {NUM_DEVICES}" if M == 1 else f"mesh, {NUM_DEVICES // M} x {M}"
         for t in transfers(_CONFIG.value, M):
             rows.append({"devices": label} | dataclasses.asdict(t))
             where = "an iteration of a search" if t.per_iteration else "a step"
-            table.add_row(label, where, " and ".join(t.axes), t.operation, f"{t.count:.4g}", f"{t.num_bytes:,.0f}")
+            table.add_row(
+                label,
+                where,
+                " and ".join(t.axes),
+                t.operation,
+                f"{t.count:.4g}",
+                f"{t.num_bytes:,.0f}",
+            )
             label = ""
         table.add_section()
     Console(width=120).print(table)

@@ -14,7 +14,7 @@ import time
 import jax
 from common import Steps, load_config, show, write_json
 
-from apd_jax import step as step_lib
+from apd_jax.train import step as step_lib
 
 LIMIT_S = 15.0
 CONFIGS = [
@@ -39,7 +39,9 @@ QUICK = [("tms.py", "5-2,smoke"), ("linear.py", "2x2,smoke")]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", default=None)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument("--quick", action="store_true")
@@ -54,11 +56,22 @@ def main() -> None:
         jax.jit(program).lower(running.state, running.params, jax.random.key(0)).compile()
         seconds = time.perf_counter() - began
         rows.append(
-            {"config": f"{file}:{variant}".removesuffix(":"), "compile_s": seconds, "in time": "yes" if seconds < LIMIT_S else "no"}
+            {
+                "config": f"{file}:{variant}".removesuffix(":"),
+                "compile_s": seconds,
+                "in time": "yes" if seconds < LIMIT_S else "no",
+            }
         )
-    write_json(options.json, {"device": jax.devices()[0].device_kind, "limit_s": LIMIT_S, "rows": rows})
+    write_json(
+        options.json, {"device": jax.devices()[0].device_kind, "limit_s": LIMIT_S, "rows": rows}
+    )
     columns = {"config": "config", "compile s": "compile_s", f"under {LIMIT_S:.0f} s": "in time"}
-    show(f"Compiling the train step, {jax.devices()[0].device_kind}, nothing cached", rows, columns, markdown=options.markdown)
+    show(
+        f"Compiling the train step, {jax.devices()[0].device_kind}, nothing cached",
+        rows,
+        columns,
+        markdown=options.markdown,
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ from collections.abc import Mapping
 from typing import Any
 
 CHIPS = 64
-BF16_FLOPS, HBM_BYTES_S, HBM_BYTES, ICI_BYTES_S = 197e12, 819e9, 16e9, 200e9  # per chip; 1,600 Gbit/s between chips
+BF16_FLOPS, HBM_BYTES_S, HBM_BYTES, ICI_BYTES_S = (
+    197e12,
+    819e9,
+    16e9,
+    200e9,
+)  # per chip; 1,600 Gbit/s between chips
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +54,25 @@ def predict(a: Assumptions, data: int, efficiency: Mapping[str, float]) -> dict[
     params = C * m * 2 * a.width
     flop = {
         # One forward pass, n backward; every probe's cotangents meet all components, the inputs x U once.
-        "attributions": (2 + 4 * a.num_probes) * a.num_params * T + 2 * T * C * m * a.width * (1 + a.num_probes),
-        "sparse_pass": 6 * a.num_params * T + 6 * a.padding * (a.topk / component) * T * m * 2 * a.width,
+        "attributions": (2 + 4 * a.num_probes) * a.num_params * T
+        + 2 * T * C * m * a.width * (1 + a.num_probes),
+        "sparse_pass": 6 * a.num_params * T
+        + 6 * a.padding * (a.topk / component) * T * m * 2 * a.width,
         "faithfulness": 6 * C * m * a.decomposed,
     }
     ring = lambda size, chips: 2 * (1 - 1 / chips) * size  # noqa: E731, bytes a chip sends in an all-reduce
-    sent = ring(4 * params, data) + ring(2 * T * 2 * a.width, component)  # gradients float32; outputs and their cotangents bfloat16
+    sent = ring(4 * params, data) + ring(
+        2 * T * 2 * a.width, component
+    )  # gradients float32; outputs and their cotangents bfloat16
     ms = {name: 1e3 * value / (efficiency[name] * BF16_FLOPS) for name, value in flop.items()}
-    ms |= {"optimizer": 1e3 * 8 * 4 * params / HBM_BYTES_S, "communication": 1e3 * sent / ICI_BYTES_S}
+    ms |= {
+        "optimizer": 1e3 * 8 * 4 * params / HBM_BYTES_S,
+        "communication": 1e3 * sent / ICI_BYTES_S,
+    }
     state = 4 * 4 * params / 1e9  # components, gradient, two moments
-    working = (2 * T * C * m * 6 + 2 * 4 * T * C) / 1e9  # inner activations of one layer's matrices (bfloat16), scores and mask
+    working = (
+        2 * T * C * m * 6 + 2 * 4 * T * C
+    ) / 1e9  # inner activations of one layer's matrices (bfloat16), scores and mask
     return {
         "mesh": f"{data} x {component}",
         "parameters per chip, G": params / 1e9,

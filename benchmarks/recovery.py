@@ -30,10 +30,12 @@ from common import load_config
 from rich.console import Console
 from rich.table import Table
 
-from apd_jax import evaluation, recipe, targets, train
-from apd_jax.config import Config
+from apd_jax import evaluation, targets
 from apd_jax.errors import InputError, NonFiniteError
+from apd_jax.methods.config import Config
+from apd_jax.recipe import stages as recipe
 from apd_jax.targets import pretrain
+from apd_jax.train import loop as train
 
 MARGIN = 0.1  # of a feature's error, relative to the target's own
 SHOWN = (
@@ -48,10 +50,24 @@ SHOWN = (
     "mean_active",
 )
 SCRUBBED = ("minimality_topk", "scrub_scrubbed", "scrub_antiscrubbed", "scrub_monosemantic")
-KEPT = ("config", "changes", "seed", "success", *SHOWN, *SCRUBBED, "num_features", "seconds", "seconds_target", "device")
+KEPT = (
+    "config",
+    "changes",
+    "seed",
+    "success",
+    *SHOWN,
+    *SCRUBBED,
+    "num_features",
+    "seconds",
+    "seconds_target",
+    "device",
+)
 KEPT += ("date", "error")
 RECIPES = {"paper's settings": "C1", "recipe with learned masks": "C2", "recipe": "C0"}
-SHOWN_TMS = (1e-8, 1.0), (1e-5, 1.0)  # of 1 - MMCS and |ML2R - 1| in the figure: what is outside is drawn at the edge
+SHOWN_TMS = (
+    (1e-8, 1.0),
+    (1e-5, 1.0),
+)  # of 1 - MMCS and |ML2R - 1| in the figure: what is outside is drawn at the edge
 SHOWN_RESID_MLP = (1e-8, 1e-2), (1e-10, 1e-2)  # likewise of sparse and scrubbed errors
 
 
@@ -86,13 +102,21 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
             (components, logged), settings = train.fit(problem, config.apd), config.apd
     except (InputError, NonFiniteError) as error:
         return row | {"error": str(error), "success": False}
-    row |= {"seconds": time.monotonic() - began, "mean_active": logged[-1]["mean_active"] - settings.num_always_on}
+    row |= {
+        "seconds": time.monotonic() - began,
+        "mean_active": logged[-1]["mean_active"] - settings.num_always_on,
+    }
     with config.unlocked():
         config.apd = settings
-    found = evaluation.evaluate(targets.build(config.target, config.evaluation.batch_size), params, components, config)
+    found = evaluation.evaluate(
+        targets.build(config.target, config.evaluation.batch_size), params, components, config
+    )
     ratio = found.arrays["per_feature_loss_top1"] / found.arrays["per_feature_loss_target"]
     row |= {key: value for key, value in found.metrics.items() if np.isscalar(value)}
-    row |= {"within_margin": int(np.sum(ratio <= 1 + MARGIN)), "median_loss_ratio": float(np.median(ratio))}
+    row |= {
+        "within_margin": int(np.sum(ratio <= 1 + MARGIN)),
+        "median_loss_ratio": float(np.median(ratio)),
+    }
     if config.target.name == "resid_mlp":
         row |= sides(params, components, found.arrays["component_of_feature"])
     return row | {"success": succeeds(config.target.name, row)}
@@ -110,12 +134,22 @@ def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
         cosine, ratio = [], []
         for f, c in enumerate(owner):
             own, whole = [
-                np.concatenate([params["W_E"][f] @ w[n] if side == "in" else w[n] @ params["W_U"][:, f] for n in names])
+                np.concatenate(
+                    [
+                        params["W_E"][f] @ w[n] if side == "in" else w[n] @ params["W_U"][:, f]
+                        for n in names
+                    ]
+                )
                 for w in ({n: parts[n][c] for n in names}, params)
             ]
-            cosine.append(float(own @ whole / (np.linalg.norm(own) * np.linalg.norm(whole) + 1e-30)))
+            cosine.append(
+                float(own @ whole / (np.linalg.norm(own) * np.linalg.norm(whole) + 1e-30))
+            )
             ratio.append(float(np.linalg.norm(own) / np.linalg.norm(whole)))
-        found |= {f"cosine_w_{side}": float(np.mean(cosine)), f"norm_ratio_w_{side}": float(np.mean(ratio))}
+        found |= {
+            f"cosine_w_{side}": float(np.mean(cosine)),
+            f"norm_ratio_w_{side}": float(np.mean(ratio)),
+        }
     return found
 
 
@@ -124,23 +158,34 @@ def succeeds(target: str, row: dict[str, Any]) -> bool:
     if target == "resid_mlp":
         apart = row["distinct"] == row["within_margin"] == row["num_features"]
         read = row["cosine_w_in"] >= 0.99 and abs(row["norm_ratio_w_in"] - 1) <= 0.02
-        sparse, scrubbed, anti = (row[f"scrub_{kind}"] for kind in ("topk", "scrubbed", "antiscrubbed"))
+        sparse, scrubbed, anti = (
+            row[f"scrub_{kind}"] for kind in ("topk", "scrubbed", "antiscrubbed")
+        )
         return bool(apart and read and scrubbed <= 1.5 * sparse and anti >= 10 * scrubbed)
-    return bool(owned and row["mmcs_one_to_one"] >= 0.999 and abs(row["ml2r_one_to_one"] - 1) <= 0.01)
+    return bool(
+        owned and row["mmcs_one_to_one"] >= 0.999 and abs(row["ml2r_one_to_one"] - 1) <= 0.01
+    )
 
 
 def summary(rows: list[dict[str, Any]]) -> Table:
     """A column per config and changes, means with least and most over seeds; failures included."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault("\n".join((row["config"], *(f"{k}={v}" for k, v in row["changes"].items()))), []).append(row)
+        groups.setdefault(
+            "\n".join((row["config"], *(f"{k}={v}" for k, v in row["changes"].items()))), []
+        ).append(row)
     table = Table("mean\n(least to most)", *groups)
     table.add_row("seeds", *(str(len(group)) for group in groups.values()))
-    table.add_row("succeed", *(str(sum(row["success"] for row in group)) for group in groups.values()))
+    table.add_row(
+        "succeed", *(str(sum(row["success"] for row in group)) for group in groups.values())
+    )
     for key in (*SHOWN, *SCRUBBED, "seconds"):
         each = [[row[key] for row in group if key in row] for group in groups.values()]
         if any(each):
-            table.add_row(key, *(f"{np.mean(v):.4g}\n({min(v):.4g} to {max(v):.4g})" if v else "" for v in each))
+            table.add_row(
+                key,
+                *(f"{np.mean(v):.4g}\n({min(v):.4g} to {max(v):.4g})" if v else "" for v in each),
+            )
     return table
 
 
@@ -163,7 +208,13 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     names.sort(key=lambda name: not name.startswith("tms"))
     columns = min(4, len(names))
     height = -(-len(names) // columns)
-    figure, axes = plt.subplots(height, columns, figsize=(3 * columns, 3 * height + 0.4), layout="constrained", squeeze=False)
+    figure, axes = plt.subplots(
+        height,
+        columns,
+        figsize=(3 * columns, 3 * height + 0.4),
+        layout="constrained",
+        squeeze=False,
+    )
     for axis, name in zip(axes.flat, names, strict=False):
         tms, counts = name.startswith("tms"), []
         limits = SHOWN_TMS if tms else SHOWN_RESID_MLP
@@ -174,17 +225,32 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
             y = [abs(row["ml2r_one_to_one"] - 1) if tms else row["scrub_scrubbed"] for row in here]
             x, y = (np.clip(values, *shown) for values, shown in zip((x, y), limits, strict=True))
             faces = [colour if row["success"] else "none" for row in here]
-            axis.scatter(x, y, s=26, facecolors=faces, edgecolors=colour, linewidths=1.2, label=kind, zorder=3, clip_on=False)
+            axis.scatter(
+                x,
+                y,
+                s=26,
+                facecolors=faces,
+                edgecolors=colour,
+                linewidths=1.2,
+                label=kind,
+                zorder=3,
+                clip_on=False,
+            )
             counts += [f"{sum(row['success'] for row in here)} of {len(here)}"] if here else []
         axis.set_title(f"{name}\n{', '.join(counts)} succeed", fontsize=9)
         axis.set_xlabel("1 - MMCS" if tms else "sparse error")
         axis.set_ylabel("|ML2R - 1|" if tms else "scrubbed error")
         (left, right), (lowest, _) = limits
-        edge, allowed = ([left, 1e-3], [1e-2, 1e-2]) if tms else ([left, right], [1.5 * left, 1.5 * right])
+        edge, allowed = (
+            ([left, 1e-3], [1e-2, 1e-2]) if tms else ([left, right], [1.5 * left, 1.5 * right])
+        )
         axis.fill_between(edge, lowest, allowed, color="0.92", zorder=0)
     for axis in axes.flat[len(names) :]:
         axis.remove()
-    handles = [plt.Line2D([], [], marker="o", linestyle="", color=colour, label=kind) for kind, colour in RECIPES.items()]
+    handles = [
+        plt.Line2D([], [], marker="o", linestyle="", color=colour, label=kind)
+        for kind, colour in RECIPES.items()
+    ]
     figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
     figure.savefig(path, dpi=120)
 
@@ -193,7 +259,13 @@ def write_csv(rows: list[dict[str, Any]], path: str) -> None:
     """The rows, of every one what KEPT names, to six digits."""
 
     def short(value: Any) -> Any:
-        return f"{value:.6g}" if isinstance(value, float) else json.dumps(value) if isinstance(value, dict) else value
+        return (
+            f"{value:.6g}"
+            if isinstance(value, float)
+            else json.dumps(value)
+            if isinstance(value, dict)
+            else value
+        )
 
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, KEPT, extrasaction="ignore", lineterminator="\n")
@@ -202,13 +274,25 @@ def write_csv(rows: list[dict[str, Any]], path: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", help="a file of configs/ with its argument")
     parser.add_argument("--seeds", default="0:20", help="first:end")
-    parser.add_argument("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config to change")
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config to change"
+    )
     parser.add_argument("--json", default=None, help="file that rows are added to")
-    parser.add_argument("--summary", nargs="*", default=[], metavar="FILE", help="only print the table of these files")
-    parser.add_argument("--csv", default=None, help="file that the rows of the --summary are written to")
+    parser.add_argument(
+        "--summary",
+        nargs="*",
+        default=[],
+        metavar="FILE",
+        help="only print the table of these files",
+    )
+    parser.add_argument(
+        "--csv", default=None, help="file that the rows of the --summary are written to"
+    )
     parser.add_argument("--figure", default=None, help="picture of the rows of the --summary")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 240)
@@ -222,7 +306,10 @@ def main() -> None:
         return
     if options.config is None:
         parser.error("give a --config, or files for a --summary.")
-    changes = {field: ast.literal_eval(value) for field, value in (entry.split("=", 1) for entry in options.set)}
+    changes = {
+        field: ast.literal_eval(value)
+        for field, value in (entry.split("=", 1) for entry in options.set)
+    }
     file = None if options.json is None else Path(options.json)
     rows = json.loads(file.read_text()) if file is not None and file.exists() else []
     done = {(row["config"], row["seed"], json.dumps(row["changes"])) for row in rows}
@@ -230,7 +317,9 @@ def main() -> None:
         if (options.config, seed, json.dumps(changes)) in done:
             continue
         rows.append(run(options.config, seed, changes))
-        console.print({key: rows[-1].get(key) for key in ("seed", "success", *SHOWN, "seconds", "error")})
+        console.print(
+            {key: rows[-1].get(key) for key in ("seed", "success", *SHOWN, "seconds", "error")}
+        )
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_text(json.dumps(rows, indent=1))

@@ -20,7 +20,7 @@ import matplotlib
 import numpy as np
 import recovery
 
-from apd_jax import recipe
+from apd_jax.recipe import stages as recipe
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
 PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2,told"  # of k, to have something to multiply
@@ -28,10 +28,17 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "k": (("apd.topk",), ("apd.topk",)),
     "simplicity": (
         ("apd.simplicity_coeff",),
-        tuple(f"recipe.{s}.{f}" for s in recipe.STAGES[:3] for f in ("simplicity_coeff", "simplicity_coeff_final")),
+        tuple(
+            f"recipe.{s}.{f}"
+            for s in recipe.STAGES[:3]
+            for f in ("simplicity_coeff", "simplicity_coeff_final")
+        ),
     ),
     "minimality": (("apd.minimality_coeff",), ("recipe.minimality_coeff",)),
-    "learning rate": (("apd.learning_rate",), tuple(f"recipe.{s}.learning_rate" for s in recipe.STAGES)),
+    "learning rate": (
+        ("apd.learning_rate",),
+        tuple(f"recipe.{s}.learning_rate" for s in recipe.STAGES),
+    ),
     "C": (("apd.num_components",), ("apd.num_components",)),
     "rank": (("apd.rank",), ("apd.rank",)),
 }
@@ -50,19 +57,34 @@ def changed(name: str, fields: tuple[str, ...], factor: float) -> dict[str, Any]
 
 
 def found(row: dict[str, Any]) -> bool:
-    return "error" not in row and row["num_features_owned"] == row["num_features"] and row["mmcs_one_to_one"] >= 0.99
+    return (
+        "error" not in row
+        and row["num_features_owned"] == row["num_features"]
+        and row["mmcs_one_to_one"] >= 0.99
+    )
 
 
 BARS = {"features found": found, "success": lambda row: row["success"]}
 
 
-def rates(rows: list[dict[str, Any]], met: Callable[[dict[str, Any]], bool]) -> dict[str, dict[str, list[float]]]:
+def rates(
+    rows: list[dict[str, Any]], met: Callable[[dict[str, Any]], bool]
+) -> dict[str, dict[str, list[float]]]:
     """{setting: {config: share of seeds that meet the bar, by factor}}."""
     shares: dict[str, dict[str, list[float]]] = {}
     for setting in FIELDS:
         for name in (PAPER, OURS):
-            here = [[met(r) for r in rows if (r["config"], r["setting"], r["factor"]) == (name, setting, f)] for f in FACTORS]
-            shares.setdefault(setting, {})[name] = [float(np.mean(h)) if h else float("nan") for h in here]
+            here = [
+                [
+                    met(r)
+                    for r in rows
+                    if (r["config"], r["setting"], r["factor"]) == (name, setting, f)
+                ]
+                for f in FACTORS
+            ]
+            shares.setdefault(setting, {})[name] = [
+                float(np.mean(h)) if h else float("nan") for h in here
+            ]
     return shares
 
 
@@ -71,7 +93,9 @@ def draw(shares: dict[str, dict[str, dict[str, list[float]]]], path: str) -> Non
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(2, 3, figsize=(9.5, 5.5), sharex=True, sharey=True, layout="constrained")
+    figure, axes = plt.subplots(
+        2, 3, figsize=(9.5, 5.5), sharex=True, sharey=True, layout="constrained"
+    )
     for axis, setting in zip(axes.flat, FIELDS, strict=True):
         for name, label, style in ((PAPER, "paper's recipe", "C1o"), (OURS, "our recipe", "C0s")):
             for bar, by_setting in shares.items():
@@ -81,17 +105,28 @@ def draw(shares: dict[str, dict[str, dict[str, list[float]]]], path: str) -> Non
                     "markerfacecolor": None if strict else "white",
                     "markersize": 5 if strict else 8,
                 }
-                axis.semilogx(FACTORS, by_setting[setting][name], style, label=f"{label}: {bar}", zorder=3 if strict else 2, **look)
+                axis.semilogx(
+                    FACTORS,
+                    by_setting[setting][name],
+                    style,
+                    label=f"{label}: {bar}",
+                    zorder=3 if strict else 2,
+                    **look,
+                )
         axis.set_title(setting)
         axis.set_ylim(-0.05, 1.05)
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False)
+    figure.legend(
+        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2, frameon=False
+    )
     figure.supxlabel("factor on the shipped value")
     figure.supylabel("share of seeds")
     figure.savefig(path, dpi=120)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", required=True)
     parser.add_argument("--seeds", default="0:5", help="first:end")
     parser.add_argument("--figure", default=None)
@@ -106,25 +141,44 @@ def main() -> None:
                     if (name, setting, factor, seed) in done:
                         continue
                     shipped = [
-                        done[key] for other in FIELDS if factor == 1 and (key := (name, other, factor, seed)) in done
+                        done[key]
+                        for other in FIELDS
+                        if factor == 1 and (key := (name, other, factor, seed)) in done
                     ]  # one run for all
-                    row = (shipped[0] if shipped else recovery.run(name, seed, changed(name, own, factor))) | {
+                    row = (
+                        shipped[0]
+                        if shipped
+                        else recovery.run(name, seed, changed(name, own, factor))
+                    ) | {
                         "setting": setting,
                         "factor": factor,
                     }
                     rows.append(row)
                     done[name, setting, factor, seed] = row
                     met = [bar for bar, met in BARS.items() if met(row)]
-                    print(setting, name, f"{factor:.2g}", seed, ", ".join(met) or row.get("error", "lost"), flush=True)
+                    print(
+                        setting,
+                        name,
+                        f"{factor:.2g}",
+                        seed,
+                        ", ".join(met) or row.get("error", "lost"),
+                        flush=True,
+                    )
                     file.parent.mkdir(parents=True, exist_ok=True)
                     file.write_text(json.dumps(rows, indent=1))
     shares = {bar: rates(rows, met) for bar, met in BARS.items()}
     for bar, by_setting in shares.items():
         print(bar)
         for setting, by_config in by_setting.items():
-            each = (f"{name}: " + " ".join(f"{share:.2f}" for share in values) for name, values in by_config.items())
+            each = (
+                f"{name}: " + " ".join(f"{share:.2f}" for share in values)
+                for name, values in by_config.items()
+            )
             print(f"{setting:15}", *each, sep="   ")
-        areas = {name: float(np.nanmean([by_config[name] for by_config in by_setting.values()])) for name in (PAPER, OURS)}
+        areas = {
+            name: float(np.nanmean([by_config[name] for by_config in by_setting.values()]))
+            for name in (PAPER, OURS)
+        }
         ratio = f"ratio {areas[OURS] / areas[PAPER]:.2f}" if areas[PAPER] else "no ratio to 0"
         print(f"mean share: {areas}, {ratio}")
     if options.figure:

@@ -27,8 +27,9 @@ import pod
 from common import Steps, load_config, measure_peaks, show, write_json
 from scipy.optimize import nnls
 
-from apd_jax import attributions, dispatch, losses, sparse
-from apd_jax import step as step_lib
+from apd_jax import attributions, losses
+from apd_jax.forward import dispatch, sparse
+from apd_jax.train import step as step_lib
 
 BASE = {"C": 64, "rank": 16, "batch": 512}
 GRID = {"C": (16, 32, 128, 256), "rank": (4, 8, 32), "batch": (128, 256, 1024, 2048)}
@@ -48,16 +49,25 @@ def build(point: dict[str, int], steps: int, *, quick: bool, num_devices: int | 
 
 def term_gflop(running: Steps) -> dict[str, float]:
     """Operations of the products in each term."""
-    target, params, config, cs = running.target, running.params, running.config, running.state.components
+    target, params, config, cs = (
+        running.target,
+        running.params,
+        running.config,
+        running.state.components,
+    )
     x = target.sample_fn(jax.random.key(0), 0)
     mask = jax.numpy.zeros((config.batch_size, config.num_components), bool)
 
     def sparse_loss(cs):
-        out = sparse.apply(target.apply_fn, params, cs, mask, x, slots=dispatch.slots_for(config.topk, *mask.shape))
+        out = sparse.apply(
+            target.apply_fn, params, cs, mask, x, slots=dispatch.slots_for(config.topk, *mask.shape)
+        )
         return losses.minimality(step_lib.split_result(out)[0], x)
 
     programs = {
-        "attributions": lambda cs: attributions.squared("gradient", target.attribution_fn or target.apply_fn, params, cs, x),
+        "attributions": lambda cs: attributions.squared(
+            "gradient", target.attribution_fn or target.apply_fn, params, cs, x
+        ),
         "sparse_pass": jax.grad(sparse_loss),
         "faithfulness": jax.grad(lambda cs: losses.faithfulness(cs, params)),
     }
@@ -102,7 +112,10 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def efficiencies(model: dict[str, Any], matmul_gflops: float, overall: float) -> dict[str, float]:
     """Share of the matmul peak per term, at most 1; where the fit gives a term no time of its own, the share of the whole step."""
-    return {name: min(1.0, 1e3 / ms / matmul_gflops if ms > 0 else overall) for name, ms in model["ms_per_gflop"].items()}
+    return {
+        name: min(1.0, 1e3 / ms / matmul_gflops if ms > 0 else overall)
+        for name, ms in model["ms_per_gflop"].items()
+    }
 
 
 def on_devices() -> list[dict[str, Any]]:
@@ -110,11 +123,18 @@ def on_devices() -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for n in DEVICES:
         running = build(BASE | {"batch": 64, "C": 16}, 3, quick=True, num_devices=n)
-        summed = [v.aval for eqn, _ in bounds.equations(running.traced(n)) if eqn.primitive.name.startswith("psum") for v in eqn.invars]
+        summed = [
+            v.aval
+            for eqn, _ in bounds.equations(running.traced(n))
+            if eqn.primitive.name.startswith("psum")
+            for v in eqn.invars
+        ]
         rows.append(
             {
                 "devices": n,
-                "gradient_bytes": sum(a.size * a.dtype.itemsize for a in summed if a.ndim) if n > 1 else 0,
+                "gradient_bytes": sum(a.size * a.dtype.itemsize for a in summed if a.ndim)
+                if n > 1
+                else 0,
                 "scalars": sum(not a.ndim for a in summed) if n > 1 else 0,
                 "total": np.asarray(running.call()["total"]).tolist(),
             }
@@ -126,12 +146,28 @@ def on_devices() -> list[dict[str, Any]]:
 
 
 def tables(result: dict[str, Any], markdown: bool) -> None:
-    columns = {"C": "C", "rank": "rank", "batch": "batch", "ms": "ms", "model ms": "model_ms", "temporaries MiB": "temporaries_mib"}
-    columns |= {"state MiB": "state_mib", "parameters, M": "params_m"} | {f"{name} GFLOP": name for name in TERMS}
-    show(f"Time and memory of a step, {result['device']}", result["rows"], columns, markdown=markdown)
+    columns = {
+        "C": "C",
+        "rank": "rank",
+        "batch": "batch",
+        "ms": "ms",
+        "model ms": "model_ms",
+        "temporaries MiB": "temporaries_mib",
+    }
+    columns |= {"state MiB": "state_mib", "parameters, M": "params_m"} | {
+        f"{name} GFLOP": name for name in TERMS
+    }
+    show(
+        f"Time and memory of a step, {result['device']}", result["rows"], columns, markdown=markdown
+    )
     model = result["model"]
     fitted = [
-        {"term": f"{name}, per GFLOP", "ms": ms, "peak": f"{result['efficiency'][name]:.0%}" + ("" if ms > 0 else " (of the whole step)")}
+        {
+            "term": f"{name}, per GFLOP",
+            "ms": ms,
+            "peak": f"{result['efficiency'][name]:.0%}"
+            + ("" if ms > 0 else " (of the whole step)"),
+        }
         for name, ms in model["ms_per_gflop"].items()
     ]
     fitted += [
@@ -140,24 +176,47 @@ def tables(result: dict[str, Any], markdown: bool) -> None:
     ]
     fitted += [{"term": "model is off by, median", "ms": f"{model['median_relative_error']:.0%}"}]
     fitted += [{"term": "model is off by, at most", "ms": f"{model['largest_relative_error']:.0%}"}]
-    show("Fitted cost model", fitted, {"term": "term", "ms": "ms", "share of matmul peak": "peak"}, markdown=markdown)
+    show(
+        "Fitted cost model",
+        fitted,
+        {"term": "term", "ms": "ms", "share of matmul peak": "peak"},
+        markdown=markdown,
+    )
     columns = {
         "devices": "devices",
         "gradient, bytes": "gradient_bytes",
         "scalars in the program": "scalars",
         "loss differs by": "loss_differs_by",
     }
-    show("Data parallel over virtual devices: summed per step and device", result["devices"], columns, markdown=markdown)
+    show(
+        "Data parallel over virtual devices: summed per step and device",
+        result["devices"],
+        columns,
+        markdown=markdown,
+    )
     columns = {name: name for name in result["pod"][0]}
-    show(f"On paper: a 124M-parameter transformer on a v5e-{pod.CHIPS}, meshes data x component", result["pod"], columns, markdown=markdown)
+    show(
+        f"On paper: a 124M-parameter transformer on a v5e-{pod.CHIPS}, meshes data x component",
+        result["pod"],
+        columns,
+        markdown=markdown,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--json", default=None)
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, for a look whether everything runs")
-    parser.add_argument("--devices-only", action="store_true", help="the table of virtual devices, as JSON (used by the others)")
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny shapes, for a look whether everything runs"
+    )
+    parser.add_argument(
+        "--devices-only",
+        action="store_true",
+        help="the table of virtual devices, as JSON (used by the others)",
+    )
     options = parser.parse_args()
     if options.devices_only:
         write_json(options.json, on_devices())
@@ -166,7 +225,11 @@ def main() -> None:
     points = [base] + [base | {name: value} for name, values in grid.items() for value in values]
     rows = [measure(point, quick=options.quick) for point in points]
     model, peaks = fit(rows), measure_peaks()
-    overall = float(np.median([sum(row[name] for name in TERMS) / row["ms"] for row in rows])) * 1e3 / peaks.matmul_gflops
+    overall = (
+        float(np.median([sum(row[name] for name in TERMS) / row["ms"] for row in rows]))
+        * 1e3
+        / peaks.matmul_gflops
+    )
     efficiency = efficiencies(model, peaks.matmul_gflops, overall)
     result = {
         "device": jax.devices()[0].device_kind,
@@ -187,7 +250,11 @@ def devices_in_another_process() -> list[dict[str, Any]]:
         file = Path(folder) / "devices.json"
         flags = f"--xla_force_host_platform_device_count={max(DEVICES)} {os.environ.get('XLA_FLAGS', '')}"
         environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        subprocess.run([sys.executable, __file__, "--devices-only", "--json", str(file)], env=environment, check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--devices-only", "--json", str(file)],
+            env=environment,
+            check=True,
+        )
         return json.loads(file.read_text())
 
 

@@ -27,9 +27,10 @@ import optax
 from absl import app, flags, logging
 from common import Steps, load_config, looped_s, measure_peaks, peak_memory_gib, show, write_json
 
-from apd_jax import attributions, dispatch, losses, sparse, targets
-from apd_jax import step as step_lib
+from apd_jax import attributions, losses, targets
+from apd_jax.forward import dispatch, sparse
 from apd_jax.targets import pretrain
+from apd_jax.train import step as step_lib
 
 # setting -> (config file, variant, batch size, steps in a window, steps of a published run,
 #             the released PyTorch code: ms per step and GiB on 2 CPU cores whose matmul peak was 330 GFLOP/s)
@@ -48,31 +49,50 @@ _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 _SETTINGS = flags.DEFINE_list("settings", list(SETTINGS), "Which settings to time.")
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "Print tables for the docs.")
 _QUICK = flags.DEFINE_bool("quick", False, "Small versions, for a look whether everything runs.")
-_ONE = flags.DEFINE_string("one", None, "Time one setting in this process and print its row (used by the others).")
+_ONE = flags.DEFINE_string(
+    "one", None, "Time one setting in this process and print its row (used by the others)."
+)
 
 
 def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]:
     """The step's parts, each alone. A carry multiplied by 1e-30 keeps XLA from moving the work out of the loop."""
     cs, x = state.components, target.sample_fn(key, 0)
     mask_fn, optimizer = step_lib.make_mask_fn(config), step_lib.make_optimizer(config)
-    scores = jax.jit(lambda cs: attributions.squared("gradient", target.attribution_fn, params, cs, x))(cs)
+    scores = jax.jit(
+        lambda cs: attributions.squared("gradient", target.attribution_fn, params, cs, x)
+    )(cs)
     mask = mask_fn(scores, x)
-    fixed = {"params": params, "x": x, "mask": mask, "target": step_lib.split_result(target.apply_fn(params, x))}
+    fixed = {
+        "params": params,
+        "x": x,
+        "mask": mask,
+        "target": step_lib.split_result(target.apply_fn(params, x)),
+    }
 
     def descend(loss: Callable) -> Callable:
-        return lambda cs, i, fixed: jax.tree.map(lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs, fixed))
+        return lambda cs, i, fixed: jax.tree.map(
+            lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs, fixed)
+        )
 
     def sparse_loss(cs, fixed):
         slots = dispatch.slots_for(config.topk, *mask.shape)
-        result = sparse.apply(target.apply_fn, fixed["params"], cs, fixed["mask"], fixed["x"], slots=slots)
+        result = sparse.apply(
+            target.apply_fn, fixed["params"], cs, fixed["mask"], fixed["x"], slots=slots
+        )
         (out, hidden), (target_out, target_hidden) = step_lib.split_result(result), fixed["target"]
         loss = losses.minimality(out, target_out)
-        return loss + losses.hidden_reconstruction(hidden, target_hidden) if config.hidden_reconstruction_coeff else loss
+        return (
+            loss + losses.hidden_reconstruction(hidden, target_hidden)
+            if config.hidden_reconstruction_coeff
+            else loss
+        )
 
     def attribute(carry, i, fixed):
         cs, total = carry
         moved = fixed["x"] * (1 + 1e-30 * total[:1, :1])
-        return cs, total + attributions.squared("gradient", target.attribution_fn, fixed["params"], cs, moved)
+        return cs, total + attributions.squared(
+            "gradient", target.attribution_fn, fixed["params"], cs, moved
+        )
 
     def update(carry, i, fixed):
         cs, opt_state = carry
@@ -85,10 +105,15 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
         "mask": (lambda a, i, fixed: a + 1e-30 * mask_fn(a, x), scores),
         "sparse_pass": (descend(sparse_loss), cs),
         "faithfulness": (descend(lambda cs, fixed: losses.faithfulness(cs, fixed["params"])), cs),
-        "simplicity": (descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], config.schatten_p)), cs),
+        "simplicity": (
+            descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], config.schatten_p)),
+            cs,
+        ),
         "optimizer": (update, (cs, state.opt_state)),
     }
-    return {name: 1e3 * looped_s(body, carry, fixed, steps) for name, (body, carry) in parts.items()}
+    return {
+        name: 1e3 * looped_s(body, carry, fixed, steps) for name, (body, carry) in parts.items()
+    }
 
 
 def largest_operations(call: Callable[[], Any], steps: int, num: int = 5) -> list[dict[str, Any]]:
@@ -103,15 +128,25 @@ def largest_operations(call: Callable[[], Any], steps: int, num: int = 5) -> lis
         for plane in on_device or planes:
             for line in plane.lines:
                 for event in line.events:
-                    if not any(word in event.name for word in ("Execut", "while", "::", "$", "(", " ")):
+                    if not any(
+                        word in event.name for word in ("Execut", "while", "::", "$", "(", " ")
+                    ):
                         took[event.name] += event.duration_ns
-    return [{"operation": name, "ms_per_step": ns / 1e6 / steps} for name, ns in took.most_common(num)]
+    return [
+        {"operation": name, "ms_per_step": ns / 1e6 / steps} for name, ns in took.most_common(num)
+    ]
 
 
 def floor_gib() -> float:
     """What a process takes that imports jax and these modules, and adds two numbers."""
     code = "import common, jax; jax.numpy.add(1, 1).block_until_ready(); print(common.peak_memory_gib())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=Path(__file__).parent,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     return float(done.stdout.split()[-1])
 
 
@@ -121,7 +156,9 @@ def time_setting(name: str, quick: bool) -> dict[str, Any]:
     batch_size, steps, windows = (32, 2, 2) if quick else (batch_size, steps, 7)
     params = None
     if not quick:
-        params, _ = pretrain.pretrain(targets.build(experiment.target, batch_size), experiment.target)
+        params, _ = pretrain.pretrain(
+            targets.build(experiment.target, batch_size), experiment.target
+        )
     running = Steps.build(experiment, params, steps=steps, batch_size=batch_size)
     ms, compile_s = running.ms_and_compile_s(windows)
     used = peak_memory_gib()
@@ -140,7 +177,10 @@ def time_setting(name: str, quick: bool) -> dict[str, Any]:
         "original_ms_per_step": original_ms,
         "original_peak_rss_gib": original_gib,
         "times_faster": original_ms / ms,
-        "times_faster_at_equal_matmul_peak": original_ms / ms * ORIGINAL_GFLOPS / peaks.matmul_gflops,
+        "times_faster_at_equal_matmul_peak": original_ms
+        / ms
+        * ORIGINAL_GFLOPS
+        / peaks.matmul_gflops,
         "full_run_minutes": full_run * ms / 6e4,
         **limits,
         "times_bound": ms / limits["bound_ms"],
@@ -150,14 +190,18 @@ def time_setting(name: str, quick: bool) -> dict[str, Any]:
         "device": jax.local_devices()[0].device_kind,
         "num_devices": jax.local_device_count(),
         "largest_operations": largest_operations(running.call, steps),
-        "parts_ms": parts_ms(running.target, running.params, running.state, running.config, jax.random.key(0), steps),
+        "parts_ms": parts_ms(
+            running.target, running.params, running.state, running.config, jax.random.key(0), steps
+        ),
     }
 
 
 def tables(rows: list[dict[str, Any]], markdown: bool) -> None:
     for row in rows:
         quarter = row["original_peak_rss_gib"] / 4
-        row["quarter"] = f"{quarter:.2f}" + (" (below the floor)" if quarter < row["floor_gib"] else "")
+        row["quarter"] = f"{quarter:.2f}" + (
+            " (below the floor)" if quarter < row["floor_gib"] else ""
+        )
         row["share"] = f"{row['share_of_matmul_peak']:.0%}"
         row |= {f"{part} bound": ms for part, ms in row["bound_parts_ms"].items()}
         row |= {f"part {name}": ms for name, ms in row["parts_ms"].items()}
@@ -201,7 +245,11 @@ def tables(rows: list[dict[str, Any]], markdown: bool) -> None:
     show("Peaks measured in the same process", rows, columns, markdown=markdown)
     columns = {"setting": "setting"} | {name: f"part {name}" for name in rows[0]["parts_ms"]}
     show("ms of each part, timed alone", rows, columns, markdown=markdown)
-    operations = [{"setting": row["setting"], **operation} for row in rows for operation in row["largest_operations"]]
+    operations = [
+        {"setting": row["setting"], **operation}
+        for row in rows
+        for operation in row["largest_operations"]
+    ]
     show(
         "The five largest operations",
         operations,
@@ -219,7 +267,9 @@ def main(argv) -> None:
         print(f"unknown settings {sorted(unknown)}; known: {', '.join(SETTINGS)}.", file=sys.stderr)
         sys.exit(2)
     rows = []
-    for name in [name for name in _SETTINGS.value if name in QUICK] if _QUICK.value else _SETTINGS.value:
+    for name in (
+        [name for name in _SETTINGS.value if name in QUICK] if _QUICK.value else _SETTINGS.value
+    ):
         command = [sys.executable, __file__, f"--one={name}", f"--quick={_QUICK.value}"]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(child.stdout.splitlines()[-1]))

@@ -9,8 +9,8 @@ About 20 s of CPU time for the target and 80 s for the decomposition.
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import one_of
+from apd_jax.methods.config import default_config
 
 VARIANTS = ("smoke",)
 
@@ -21,7 +21,9 @@ def get_config(arg: str = "") -> ConfigDict:
     Raises:
       InputError: an unknown variant.
     """
-    variants = {one_of("digits variant", variant, VARIANTS) for variant in arg.split(",") if variant}
+    variants = {
+        one_of("digits variant", variant, VARIANTS) for variant in arg.split(",") if variant
+    }
 
     config = ConfigDict()
     config.seed = 0  # the run's; the three below follow it unless they are set themselves
@@ -44,7 +46,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = 20
     config.apd.topk = 2.0  # with 1, one component comes to hold everything that all digits share, and nothing else lives
-    config.apd.attribution_metric = "mse"  # in kl, images that the target is sure of hardly count in the mask of a whole batch
+    config.apd.attribution_metric = (
+        "mse"  # in kl, images that the target is sure of hardly count in the mask of a whole batch
+    )
     config.apd.minimality_loss = "kl"
     config.apd.sparse_route = "masked"  # materialised kernels, one per image, make slow convolutions: 40 times the time on a CPU
     config.apd.faithfulness_coeff = 100.0  # weights are small beside a distance in nats
@@ -63,7 +67,9 @@ def get_config(arg: str = "") -> ConfigDict:
         config.target.pretrain.batch_size = 32
         config.apd.num_steps = 20
         config.apd.batch_size = 32
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
         config.evaluation.batch_size = 32
     return config.lock()

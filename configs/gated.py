@@ -12,8 +12,8 @@ that find all functions, a rate over seeds; `instances` lists them one by one.
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import default_config
 
 SETTINGS = ("paper", "short")
 GATES = ("bias", "weights")
@@ -25,10 +25,16 @@ def get_config(arg: str = "paper") -> ConfigDict:
     Raises:
       InputError: an unknown variant, two settings, or two gates.
     """
-    variants = {one_of("gated variant", variant, (*SETTINGS, *GATES, "smoke")) for variant in arg.split(",") if variant}
+    variants = {
+        one_of("gated variant", variant, (*SETTINGS, *GATES, "smoke"))
+        for variant in arg.split(",")
+        if variant
+    }
     settings, gates = sorted(variants & set(SETTINGS)) or ["paper"], sorted(variants & set(GATES))
     if len(settings) > 1 or len(gates) > 1:
-        raise InputError(f"gated variant {arg!r} names {' and '.join(settings if len(settings) > 1 else gates)}; give one of them.")
+        raise InputError(
+            f"gated variant {arg!r} names {' and '.join(settings if len(settings) > 1 else gates)}; give one of them."
+        )
     short = settings == ["short"]
 
     config = ConfigDict()
@@ -79,7 +85,9 @@ def get_config(arg: str = "paper") -> ConfigDict:
         config.apd.num_instances = 1
         config.apd.num_steps = 40
         config.apd.batch_size = 64
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
         config.evaluation.batch_size = 64
     return config.lock()

@@ -10,8 +10,8 @@ About 45 s of CPU time for the target and 150 s for the decomposition.
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import one_of
+from apd_jax.methods.config import default_config
 
 VARIANTS = ("position", "smoke")
 
@@ -22,7 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
     Raises:
       InputError: an unknown variant.
     """
-    variants = {one_of("induction variant", variant, VARIANTS) for variant in arg.split(",") if variant}
+    variants = {
+        one_of("induction variant", variant, VARIANTS) for variant in arg.split(",") if variant
+    }
 
     config = ConfigDict()
     config.seed = 0  # the run's; the three below follow it unless they are set themselves
@@ -60,7 +62,9 @@ def get_config(arg: str = "") -> ConfigDict:
     if "position" in variants:
         # The lowest error of five settings (k from 0.5 to 2, simplicity 10 to 100, rank 8 or full), judged without the two heads.
         config.apd.mask_per = "position"
-        config.apd.attribution_mode = "probe"  # exact attributions take a backward pass for each of the 272 outputs
+        config.apd.attribution_mode = (
+            "probe"  # exact attributions take a backward pass for each of the 272 outputs
+        )
         config.apd.num_probes = 4
         config.apd.topk = 1.5  # per position
         config.apd.faithfulness_coeff = 1000.0
@@ -78,7 +82,9 @@ def get_config(arg: str = "") -> ConfigDict:
         config.target.pretrain.batch_size = 32
         config.apd.num_steps = 20
         config.apd.batch_size = 32
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
         config.evaluation.batch_size = 32
     return config.lock()

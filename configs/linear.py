@@ -13,8 +13,8 @@ import re
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import default_config
 
 
 def get_config(arg: str = "1x8") -> ConfigDict:
@@ -25,7 +25,11 @@ def get_config(arg: str = "1x8") -> ConfigDict:
     """
     variants = [variant for variant in arg.split(",") if variant]
     sizes = [variant for variant in variants if re.fullmatch(r"[1-9]\d*x[1-9]\d*", variant)]
-    smoke = {one_of("linear variant (sizes NxS or a name)", v, ("1x8", "smoke")) for v in variants if v not in sizes}
+    smoke = {
+        one_of("linear variant (sizes NxS or a name)", v, ("1x8", "smoke"))
+        for v in variants
+        if v not in sizes
+    }
     if len(sizes) > 1:
         raise InputError(f"linear variant {arg!r} names {' and '.join(sizes)}; give one of them.")
     num_blocks, block_size = map(int, (sizes or ["1x8"])[0].split("x"))
@@ -61,6 +65,8 @@ def get_config(arg: str = "1x8") -> ConfigDict:
     if smoke:
         config.apd.num_steps = 40
         config.apd.batch_size = 64
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
     return config.lock()

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import one_of
-from apd_jax.recipe import STAGES, default_recipe
+from apd_jax.methods.config import default_config
+from apd_jax.recipe.stages import STAGES, default_recipe
 
 # (mechanisms, probability of each), from the target's own fields
 SIZES = {
@@ -42,7 +42,9 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     name, *rest = arg.split(",")
     one_of("recipe target", name, tuple(SIZES))
     own = {"told", "learned"} | ({"split"} if name == "resid_mlp" else set())
-    told, learned, split = (variant in own and variant in rest for variant in ("told", "learned", "split"))
+    told, learned, split = (
+        variant in own and variant in rest for variant in ("told", "learned", "split")
+    )
     rest = [variant for variant in rest if variant not in own]
     base = _load(name).get_config(*[",".join(rest)] if rest else [])
     mechanisms, probability = SIZES[name](base.target)
@@ -53,15 +55,21 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.target.seed = config.get_oneway_ref("seed")
     config.apd = default_config()
     config.apd.seed = config.get_oneway_ref("seed")
-    config.apd.rank = 2 if name == "resid_mlp" else base.apd.rank  # full rank (50) would cost many times as much
+    config.apd.rank = (
+        2 if name == "resid_mlp" else base.apd.rank
+    )  # full rank (50) would cost many times as much
     config.apd.num_components = round((1.3 if name == "resid_mlp" else 2) * mechanisms)  # likewise
     if name == "tms" and base.target.hidden != "none":
         config.apd.num_components += 1  # room for what is always on, which the recipe finds
     elif name == "resid_mlp" and not split:
-        config.apd.num_components += -(-base.target.d_mlp // config.apd.rank)  # that hold a matrix of full rank between them
+        config.apd.num_components += -(
+            -base.target.d_mlp // config.apd.rank
+        )  # that hold a matrix of full rank between them
     config.apd.topk = mechanisms * probability if told or name == "gated" else 0.0  # 0: found
     config.apd.batch_size = 256 if name == "resid_mlp" else 512
-    config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)  # whether; how strongly, the recipe says
+    config.apd.hidden_reconstruction_coeff = float(
+        name in HIDDEN
+    )  # whether; how strongly, the recipe says
     config.recipe = default_recipe()
     config.recipe.find_always_on = not split
     if learned:
@@ -72,14 +80,18 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.evaluation.seed = config.get_oneway_ref("seed")
     if "smoke" in rest:
         config.apd.batch_size = 64
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 5
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 5
         config.recipe.restarts = 2
         config.recipe.update({stage: {"num_steps": 10} for stage in STAGES})
     return config.lock()
 
 
 def _load(name: str):
-    spec = importlib.util.spec_from_file_location(f"apd_jax_config_{name}", Path(__file__).with_name(f"{name}.py"))
+    spec = importlib.util.spec_from_file_location(
+        f"apd_jax_config_{name}", Path(__file__).with_name(f"{name}.py")
+    )
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

@@ -16,8 +16,8 @@ import re
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import default_config
 
 LAYERS = {"1layer": 1, "2layer": 2, "3layer": 3}
 MODIFIERS = ("long", "clean", "smoke")
@@ -31,14 +31,20 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     """
     given = [variant for variant in arg.split(",") if variant]
     sizes = [variant for variant in given if re.fullmatch(r"[1-9]\d*-[1-9]\d*", variant)]
-    variants = {one_of("ResidMLP variant", v, (*LAYERS, *MODIFIERS)) for v in given if v not in sizes}
+    variants = {
+        one_of("ResidMLP variant", v, (*LAYERS, *MODIFIERS)) for v in given if v not in sizes
+    }
     layers = sorted(variants & set(LAYERS)) or ["1layer"]
     if len(layers) > 1 or len(sizes) > 1:
-        raise InputError(f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; give one of them.")
+        raise InputError(
+            f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; give one of them."
+        )
     num_layers = LAYERS[layers[0]]
     F, M = map(int, (sizes or ["102-51" if num_layers == 3 else "100-50"])[0].split("-"))
     if M % num_layers:
-        raise InputError(f"ResidMLP variant {arg!r}: {M} neurons cannot be split over {num_layers} layers; give a multiple.")
+        raise InputError(
+            f"ResidMLP variant {arg!r}: {M} neurons cannot be split over {num_layers} layers; give a multiple."
+        )
 
     config = ConfigDict()
     config.seed = 0  # the run's; the three below follow it unless they are set themselves
@@ -80,7 +86,9 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.apd.hidden_reconstruction_coeff = 1.0
     config.apd.schatten_p = 0.9
     config.apd.unit_norm_U = num_layers == 1
-    config.apd.steps_per_call = 10  # a step takes 0.1 s and more on a CPU: an interruption waits for the end of a call
+    config.apd.steps_per_call = (
+        10  # a step takes 0.1 s and more on a CPU: an interruption waits for the end of a call
+    )
     # 3 layers: the paper prints no setting that works ("struggled"); this is the one of 2 layers.
 
     config.evaluation = ConfigDict()
@@ -101,7 +109,9 @@ def get_config(arg: str = "1layer") -> ConfigDict:
         config.apd.num_components = 15
         config.apd.num_steps = 40
         config.apd.batch_size = 32
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
         config.evaluation.batch_size = 64
     if "clean" in variants:

@@ -13,8 +13,8 @@ import re
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import default_config
 
 MODIFIERS = {"id": "identity", "rotation": "rotation", "smoke": None}
 SIZES = ("40-10", "5-2")  # any other F-H is derived from the first
@@ -28,10 +28,16 @@ def get_config(arg: str = "40-10") -> ConfigDict:
     """
     variants = [variant for variant in arg.split(",") if variant]
     sizes = [variant for variant in variants if re.fullmatch(r"[1-9]\d*-[1-9]\d*", variant)]
-    modifiers = {one_of("TMS variant (sizes F-H or a name)", variant, (*SIZES, *MODIFIERS)) for variant in variants if variant not in sizes}
+    modifiers = {
+        one_of("TMS variant (sizes F-H or a name)", variant, (*SIZES, *MODIFIERS))
+        for variant in variants
+        if variant not in sizes
+    }
     hidden = sorted(modifiers - {"smoke"})
     if len(sizes) > 1 or len(hidden) > 1:
-        raise InputError(f"TMS variant {arg!r} names {' and '.join(sizes if len(sizes) > 1 else hidden)}; give one of them.")
+        raise InputError(
+            f"TMS variant {arg!r} names {' and '.join(sizes if len(sizes) > 1 else hidden)}; give one of them."
+        )
     F, H = map(int, (sizes or SIZES)[0].split("-"))
 
     config = ConfigDict()
@@ -92,7 +98,9 @@ def get_config(arg: str = "40-10") -> ConfigDict:
         config.target.pretrain.batch_size = 128
         config.apd.num_steps = 40
         config.apd.batch_size = 128
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
         config.evaluation.batch_size = 64
     return config.lock()

@@ -14,8 +14,8 @@ import re
 
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import default_config
 
 SIZES = ("6x2-5", "8x3-10")  # any other GxS-H has the same settings
 
@@ -27,12 +27,16 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
       InputError: an unknown variant, or two sizes.
     """
     variants = [variant for variant in arg.split(",") if variant]
-    sizes = [variant for variant in variants if re.fullmatch(r"[1-9]\d*x[1-9]\d*-[1-9]\d*", variant)]
+    sizes = [
+        variant for variant in variants if re.fullmatch(r"[1-9]\d*x[1-9]\d*-[1-9]\d*", variant)
+    ]
     for variant in variants:
         if variant not in sizes:
             one_of("co-active TMS variant (sizes GxS-H or a name)", variant, (*SIZES, "smoke"))
     if len(sizes) > 1:
-        raise InputError(f"co-active TMS variant {arg!r} names {' and '.join(sizes)}; give one of them.")
+        raise InputError(
+            f"co-active TMS variant {arg!r} names {' and '.join(sizes)}; give one of them."
+        )
     G, S, H = map(int, re.split("[x-]", (sizes or SIZES)[0]))
 
     config = ConfigDict()
@@ -83,7 +87,9 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
         config.target.pretrain.batch_size = 128
         config.apd.num_steps = 40
         config.apd.batch_size = 128
-        config.apd.steps_per_call = config.apd.log_every_steps = config.apd.checkpoint_every_steps = 10
+        config.apd.steps_per_call = config.apd.log_every_steps = (
+            config.apd.checkpoint_every_steps
+        ) = 10
         config.evaluation.num_batches = 2
         config.evaluation.batch_size = 64
     return config.lock()

@@ -11,9 +11,15 @@ import subprocess
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--name", required=True, help="of the JobSet")
-    parser.add_argument("--image", required=True, help="container image with this repository as its working directory")
+    parser.add_argument(
+        "--image",
+        required=True,
+        help="container image with this repository as its working directory",
+    )
     parser.add_argument("--processes", required=True, type=int, help="pods")
     parser.add_argument("--gpus", default=8, type=int, help="GPUs per pod")
     parser.add_argument("--dry-run", action="store_true", help="print the JobSet and do nothing")

@@ -18,7 +18,10 @@ def _known_to_xla(flag: str) -> bool:
     spec = importlib.util.find_spec("jaxlib")
     assert spec is not None and spec.origin is not None
     for library in Path(spec.origin).parent.glob("*jax_common*.so"):
-        with library.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        with (
+            library.open("rb") as file,
+            mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content,
+        ):
             return content.find(flag.lstrip("-").partition("=")[0].encode()) >= 0
     return False
 
@@ -26,8 +29,15 @@ def _known_to_xla(flag: str) -> bool:
 # Before jax is imported. One thread per device keeps two test processes from fighting over two cores; programs here run once or
 # twice, so compiling them fast matters more than running them fast.
 XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-XLA_FLAGS += " ".join(filter(_known_to_xla, ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]))
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_force_host_platform_device_count=4".strip()
+XLA_FLAGS += " ".join(
+    filter(
+        _known_to_xla,
+        ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"],
+    )
+)
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_force_host_platform_device_count=4".strip()
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
 # Every test process and every command it starts share their compiled programs, for this session only.
@@ -57,11 +67,11 @@ import pytest
 from absl import flags
 from ml_collections import ConfigDict
 
-from apd_jax import cli as cli_lib
 from apd_jax import components as components_lib
 from apd_jax import default_config, targets
+from apd_jax.commands import cli as cli_lib
 from apd_jax.components import Components, Factors
-from apd_jax.step import TrainState
+from apd_jax.train.step import TrainState
 
 # jax also builds these pytree nodes from stand-ins (abstract shapes, one copy per device): what their fields hold is not checked.
 for node in (Factors, Components, TrainState):
@@ -72,14 +82,25 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"
-GOLDEN_NAMES = ("tms_small", "tms_5_2", "tms_id", "resid1_small", "resid2_small", "resid1_bias_gelu")
+GOLDEN_NAMES = (
+    "tms_small",
+    "tms_5_2",
+    "tms_id",
+    "resid1_small",
+    "resid2_small",
+    "resid1_bias_gelu",
+)
 
 
 def close(actual: Any, expected: Any, tolerance: float = 1e-5, err_msg: str = "") -> None:
     """Equal up to `tolerance` of the largest expected entry."""
     expected = np.asarray(expected)
     np.testing.assert_allclose(
-        actual, expected, rtol=0, atol=tolerance * max(np.max(np.abs(expected), initial=0.0), 1e-12), err_msg=err_msg
+        actual,
+        expected,
+        rtol=0,
+        atol=tolerance * max(np.max(np.abs(expected), initial=0.0), 1e-12),
+        err_msg=err_msg,
     )
 
 
@@ -149,15 +170,40 @@ class Golden:
 def load_golden(name: str) -> Golden:
     with np.load(GOLDEN / f"{name}.npz") as file:
         arrays = dict(file)
-    params = {_our_name(key.split("/")[1]): jnp.asarray(a) for key, a in arrays.items() if key.startswith("target/")}
+    params = {
+        _our_name(key.split("/")[1]): jnp.asarray(a)
+        for key, a in arrays.items()
+        if key.startswith("target/")
+    }
     config = ConfigDict({"feature_probability": 0.1, "pretrain": {"batch_size": 8}})
     if name.startswith("tms"):
         F, H = params["W"].shape
-        config.update({"name": "tms", "num_features": F, "d_hidden": H, "hidden": "identity" if "hidden" in params else "none"})
+        config.update(
+            {
+                "name": "tms",
+                "num_features": F,
+                "d_hidden": H,
+                "hidden": "identity" if "hidden" in params else "none",
+            }
+        )
     else:
         (F, D), layers = params["W_E"].shape, sum(key.startswith("mlp_in") for key in params)
-        config.update({"name": "resid_mlp", "num_features": F, "d_resid": D, "num_layers": layers, "d_mlp": params["mlp_in_0"].shape[1]})
-        config.update({"activation": "gelu" if "gelu" in name else "relu", "embedding": "random", "use_bias": "bias" in name})
+        config.update(
+            {
+                "name": "resid_mlp",
+                "num_features": F,
+                "d_resid": D,
+                "num_layers": layers,
+                "d_mlp": params["mlp_in_0"].shape[1],
+            }
+        )
+        config.update(
+            {
+                "activation": "gelu" if "gelu" in name else "relu",
+                "embedding": "random",
+                "use_bias": "bias" in name,
+            }
+        )
     target = targets.build(config, arrays["x"].shape[0])
     tree: dict[str, Any] = dict.fromkeys(params)
     for key in [key for key in arrays if key.startswith("components/") and key.endswith("/U")]:
@@ -217,7 +263,9 @@ def start_cli() -> Callable[..., subprocess.Popen]:
         flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
         env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
         command = [sys.executable, "-m", "apd_jax.main", *map(str, args)]
-        return subprocess.Popen(command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
 
     return start
 
@@ -235,19 +283,25 @@ def cli(start_cli: Callable[..., subprocess.Popen]) -> Callable[..., Finished]:
 
 
 @pytest.fixture
-def main_here(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Finished]:
+def main_here(
+    capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Finished]:
     """The same in this process, which saves the seconds of an import; on this process's 4 devices."""
 
     def run(*args: str, module: str = "apd_jax.main") -> Finished:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["main", *map(str, args)])  # where ml_collections looks for overrides
+        monkeypatch.setattr(
+            sys, "argv", ["main", *map(str, args)]
+        )  # where ml_collections looks for overrides
         for name in [name for name in flags.FLAGS if name.split(".")[0] in _FLAGS]:
             delattr(flags.FLAGS, name)
         sys.modules.pop(module, None)  # its flags are defined anew
         main = importlib.import_module(module)
         code = 0
         capsys.readouterr()
-        with warnings.catch_warnings():  # under Python 3.11 ml_collections loads a config file by a deprecated call
+        with (
+            warnings.catch_warnings()
+        ):  # under Python 3.11 ml_collections loads a config file by a deprecated call
             warnings.filterwarnings("ignore", "the load_module", DeprecationWarning)
             try:
                 main.main(cli_lib.parse(sys.argv, main._CONFIG))

@@ -22,19 +22,36 @@ def conv_strided_dilated():
     params = {"k1": draw(1, 3, 3, 2, 4), "k2": draw(2, 2, 2, 4, 3), "w": draw(3, 3, 5)}
 
     def fn(p, x):
-        h = jax.nn.relu(lax.conv_general_dilated(x, p["k1"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")))
-        h = lax.conv_general_dilated(h, p["k2"], (1, 1), "VALID", rhs_dilation=(2, 1), dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        h = jax.nn.relu(
+            lax.conv_general_dilated(
+                x, p["k1"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+        )
+        h = lax.conv_general_dilated(
+            h,
+            p["k2"],
+            (1, 1),
+            "VALID",
+            rhs_dilation=(2, 1),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
         return jax.nn.relu(h).mean((1, 2)) @ p["w"]
 
     return fn, params, draw(9, B, 8, 8, 2)
 
 
 def conv_channels_first_depthwise():
-    params = {"k1": draw(1, 4, 2, 3, 3), "depthwise": draw(2, 4, 1, 3, 3), "k3": draw(3, 5, 4, 1, 1)}
+    params = {
+        "k1": draw(1, 4, 2, 3, 3),
+        "depthwise": draw(2, 4, 1, 3, 3),
+        "k3": draw(3, 5, 4, 1, 1),
+    }
 
     def fn(p, x):
         h = jax.nn.relu(lax.conv(x, p["k1"], (1, 1), "SAME"))
-        h = jax.nn.relu(lax.conv_general_dilated(h, p["depthwise"], (1, 1), "SAME", feature_group_count=4))
+        h = jax.nn.relu(
+            lax.conv_general_dilated(h, p["depthwise"], (1, 1), "SAME", feature_group_count=4)
+        )
         return lax.conv(h, p["k3"], (1, 1), "SAME").mean((2, 3))
 
     return fn, params, draw(9, B, 2, 6, 6)
@@ -44,20 +61,32 @@ def conv_transposed():
     params = {"k": draw(1, 3, 2, 4), "k2": draw(2, 3, 4, 3)}
 
     def fn(p, x):
-        h = jnp.tanh(lax.conv_general_dilated(x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")))
+        h = jnp.tanh(
+            lax.conv_general_dilated(
+                x, p["k"], (1,), "SAME", dimension_numbers=("NWC", "WIO", "NWC")
+            )
+        )
         return lax.conv_transpose(h, p["k2"], (2,), "SAME", dimension_numbers=("NWC", "WIO", "NWC"))
 
     return fn, params, draw(9, B, 5, 2)
 
 
 def attention_tied_embedding():
-    params = {"e": draw(5, 11, 8), "q": draw(1, 8, 2, 4), "k": draw(2, 8, 2, 4), "v": draw(3, 2, 8, 4), "o": draw(4, 2, 4, 8)}
+    params = {
+        "e": draw(5, 11, 8),
+        "q": draw(1, 8, 2, 4),
+        "k": draw(2, 8, 2, 4),
+        "v": draw(3, 2, 8, 4),
+        "o": draw(4, 2, 4, 8),
+    }
 
     def fn(p, tokens):
         x = p["e"][tokens]
         q, k = (jnp.einsum("btd,dhk->bthk", x, p[name]) for name in "qk")
         v = jnp.einsum("btd,hdk->bhtk", x, p["v"])
-        o = jnp.einsum("bhts,bhsk,hkd->btd", jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k)), v, p["o"])
+        o = jnp.einsum(
+            "bhts,bhsk,hkd->btd", jax.nn.softmax(jnp.einsum("bthk,bshk->bhts", q, k)), v, p["o"]
+        )
         return (x + o) @ p["e"].T
 
     return fn, params, jax.random.randint(jax.random.key(9), (B, 4), 0, 11)
@@ -68,7 +97,9 @@ def experts():
 
     def fn(p, x):
         h = jax.nn.relu(jnp.einsum("bd,edf->bef", x, p["w1"]))
-        return jnp.einsum("be,bed->bd", jax.nn.softmax(x @ p["gate"]), jnp.einsum("bef,efd->bed", h, p["w2"]))
+        return jnp.einsum(
+            "be,bed->bd", jax.nn.softmax(x @ p["gate"]), jnp.einsum("bef,efd->bed", h, p["w2"])
+        )
 
     return fn, params, draw(9, B, 4)
 
@@ -86,7 +117,12 @@ def scanned_layers():
     params = {"w": draw(1, 3, 4, 4), "b": draw(2, 3, 4), "o": draw(3, 4, 2)}
 
     def fn(p, x):
-        return lax.scan(lambda h, wb: (jnp.tanh(h @ wb[0] + wb[1][None, :]), None), x, (p["w"], p["b"]))[0] @ p["o"]
+        return (
+            lax.scan(
+                lambda h, wb: (jnp.tanh(h @ wb[0] + wb[1][None, :]), None), x, (p["w"], p["b"])
+            )[0]
+            @ p["o"]
+        )
 
     return fn, params, draw(9, B, 4)
 
@@ -95,7 +131,11 @@ def scanned_rematerialized_layers():
     params = {"w": draw(1, 3, 4, 6), "v": draw(2, 3, 6, 4)}
 
     def fn(p, x):
-        return lax.scan(jax.checkpoint(lambda h, wv: (h + jax.nn.gelu(h @ wv[0]) @ wv[1], None)), x, (p["w"], p["v"]))[0]
+        return lax.scan(
+            jax.checkpoint(lambda h, wv: (h + jax.nn.gelu(h @ wv[0]) @ wv[1], None)),
+            x,
+            (p["w"], p["v"]),
+        )[0]
 
     return fn, params, draw(9, B, 4)
 
@@ -139,7 +179,12 @@ def normalised_weights():
     params = {"w": draw(1, 4, 5), "g": jnp.ones(5), "v": draw(2, 5, 3)}
 
     def fn(p, x):
-        return jax.nn.silu(x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True) * p["g"][None, :])) @ p["v"]
+        return (
+            jax.nn.silu(
+                x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0, keepdims=True) * p["g"][None, :])
+            )
+            @ p["v"]
+        )
 
     return fn, params, draw(9, B, 4)
 
@@ -150,7 +195,11 @@ def custom_vjp_activation():
         return jnp.maximum(x, 0)
 
     act.defvjp(lambda x: (act(x), x), lambda x, g: (g * (x > 0),))
-    return (lambda p, x: act(x @ p["w"]) @ p["v"]), {"w": draw(1, 4, 5), "v": draw(2, 5, 2)}, draw(9, B, 4)
+    return (
+        (lambda p, x: act(x @ p["w"]) @ p["v"]),
+        {"w": draw(1, 4, 5), "v": draw(2, 5, 2)},
+        draw(9, B, 4),
+    )
 
 
 def branches_dicts_and_lists():
@@ -178,7 +227,9 @@ def several_axes():
     params = {"w": draw(1, 2, 3, 4, 5), "o": draw(2, 4, 5, 2)}
 
     def fn(p, x):
-        return jnp.einsum("bxuv,uvo->bxo", jax.nn.relu(jnp.einsum("bxij,ijuv->bxuv", x, p["w"])), p["o"])
+        return jnp.einsum(
+            "bxuv,uvo->bxo", jax.nn.relu(jnp.einsum("bxij,ijuv->bxuv", x, p["w"])), p["o"]
+        )
 
     return fn, params, draw(9, B, 2, 2, 3)
 
@@ -207,7 +258,9 @@ def weights_in_a_carry_and_in_branches():
     params = {"w": draw(1, 4, 4), "u": draw(2, 4, 4), "v": draw(3, 4, 4), "stack": draw(4, 3, 4, 4)}
 
     def fn(p, x):
-        (h, w), _ = lax.scan(lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (x, p["w"]), None, length=2)
+        (h, w), _ = lax.scan(
+            lambda c, _: ((jnp.tanh(c[0] @ c[1]), 0.9 * c[1]), None), (x, p["w"]), None, length=2
+        )
         h = h @ w @ lax.cond(x.sum() > 1e9, lambda p: p["u"], lambda p: p["v"], p)
         which = jnp.int32(jnp.abs(x[:, 0]) * 3) % 3
         branches = [lambda h, i=i: jnp.sin((i + 1) * h @ p["stack"][i]) for i in range(3)]
@@ -232,23 +285,46 @@ def graph():
 
     def fn(p, x):
         def one(nodes, edges):
-            sent = jax.nn.relu(jnp.concatenate([nodes[edges[0]], nodes[edges[1]]], axis=-1) @ p["message"])
+            sent = jax.nn.relu(
+                jnp.concatenate([nodes[edges[0]], nodes[edges[1]]], axis=-1) @ p["message"]
+            )
             received = jax.ops.segment_sum(sent, edges[1], num_segments=nodes.shape[0])
-            return jnp.sort(jnp.concatenate([nodes, received], axis=-1) @ p["update"], axis=0).max(axis=0) @ p["out"]
+            return (
+                jnp.sort(jnp.concatenate([nodes, received], axis=-1) @ p["update"], axis=0).max(
+                    axis=0
+                )
+                @ p["out"]
+            )
 
         return jax.vmap(one)(x["nodes"], x["edges"])
 
-    return fn, params, {"nodes": draw(9, B, 4, 3), "edges": jax.random.randint(jax.random.key(7), (B, 2, 6), 0, 4)}
+    return (
+        fn,
+        params,
+        {
+            "nodes": draw(9, B, 4, 3),
+            "edges": jax.random.randint(jax.random.key(7), (B, 2, 6), 0, 4),
+        },
+    )
 
 
 def state_space_and_fourier():
-    params = {"decay": draw(1, 4, 3), "drive": draw(2, 4, 3), "filter": draw(3, 3, 12), "out": draw(4, 12, 2)}
+    params = {
+        "decay": draw(1, 4, 3),
+        "drive": draw(2, 4, 3),
+        "filter": draw(3, 3, 12),
+        "out": draw(4, 12, 2),
+    }
 
     def fn(p, x):
         decay = jnp.broadcast_to(jax.nn.sigmoid(p["decay"])[None, None], (*x.shape, 3))
         driven = jnp.einsum("btd,dn->btdn", x, p["drive"])
-        h = lax.associative_scan(lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (decay, driven), axis=1)[1].reshape(*x.shape[:2], -1)
-        h = jnp.fft.irfft(jnp.fft.rfft(h, axis=1) * p["filter"][None].astype(jnp.complex64), n=x.shape[1], axis=1)
+        h = lax.associative_scan(
+            lambda a, b: (a[0] * b[0], a[1] * b[0] + b[1]), (decay, driven), axis=1
+        )[1].reshape(*x.shape[:2], -1)
+        h = jnp.fft.irfft(
+            jnp.fft.rfft(h, axis=1) * p["filter"][None].astype(jnp.complex64), n=x.shape[1], axis=1
+        )
         return jnp.tanh(h) @ p["out"]
 
     return fn, params, draw(9, B, 4, 4)
@@ -274,13 +350,22 @@ class Named(NamedTuple):
 
 
 def containers_and_checkpoint_policies():
-    params = Named(draw(1, 4, 5), None, ([draw(2, 5, 5), {"scale": jnp.float32(1.3)}], freeze({"a.b": draw(3, 5, 2), "empty": {}})))
+    params = Named(
+        draw(1, 4, 5),
+        None,
+        ([draw(2, 5, 5), {"scale": jnp.float32(1.3)}], freeze({"a.b": draw(3, 5, 2), "empty": {}})),
+    )
 
     def fn(p, x):
         policy = jax.checkpoint_policies.save_only_these_names("h")
-        block = jax.checkpoint(lambda h, w, s: h + jnp.sin(checkpoint_name(h @ (w / s), "h")), policy=policy)
+        block = jax.checkpoint(
+            lambda h, w, s: h + jnp.sin(checkpoint_name(h @ (w / s), "h")), policy=policy
+        )
         h = jnp.tanh(p.rest[0][1]["scale"] * (x @ p.w))
-        return block(block(h, p.rest[0][0], 2.0), -p.rest[0][0], p.rest[0][1]["scale"]) @ p.rest[1]["a.b"]
+        return (
+            block(block(h, p.rest[0][0], 2.0), -p.rest[0][0], p.rest[0][1]["scale"])
+            @ p.rest[1]["a.b"]
+        )
 
     return fn, params, draw(9, B, 4)
 
@@ -293,7 +378,9 @@ class Vision(nn.Module):
         a = nn.relu(nn.Conv(4, (3, 3), padding="CIRCULAR")(x))
         b = nn.GroupNorm(2)(nn.Conv(4, (3, 3), strides=2, feature_group_count=2)(a))
         up = nn.ConvTranspose(3, (2, 2), strides=(2, 2), transpose_kernel=True)(nn.relu(b))
-        return nn.Dense(2)(nn.max_pool(jnp.concatenate([a, up], axis=-1), (2, 2), (2, 2)).mean((1, 2)))
+        return nn.Dense(2)(
+            nn.max_pool(jnp.concatenate([a, up], axis=-1), (2, 2), (2, 2)).mean((1, 2))
+        )
 
 
 def linen_vision():
@@ -306,10 +393,15 @@ class Sequences(nnx.Module):
 
     def __init__(self, rngs):
         self.attention = nnx.MultiHeadAttention(2, 4, 8, decode=False, rngs=rngs)
-        self.rnn, self.out = nnx.RNN(nnx.OptimizedLSTMCell(4, 3, rngs=rngs)), nnx.Linear(3, 2, rngs=rngs)
+        self.rnn, self.out = (
+            nnx.RNN(nnx.OptimizedLSTMCell(4, 3, rngs=rngs)),
+            nnx.Linear(3, 2, rngs=rngs),
+        )
 
     def __call__(self, x):
-        return self.out(self.rnn(x + self.attention(x, mask=nnx.make_causal_mask(x[..., 0])))[:, -1])
+        return self.out(
+            self.rnn(x + self.attention(x, mask=nnx.make_causal_mask(x[..., 0])))[:, -1]
+        )
 
 
 def nnx_sequences():

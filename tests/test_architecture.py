@@ -8,10 +8,14 @@ import pytest
 from conftest import ROOT
 from ml_collections import ConfigDict
 
-from apd_jax.config import default_config
-from apd_jax.recipe import STAGES
+from apd_jax.methods.config import default_config
+from apd_jax.recipe.stages import STAGES
 
-SOURCES = {path.relative_to(ROOT).as_posix(): path for folder in ("apd_jax", "configs") for path in (ROOT / folder).rglob("*.py")}
+SOURCES = {
+    path.relative_to(ROOT).as_posix(): path
+    for folder in ("apd_jax", "configs")
+    for path in (ROOT / folder).rglob("*.py")
+}
 METHOD = ("components", "attributions", "masks", "sparse", "losses", "schedules", "step")
 
 
@@ -29,10 +33,23 @@ def imports(path: Path, *, at_top: bool = False) -> set[str]:
 
 @pytest.mark.parametrize("module", METHOD)
 def test_the_method_knows_no_target_no_config_file_and_no_plot(module):
-    outside = ("targets", "evaluation", "evidence", "report", "experiment", "main", "train", "decomposition", "checkpoint", "progress")
+    outside = (
+        "targets",
+        "evaluation",
+        "evidence",
+        "report",
+        "experiment",
+        "main",
+        "train",
+        "decomposition",
+        "checkpoint",
+        "progress",
+    )
     found = imports(SOURCES[f"apd_jax/{module}.py"])
     for name in found:
-        assert not any(name == f"apd_jax.{room}" or name.startswith(f"apd_jax.{room}.") for room in outside), name
+        assert not any(
+            name == f"apd_jax.{room}" or name.startswith(f"apd_jax.{room}.") for room in outside
+        ), name
         assert not name.startswith(("configs", "matplotlib", "rich", "orbax", "absl", "flax"))
 
 
@@ -44,8 +61,19 @@ def test_arrows_point_downward():
     drivers = ("apd_jax.main", "apd_jax.experiment")
     forbidden = {
         "apd_jax/train.py": ("apd_jax.targets", "apd_jax.evaluation", "apd_jax.report", *drivers),
-        "apd_jax/decomposition.py": ("apd_jax.targets", "apd_jax.evaluation", "apd_jax.report", *drivers),
-        "apd_jax/targets/": ("apd_jax.evaluation", "apd_jax.report", "apd_jax.train", "apd_jax.step", *drivers),
+        "apd_jax/decomposition.py": (
+            "apd_jax.targets",
+            "apd_jax.evaluation",
+            "apd_jax.report",
+            *drivers,
+        ),
+        "apd_jax/targets/": (
+            "apd_jax.evaluation",
+            "apd_jax.report",
+            "apd_jax.train",
+            "apd_jax.step",
+            *drivers,
+        ),
         "apd_jax/evaluation/": ("apd_jax.report", "apd_jax.train", "apd_jax.evidence", *drivers),
         "apd_jax/report/": drivers,
         "apd_jax/": ("configs",),
@@ -54,7 +82,9 @@ def test_arrows_point_downward():
     for prefix, names in forbidden.items():
         for file in [file for file in SOURCES if file.startswith(prefix)]:
             for found in imports(SOURCES[file], at_top=file == "apd_jax/decomposition.py"):
-                assert not any(found == name or found.startswith(f"{name}.") for name in names), f"{file} imports {found}"
+                assert not any(found == name or found.startswith(f"{name}.") for name in names), (
+                    f"{file} imports {found}"
+                )
 
 
 def read_names() -> set[str]:
@@ -73,7 +103,11 @@ def test_every_default_field_is_read():
 
 
 def fields(config: ConfigDict) -> set[str]:
-    return {name for key, value in config.items() for name in ({key} | fields(value) if isinstance(value, ConfigDict) else {key})}
+    return {
+        name
+        for key, value in config.items()
+        for name in ({key} | fields(value) if isinstance(value, ConfigDict) else {key})
+    }
 
 
 @pytest.mark.parametrize("file", sorted(file for file in SOURCES if file.startswith("configs/")))
@@ -88,9 +122,15 @@ def test_every_field_of_a_shipped_config_is_read(file):
 def test_no_defaults_beside_the_config():
     for file, path in SOURCES.items():
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "get":
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(node.func, ast.Attribute)
+                and node.func.attr == "get"
+            ):
                 owner = ast.unparse(node.func.value)
-                assert not owner.endswith(("config", "apd", "pretrain", "settings", "c")), f"{file}:{node.lineno} {owner}.get(...)"
+                assert not owner.endswith(("config", "apd", "pretrain", "settings", "c")), (
+                    f"{file}:{node.lineno} {owner}.get(...)"
+                )
 
 
 def test_files_stay_readable():

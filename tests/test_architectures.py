@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apd_jax import attributions, components, masks, sparse
+from apd_jax import attributions, components
+from apd_jax.forward import sparse
+from apd_jax.gates import selection as masks
 
 
 class Convolution(nn.Module):
@@ -49,7 +51,9 @@ class ScannedLayers(nn.Module):
         def layer(module, carry, _):
             return nn.relu(nn.Dense(6, name="layer")(carry)), None
 
-        return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(self, x, None)[0]
+        return nn.scan(layer, variable_axes={"params": 0}, split_rngs={"params": True}, length=3)(
+            self, x, None
+        )[0]
 
 
 KEY = jax.random.key(0)
@@ -67,7 +71,9 @@ def test_modes_and_routes_agree(name):
     model, x = NETWORKS[name]
     params = jax.jit(model.init)(KEY, x)
     cs = components.init(KEY, params, num_components=3, init_scale=5.0)
-    attribute = jax.jit(lambda mode: attributions.gradient(model.apply, params, cs, x, mode=mode), static_argnums=0)
+    attribute = jax.jit(
+        lambda mode: attributions.gradient(model.apply, params, cs, x, mode=mode), static_argnums=0
+    )
     A = attribute("forward")
     np.testing.assert_allclose(A, attribute("reverse"), atol=1e-5 * A.max())
     mask = masks.batch_topk(A, 1.4)  # 7 of 15 pairs

@@ -32,7 +32,9 @@ def test_products_are_counted_with_the_loops_around_them():
             return total + a @ b, None  # 2·3·4·5 = 120 operations and 15 additions, seven times
 
         total, _ = jax.lax.scan(body, jnp.zeros((3, 5)), length=7)
-        return jnp.einsum("bij,bjk->bik", jnp.ones((2, 3, 5)), jnp.ones((2, 5, 6))).sum() + total.sum()  # 2·2·3·5·6 = 360
+        return (
+            jnp.einsum("bij,bjk->bik", jnp.ones((2, 3, 5)), jnp.ones((2, 5, 6))).sum() + total.sum()
+        )  # 2·2·3·5·6 = 360
 
     found = bounds.count(program, a, b)
     assert found["flops"] == 7 * 120 + 360
@@ -41,7 +43,9 @@ def test_products_are_counted_with_the_loops_around_them():
 
 
 def test_loops_of_unknown_length():
-    def search(a):  # carries thresholds as the mask's does: 20 passes of six additions, with one comparison each
+    def search(
+        a,
+    ):  # carries thresholds as the mask's does: 20 passes of six additions, with one comparison each
         return jax.lax.while_loop(lambda s: s[0] < 5, lambda s: s + s, a)
 
     def rounds(a):
@@ -52,10 +56,14 @@ def test_loops_of_unknown_length():
 
 
 def test_bound_adds_the_resources_and_names_the_largest():
-    peaks = common.Peaks(matmul_gflops=100.0, memory_gb_s=10.0, elementwise_gops=50.0, dispatch_us=2.0)
+    peaks = common.Peaks(
+        matmul_gflops=100.0, memory_gb_s=10.0, elementwise_gops=50.0, dispatch_us=2.0
+    )
     found = bounds.bound({"flops": 4e9, "elementwise_ops": 1e8}, 1_000_000, peaks)
     # 4 GFLOP at 100/s = 40 ms; 8 passes over 4 MB at 10 GB/s = 3.2 ms; 0.1 Gop at 50/s = 2 ms; 2 µs.
-    assert found["bound_parts_ms"] == pytest.approx({"matmul": 40.0, "memory": 3.2, "elementwise": 2.0, "dispatch": 0.002})
+    assert found["bound_parts_ms"] == pytest.approx(
+        {"matmul": 40.0, "memory": 3.2, "elementwise": 2.0, "dispatch": 0.002}
+    )
     assert found["bound_ms"] == pytest.approx(45.202) and found["binds"] == "matmul"
 
 
@@ -96,7 +104,16 @@ def test_tables_as_text_and_markdown(capsys):
 
 
 def test_the_quick_form_of_scaling_runs(tmp_path):
-    command = [sys.executable, "benchmarks", "--quick", "--markdown", "--only", "scaling", "--json", str(tmp_path / "bench.json")]
+    command = [
+        sys.executable,
+        "benchmarks",
+        "--quick",
+        "--markdown",
+        "--only",
+        "scaling",
+        "--json",
+        str(tmp_path / "bench.json"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("|---|") >= 4
@@ -108,55 +125,135 @@ def test_the_quick_form_of_scaling_runs(tmp_path):
 
 
 def test_an_unknown_part_is_refused():
-    done = subprocess.run([sys.executable, "benchmarks", "--only", "speed"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "benchmarks", "--only", "speed"], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2 and "unknown parts ['speed']" in done.stderr
 
 
 def test_when_a_seed_succeeds():
-    tms = {"num_features": 5, "num_features_owned": 5, "mmcs_one_to_one": 0.9995, "ml2r_one_to_one": 0.991}
+    tms = {
+        "num_features": 5,
+        "num_features_owned": 5,
+        "mmcs_one_to_one": 0.9995,
+        "ml2r_one_to_one": 0.991,
+    }
     assert recovery.succeeds("tms", tms)
-    assert not any(recovery.succeeds("tms", tms | worse) for worse in ({"ml2r_one_to_one": 1.02}, {"num_features_owned": 4}))
-    resid = {"num_features": 3, "num_features_owned": 0, "distinct": 3, "within_margin": 3, "cosine_w_in": 0.995, "norm_ratio_w_in": 1.01}
+    assert not any(
+        recovery.succeeds("tms", tms | worse)
+        for worse in ({"ml2r_one_to_one": 1.02}, {"num_features_owned": 4})
+    )
+    resid = {
+        "num_features": 3,
+        "num_features_owned": 0,
+        "distinct": 3,
+        "within_margin": 3,
+        "cosine_w_in": 0.995,
+        "norm_ratio_w_in": 1.01,
+    }
     resid |= {"scrub_topk": 1e-5, "scrub_scrubbed": 1.4e-5, "scrub_antiscrubbed": 1.5e-4}
     assert recovery.succeeds("resid_mlp", resid)
-    for worse in ({"distinct": 2}, {"cosine_w_in": 0.98}, {"norm_ratio_w_in": 0.97}, {"scrub_topk": 9e-6}, {"scrub_antiscrubbed": 1.3e-4}):
+    for worse in (
+        {"distinct": 2},
+        {"cosine_w_in": 0.98},
+        {"norm_ratio_w_in": 0.97},
+        {"scrub_topk": 9e-6},
+        {"scrub_antiscrubbed": 1.3e-4},
+    ):
         assert not recovery.succeeds("resid_mlp", resid | worse)
 
 
 def test_what_a_component_reads_and_writes_apart():
     """Two features on two neurons with W_E = W_U = 1: each component has its row of W_in, and half of its column of W_out."""
     eye = np.eye(2, dtype=np.float32)
-    w_in, w_out = np.array([[3.0, 4.0], [0.0, 1.0]], np.float32), np.array([[1.0, 0.0], [2.0, 1.0]], np.float32)
-    P_in, P_out = np.stack([np.diag(e) @ w_in for e in eye]), np.stack([0.5 * w_out @ np.diag(e) for e in eye])
-    parts = components.from_materialized({"mlp_in_0": jnp.asarray(P_in), "mlp_out_0": jnp.asarray(P_out)})
-    found = recovery.sides({"W_E": eye, "W_U": eye, "mlp_in_0": w_in, "mlp_out_0": w_out}, parts, np.array([0, 1]))
-    assert found == pytest.approx({"distinct": 2, "cosine_w_in": 1, "norm_ratio_w_in": 1, "cosine_w_out": 1, "norm_ratio_w_out": 0.5})
+    w_in, w_out = (
+        np.array([[3.0, 4.0], [0.0, 1.0]], np.float32),
+        np.array([[1.0, 0.0], [2.0, 1.0]], np.float32),
+    )
+    P_in, P_out = (
+        np.stack([np.diag(e) @ w_in for e in eye]),
+        np.stack([0.5 * w_out @ np.diag(e) for e in eye]),
+    )
+    parts = components.from_materialized(
+        {"mlp_in_0": jnp.asarray(P_in), "mlp_out_0": jnp.asarray(P_out)}
+    )
+    found = recovery.sides(
+        {"W_E": eye, "W_U": eye, "mlp_in_0": w_in, "mlp_out_0": w_out}, parts, np.array([0, 1])
+    )
+    assert found == pytest.approx(
+        {
+            "distinct": 2,
+            "cosine_w_in": 1,
+            "norm_ratio_w_in": 1,
+            "cosine_w_out": 1,
+            "norm_ratio_w_out": 0.5,
+        }
+    )
 
 
 def test_rows_are_kept_and_drawn(tmp_path):
     """Of every seed a line and a point, failures included; runs with changed settings, and such as ended in an error, have no point."""
-    names = {"tms.py:5-2": ("paper's settings", "tms,5-2"), "recipe.py:tms,5-2": ("recipe", "tms,5-2")}
-    names |= {"recipe.py:tms,5-2,told,learned": ("recipe with learned masks", "tms,5-2"), "resid_mlp.py": ("paper's settings", "resid_mlp")}
+    names = {
+        "tms.py:5-2": ("paper's settings", "tms,5-2"),
+        "recipe.py:tms,5-2": ("recipe", "tms,5-2"),
+    }
+    names |= {
+        "recipe.py:tms,5-2,told,learned": ("recipe with learned masks", "tms,5-2"),
+        "resid_mlp.py": ("paper's settings", "resid_mlp"),
+    }
     assert {name: recovery.recipe_and_target(name) for name in names} == names
-    found = {"mmcs_one_to_one": 0.9876543219, "ml2r_one_to_one": 0.9, "minimality_topk": 1e-4, "scrub_scrubbed": 2e-4, "seconds": 60.0}
+    found = {
+        "mmcs_one_to_one": 0.9876543219,
+        "ml2r_one_to_one": 0.9,
+        "minimality_topk": 1e-4,
+        "scrub_scrubbed": 2e-4,
+        "seconds": 60.0,
+    }
     rows = [{"config": name, "seed": 0, "changes": {}, "success": False} | found for name in names]
     rows += [rows[0] | {"seed": 1, "changes": {"apd.topk": 2.0}}]
-    rows += [{"config": "tms.py:5-2", "seed": 2, "changes": {}, "success": False, "error": "not finite"}]
+    rows += [
+        {"config": "tms.py:5-2", "seed": 2, "changes": {}, "success": False, "error": "not finite"}
+    ]
     recovery.write_csv(rows, str(tmp_path / "rows.csv"))
     with open(tmp_path / "rows.csv", newline="") as file:
         read = list(csv.DictReader(file))
-    assert [row["config"] for row in read] == [row["config"] for row in rows] and read[0]["mmcs_one_to_one"] == "0.987654"
-    assert (read[4]["changes"], read[5]["error"], read[5]["seconds"]) == ('{"apd.topk": 2.0}', "not finite", "")
+    assert [row["config"] for row in read] == [row["config"] for row in rows] and read[0][
+        "mmcs_one_to_one"
+    ] == "0.987654"
+    assert (read[4]["changes"], read[5]["error"], read[5]["seconds"]) == (
+        '{"apd.topk": 2.0}',
+        "not finite",
+        "",
+    )
     recovery.draw(rows, str(tmp_path / "rows.png"))
     figure = plt.gcf()
-    assert [axis.get_title() for axis in figure.axes] == ["tms,5-2\n0 of 1, 0 of 1, 0 of 1 succeed", "resid_mlp\n0 of 1 succeed"]
-    assert [len(kind.get_offsets()) for axis in figure.axes for kind in axis.collections[:3]] == [1, 1, 1, 1, 0, 0]
+    assert [axis.get_title() for axis in figure.axes] == [
+        "tms,5-2\n0 of 1, 0 of 1, 0 of 1 succeed",
+        "resid_mlp\n0 of 1 succeed",
+    ]
+    assert [len(kind.get_offsets()) for axis in figure.axes for kind in axis.collections[:3]] == [
+        1,
+        1,
+        1,
+        1,
+        0,
+        0,
+    ]
     assert recovery.summary(rows).row_count > 5 and (tmp_path / "rows.png").stat().st_size > 1000
     plt.close(figure)
 
 
 def test_settings_are_multiplied_and_counted():
-    assert robustness.changed(robustness.PAPER, ("apd.topk", "apd.rank"), 0.1) == pytest.approx({"apd.topk": 0.0211, "apd.rank": 1})
-    row = {"config": robustness.OURS, "setting": "k", "factor": 1.0, "num_features": 5, "num_features_owned": 5, "mmcs_one_to_one": 0.995}
+    assert robustness.changed(robustness.PAPER, ("apd.topk", "apd.rank"), 0.1) == pytest.approx(
+        {"apd.topk": 0.0211, "apd.rank": 1}
+    )
+    row = {
+        "config": robustness.OURS,
+        "setting": "k",
+        "factor": 1.0,
+        "num_features": 5,
+        "num_features_owned": 5,
+        "mmcs_one_to_one": 0.995,
+    }
     rates = robustness.rates([row, row | {"mmcs_one_to_one": 0.9}], robustness.found)
     assert rates["k"][robustness.OURS][2] == 0.5 and np.isnan(rates["k"][robustness.PAPER][2])

@@ -7,12 +7,20 @@ import pytest
 from conftest import get_config
 
 from apd_jax import components, targets
-from apd_jax.config import default_config, validate
-from apd_jax.problem import check_function
+from apd_jax.methods.config import default_config, validate
+from apd_jax.network.problem import check_function
 
-TMS = [",".join(filter(None, v)) for v in itertools.product(("40-10", "5-2", "8-3", "1-1"), ("", "id", "rotation"), ("", "smoke"))]
+TMS = [
+    ",".join(filter(None, v))
+    for v in itertools.product(
+        ("40-10", "5-2", "8-3", "1-1"), ("", "id", "rotation"), ("", "smoke")
+    )
+]
 RESID_MLP = [
-    ",".join(filter(None, v)) for v in itertools.product(("1layer", "2layer", "3layer"), ("", "long"), ("", "clean"), ("", "smoke"))
+    ",".join(filter(None, v))
+    for v in itertools.product(
+        ("1layer", "2layer", "3layer"), ("", "long"), ("", "clean"), ("", "smoke")
+    )
 ]
 VARIANTS = [("tms", arg) for arg in TMS] + [("resid_mlp", arg) for arg in RESID_MLP]
 
@@ -60,7 +68,16 @@ def test_targets_that_are_not_made_of_features(file, arg):
 def test_published_settings(file, arg, expected):
     a = get_config(file, arg).apd
     coefficients = (a.faithfulness_coeff, a.minimality_coeff, a.simplicity_coeff)
-    assert (a.num_components, a.topk, a.rank, a.learning_rate, *coefficients, a.schatten_p, a.batch_size, a.num_steps) == expected
+    assert (
+        a.num_components,
+        a.topk,
+        a.rank,
+        a.learning_rate,
+        *coefficients,
+        a.schatten_p,
+        a.batch_size,
+        a.num_steps,
+    ) == expected
 
 
 def test_settings_of_one_run_only():
@@ -80,10 +97,23 @@ def test_hidden_matrix_gets_a_component_wherever_a_feature_is_active():
 
 
 def test_defaults_and_order_of_variants():
-    assert get_config("tms").to_json() == get_config("tms", "").to_json() == get_config("tms", "40-10").to_json()
-    assert get_config("resid_mlp").to_json() == get_config("resid_mlp", "").to_json() == get_config("resid_mlp", "1layer").to_json()
-    assert get_config("tms", "smoke,id,5-2").to_json() == get_config("tms", "5-2,id,smoke").to_json()
-    assert get_config("resid_mlp", "smoke").to_json() == get_config("resid_mlp", "1layer,smoke").to_json()
+    assert (
+        get_config("tms").to_json()
+        == get_config("tms", "").to_json()
+        == get_config("tms", "40-10").to_json()
+    )
+    assert (
+        get_config("resid_mlp").to_json()
+        == get_config("resid_mlp", "").to_json()
+        == get_config("resid_mlp", "1layer").to_json()
+    )
+    assert (
+        get_config("tms", "smoke,id,5-2").to_json() == get_config("tms", "5-2,id,smoke").to_json()
+    )
+    assert (
+        get_config("resid_mlp", "smoke").to_json()
+        == get_config("resid_mlp", "1layer,smoke").to_json()
+    )
 
 
 @pytest.mark.parametrize("file", ["tms", "resid_mlp"])
@@ -92,7 +122,12 @@ def test_seeds_follow_the_runs_unless_set(file):
     config.seed = 3
     assert (config.target.seed, config.apd.seed, config.evaluation.seed) == (3, 3, 3)
     config.apd.seed = 5
-    assert (config.seed, config.target.seed, config.apd.seed, config.evaluation.seed) == (3, 3, 5, 3)
+    assert (config.seed, config.target.seed, config.apd.seed, config.evaluation.seed) == (
+        3,
+        3,
+        5,
+        3,
+    )
 
 
 @pytest.mark.parametrize(
@@ -107,7 +142,11 @@ def test_seeds_follow_the_runs_unless_set(file):
         ("tms", "F-H", "unknown TMS variant"),
         ("tms", "id,rotation", "names id and rotation; give one of them"),
         ("tms", "5-2,6-3", "names 5-2 and 6-3; give one of them"),
-        ("resid_mlp", "2layr", r"unknown ResidMLP variant '2layr'; known: .*. Did you mean '2layer'\?"),
+        (
+            "resid_mlp",
+            "2layr",
+            r"unknown ResidMLP variant '2layr'; known: .*. Did you mean '2layer'\?",
+        ),
         ("resid_mlp", "1layer,2layer", "names 1layer and 2layer; give one of them"),
     ],
 )

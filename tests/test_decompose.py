@@ -33,7 +33,11 @@ class MLPNNX(nnx.Module):
 
 def linen():
     model = MLP()
-    return model.apply, model.init(jax.random.key(0), jnp.zeros((1, 4))), ["params.Dense_0.kernel", "params.Dense_1.kernel"]
+    return (
+        model.apply,
+        model.init(jax.random.key(0), jnp.zeros((1, 4))),
+        ["params.Dense_0.kernel", "params.Dense_1.kernel"],
+    )
 
 
 def flax_nnx():
@@ -43,12 +47,23 @@ def flax_nnx():
 
 def plain():
     rng = np.random.default_rng(0)  # numpy arrays do as well
-    params = {"w": rng.normal(size=(4, 6)).astype(np.float32), "v": rng.normal(size=(6, 3)).astype(np.float32)}
+    params = {
+        "w": rng.normal(size=(4, 6)).astype(np.float32),
+        "v": rng.normal(size=(6, 3)).astype(np.float32),
+    }
     return lambda p, x: jnp.tanh(x @ p["w"]) @ p["v"], params, ["v", "w"]
 
 
 def config_of(**fields):
-    return make_config(num_components=5, topk=2.0, num_steps=30, batch_size=16, learning_rate=1e-2, init_scale=3.0, **fields)
+    return make_config(
+        num_components=5,
+        topk=2.0,
+        num_steps=30,
+        batch_size=16,
+        learning_rate=1e-2,
+        init_scale=3.0,
+        **fields,
+    )
 
 
 @pytest.mark.parametrize("network", [linen, flax_nnx, plain])
@@ -86,7 +101,12 @@ def test_the_same_call_gives_the_same_components():
     apply_fn, params, _ = plain()
     one, two = (apd_jax.decompose(apply_fn, params, sample_fn, config_of()) for _ in range(2))
     other = apd_jax.decompose(apply_fn, params, sample_fn, config_of(seed=1))
-    assert all(jnp.array_equal(a, b) for a, b in zip(jax.tree.leaves(one.components), jax.tree.leaves(two.components), strict=True))
+    assert all(
+        jnp.array_equal(a, b)
+        for a, b in zip(
+            jax.tree.leaves(one.components), jax.tree.leaves(two.components), strict=True
+        )
+    )
     assert not jnp.array_equal(one.components.factors["w"].U, other.components.factors["w"].U)
 
 
@@ -106,7 +126,9 @@ def test_select_and_uses():
     apply_fn, params, _ = plain()
     found = apd_jax.decompose(apply_fn, params, sample_fn, config_of(), select="v", uses={"v": 2})
     assert list(found.components.factors) == ["v"] and found.components.num_params == 2 * 18
-    np.testing.assert_array_equal(components_lib.total(found.components, found.problem.params)["w"], params["w"])
+    np.testing.assert_array_equal(
+        components_lib.total(found.components, found.problem.params)["w"], params["w"]
+    )
 
 
 def test_public_names():
@@ -117,10 +139,20 @@ def test_a_workdir_of_other_settings_is_refused(tmp_path):
     params = {"w": jnp.ones((3, 2))}
 
     def run(**fields):
-        config = make_config(num_components=2, num_steps=2, batch_size=4, steps_per_call=1, **fields)
-        return apd_jax.decompose(lambda p, x: x @ p["w"], params, lambda key, step: jnp.ones((4, 3)), config, workdir=tmp_path)
+        config = make_config(
+            num_components=2, num_steps=2, batch_size=4, steps_per_call=1, **fields
+        )
+        return apd_jax.decompose(
+            lambda p, x: x @ p["w"],
+            params,
+            lambda key, step: jnp.ones((4, 3)),
+            config,
+            workdir=tmp_path,
+        )
 
     first = run()
-    np.testing.assert_array_equal(run().components.factors["w"].U, first.components.factors["w"].U)  # resumed at its end
+    np.testing.assert_array_equal(
+        run().components.factors["w"].U, first.components.factors["w"].U
+    )  # resumed at its end
     with pytest.raises(InputError, match=r"schatten_p is 0.9 there and 1.0 here"):
         run(schatten_p=1.0)

@@ -11,14 +11,18 @@ import numpy as np
 import optax
 from conftest import close, make_config
 
-from apd_jax import attributions, losses, masks, sparse
+from apd_jax import attributions, losses
 from apd_jax import components as components_lib
-from apd_jax import step as step_lib
 from apd_jax.attributions import outputs
+from apd_jax.forward import sparse
+from apd_jax.gates import selection as masks
+from apd_jax.train import step as step_lib
 
 
 def attribute(golden, components):
-    return jax.jit(lambda c: attributions.gradient(golden.target.attribution_fn, golden.params, c, golden.x))(components)
+    return jax.jit(
+        lambda c: attributions.gradient(golden.target.attribution_fn, golden.params, c, golden.x)
+    )(components)
 
 
 def released_simplicity(components, mask, p):
@@ -27,7 +31,9 @@ def released_simplicity(components, mask, p):
     We leave that constant out on purpose. Per matrix it is uses · (number off) · m · 1e-16^(p/2) / (N·B): 1e-4 for p = 0.5.
     """
     off = jnp.sum(~mask) * sum(f.uses * f.U.shape[-1] for f in components.factors.values())
-    return losses.simplicity(components, mask, p) + off * 1e-16 ** (p / 2) / (components.num_params * mask.shape[0])
+    return losses.simplicity(components, mask, p) + off * 1e-16 ** (p / 2) / (
+        components.num_params * mask.shape[0]
+    )
 
 
 def compare(gradient, expected, tolerance=1e-5):
@@ -42,26 +48,38 @@ def test_the_network_and_the_component_sum(golden):
     close(outputs(golden.apply_fn(golden.params, golden.x)), golden["target_out"])
     summed = components_lib.total(golden.components, golden.params)
     close(outputs(golden.apply_fn(summed, golden.x)), golden["all_components_out"])
-    close(losses.minimality(golden["all_components_out"], golden["target_out"]), golden["loss/out_recon"])
+    close(
+        losses.minimality(golden["all_components_out"], golden["target_out"]),
+        golden["loss/out_recon"],
+    )
     assert golden.components.num_params == golden["meta/n_params"]
     assert golden.components.num_components == golden["meta/num_components"]
 
 
 def test_gradient_attributions(golden):
-    run = lambda fn, mode: attributions.squared("gradient", fn, golden.params, golden.components, golden.x, mode=mode)  # noqa: E731
+    run = lambda fn, mode: attributions.squared(
+        "gradient", fn, golden.params, golden.components, golden.x, mode=mode
+    )  # noqa: E731
     fns, modes = (golden.apply_fn, golden.target.attribution_fn), ("forward", "reverse")
     for squared in jax.jit(lambda: [run(fn, mode) for fn in fns for mode in modes])():
         close(np.sqrt(squared), golden["attributions/gradient_sqrt_mean"])
-        close(golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"])  # the released code's own form
+        close(
+            golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"]
+        )  # the released code's own form
 
 
 def test_ablation_attributions(golden):
-    close(attributions.ablation(golden.apply_fn, golden.params, golden.components, golden.x) ** 2, golden["ablation/effect"])
+    close(
+        attributions.ablation(golden.apply_fn, golden.params, golden.components, golden.x) ** 2,
+        golden["ablation/effect"],
+    )
 
 
 def test_activation_attributions(golden):
     """A tied weight counts both uses; TMS and ResidMLP alike, in the pass with all components."""
-    found = attributions.squared("activation", golden.apply_fn, golden.params, golden.components, golden.x)
+    found = attributions.squared(
+        "activation", golden.apply_fn, golden.params, golden.components, golden.x
+    )
     close(found, golden["attributions/activation"])
 
 
@@ -73,17 +91,38 @@ def test_masks(golden):
     # Only where the choice is not arbitrary: in `tms_5_2` most rows are all zero.
     unique = np.asarray(golden["mask/per_example_topk_unique_rows"])
     mask = masks.topk(scores, golden["meta/topk_per_example"])
-    np.testing.assert_array_equal(np.asarray(mask)[unique], np.asarray(golden["mask/per_example_topk"])[unique])
+    np.testing.assert_array_equal(
+        np.asarray(mask)[unique], np.asarray(golden["mask/per_example_topk"])[unique]
+    )
 
 
 def test_sparse_outputs(golden):
-    routes = (("materialize", None), ("masked", None), ("dispatch", 1), ("dispatch", 7), ("dispatch", 1000))
+    routes = (
+        ("materialize", None),
+        ("masked", None),
+        ("dispatch", 1),
+        ("dispatch", 7),
+        ("dispatch", 1000),
+    )
 
     def run(mask, route, slots):
-        return sparse.apply(golden.apply_fn, golden.params, golden.components, mask, golden.x, route=route, slots=slots)
+        return sparse.apply(
+            golden.apply_fn,
+            golden.params,
+            golden.components,
+            mask,
+            golden.x,
+            route=route,
+            slots=slots,
+        )
 
-    for which, loss in (("batch_topk", "topk_recon"), ("per_example_topk", "per_example_topk_recon")):
-        results = jax.jit(lambda mask: [run(mask, *route) for route in routes])(golden[f"mask/{which}"])
+    for which, loss in (
+        ("batch_topk", "topk_recon"),
+        ("per_example_topk", "per_example_topk_recon"),
+    ):
+        results = jax.jit(lambda mask: [run(mask, *route) for route in routes])(
+            golden[f"mask/{which}"]
+        )
         for out, hidden in results:
             close(out, golden[f"sparse_out/{which}"])
             close(losses.minimality(out, golden["target_out"]), golden[f"loss/{loss}"])
@@ -92,7 +131,11 @@ def test_sparse_outputs(golden):
 
 
 def test_hidden_reconstruction(golden):
-    target = {key.split("/")[-1]: golden[key] for key in golden.arrays if key.startswith("act_recon_inputs/target/")}
+    target = {
+        key.split("/")[-1]: golden[key]
+        for key in golden.arrays
+        if key.startswith("act_recon_inputs/target/")
+    }
     kept = {name: golden[f"act_recon_inputs/sparse/{name}"] for name in target}
     close(losses.hidden_reconstruction(kept, target), golden["loss/act_recon"])
     for name, values in golden.apply_fn(golden.params, golden.x)[1].items():
@@ -108,7 +151,9 @@ def test_simplicity(golden):
     powers = ("0.5", "0.9", "1.0")
     # Per matrix, without N and B: all but one set aside. The released code lists a tied matrix twice.
     alone = {
-        {"W": "linear1", "hidden": "hidden_0"}.get(name, name): components_lib.Components({name: dataclasses.replace(f, uses=1)})
+        {"W": "linear1", "hidden": "hidden_0"}.get(name, name): components_lib.Components(
+            {name: dataclasses.replace(f, uses=1)}
+        )
         for name, f in golden.components.factors.items()
     }
 
@@ -117,12 +162,18 @@ def test_simplicity(golden):
         computed = {}
         for p in powers:
             computed[f"loss/schatten_p{p}"] = released_simplicity(golden.components, mask, float(p))
-            computed[f"loss/schatten_lp_mask_p{p}"] = losses.simplicity(golden.components, lp, float(p))
+            computed[f"loss/schatten_lp_mask_p{p}"] = losses.simplicity(
+                golden.components, lp, float(p)
+            )
             for name, one in alone.items():
-                computed[f"sums/schatten_p{p}/{name}"] = one.num_params * mask.shape[0] * released_simplicity(one, mask, float(p))
+                computed[f"sums/schatten_p{p}/{name}"] = (
+                    one.num_params * mask.shape[0] * released_simplicity(one, mask, float(p))
+                )
         for name, one in alone.items():
             leaves = {leaf: golden.params[leaf] for leaf in one.factors}
-            computed[f"sums/param_sq_error/{name}"] = one.num_params * losses.faithfulness(one, leaves)
+            computed[f"sums/param_sq_error/{name}"] = one.num_params * losses.faithfulness(
+                one, leaves
+            )
         return computed
 
     for key, value in measure().items():
@@ -142,23 +193,31 @@ def loss_functions(golden, mask):
         "schatten": lambda c: losses.simplicity(c, mask, 0.9),
     }
     if not golden.is_tms:
-        terms["act_recon"] = lambda c: losses.hidden_reconstruction(sparse_pass(c)[1], target_hidden)
+        terms["act_recon"] = lambda c: losses.hidden_reconstruction(
+            sparse_pass(c)[1], target_hidden
+        )
     return terms
 
 
 def test_gradients_of_every_loss(golden):
     terms = loss_functions(golden, golden["mask/batch_topk"])
-    gradients = jax.jit(lambda c: {name: jax.grad(term)(c) for name, term in terms.items()})(golden.components)
+    gradients = jax.jit(lambda c: {name: jax.grad(term)(c) for name, term in terms.items()})(
+        golden.components
+    )
     for name, gradient in gradients.items():
         compare(gradient, golden.matrices(f"grad/{name}"))
-    weighted = [jax.tree.map(lambda g, w=golden[f"meta/coeff_{name}"]: w * g, gradient) for name, gradient in gradients.items()]
+    weighted = [
+        jax.tree.map(lambda g, w=golden[f"meta/coeff_{name}"]: w * g, gradient)
+        for name, gradient in gradients.items()
+    ]
     compare(jax.tree.map(lambda *parts: sum(parts), *weighted), golden.matrices("grad/total"))
 
 
 def test_lp_variant(golden):
     def terms(components):
         powers = losses.attribution_lp(
-            attributions.squared("gradient", golden.apply_fn, golden.params, components, golden.x), golden["meta/lp_pnorm"]
+            attributions.squared("gradient", golden.apply_fn, golden.params, components, golden.x),
+            golden["meta/lp_pnorm"],
         )
         return powers, jnp.mean(jnp.sum(powers, axis=1))
 
@@ -186,8 +245,17 @@ def run_step(golden, **fields):
         hidden_reconstruction_coeff=0.0 if golden.is_tms else golden["meta/coeff_act_recon"],
     )
     config.update(fields)
-    step = step_lib.make_step(golden.apply_fn, lambda key, i: golden.x, config, attribution_fn=golden.target.attribution_fn)
-    state = step_lib.TrainState(jnp.zeros((), jnp.int32), golden.components, step_lib.make_optimizer(config).init(golden.components))
+    step = step_lib.make_step(
+        golden.apply_fn,
+        lambda key, i: golden.x,
+        config,
+        attribution_fn=golden.target.attribution_fn,
+    )
+    state = step_lib.TrainState(
+        jnp.zeros((), jnp.int32),
+        golden.components,
+        step_lib.make_optimizer(config).init(golden.components),
+    )
     state, metrics = jax.jit(step)(state, golden.params, jax.random.key(0))
     moment = optax.tree.get(state.opt_state, "mu")
     return state, metrics, jax.tree.map(lambda m: 10 * m, moment)
@@ -214,12 +282,14 @@ def test_train_step(golden):
     state, metrics, gradient = run_step(golden)
     close(metrics["faithfulness"], golden["loss/param_match"])
     close(metrics["minimality"], golden["loss/topk_recon"])
-    off = released_simplicity(golden.components, golden["mask/batch_topk"], 0.9) - losses.simplicity(
+    off = released_simplicity(
         golden.components, golden["mask/batch_topk"], 0.9
-    )
+    ) - losses.simplicity(golden.components, golden["mask/batch_topk"], 0.9)
     close(metrics["simplicity"] + off, golden["loss/schatten_p0.9"])
     close(metrics["total"] + 3 * off, golden["loss/total"])
-    np.testing.assert_allclose(metrics["mean_active"] * golden.x.shape[0], golden["meta/topk_batch_total"])
+    np.testing.assert_allclose(
+        metrics["mean_active"] * golden.x.shape[0], golden["meta/topk_batch_total"]
+    )
     assert ("hidden_reconstruction" in metrics) is not golden.is_tms
     compare(gradient, golden.matrices("grad/total"))
     after_adamw(state, gradient, golden.matrices("after_adamw"), golden.components)
@@ -247,7 +317,9 @@ def test_train_step_of_the_lp_variant(golden):
         faithfulness_coeff=golden["meta/lp_coeff_param_match"],
         attribution_lp_coeff=golden["meta/lp_coeff_lp_sparsity"],
         simplicity_coeff=golden["meta/lp_coeff_schatten"],
-        attribution_mode="reverse" if golden.is_tms else "forward",  # the gradient flows through either
+        attribution_mode="reverse"
+        if golden.is_tms
+        else "forward",  # the gradient flows through either
     )
     close(metrics["attribution_lp"], golden["loss/lp_sparsity"])
     close(metrics["simplicity"], golden["loss/schatten_lp_mask_p0.9"])

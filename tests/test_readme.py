@@ -14,9 +14,15 @@ COMMANDS = re.findall(r"^python -m apd_jax\.main ([^#\n]*)", README, re.MULTILIN
 
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_the_ten_lines_run_as_written(code, tmp_path):
-    written = [line for line in code.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+    written = [
+        line
+        for line in code.splitlines()
+        if line.strip() and not line.startswith(("import", "from"))
+    ]
     assert len(written) <= 10
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("["), done.stdout
 
@@ -49,12 +55,22 @@ def test_there_are_commands_to_check():
 
 @pytest.mark.parametrize("goal", ["demo", "test"])
 def test_make_goals_do_what_the_readme_says(goal):
-    steps = subprocess.run(["make", "--dry-run", "--always-make", goal], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    steps = subprocess.run(
+        ["make", "--dry-run", "--always-make", goal],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
     assert "-m venv .venv" in steps and "pip install" in steps
-    assert {"demo": "-m apd_jax.main --config=configs/tms.py:40-10", "test": "-m pytest"}[goal] in steps
+    assert {"demo": "-m apd_jax.main --config=configs/tms.py:40-10", "test": "-m pytest"}[
+        goal
+    ] in steps
 
 
 def test_code_is_formatted_and_clean():
     for command in (["format", "--check"], ["check"]):
-        done = subprocess.run([sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", "ruff", *command, "."], cwd=ROOT, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stdout + done.stderr

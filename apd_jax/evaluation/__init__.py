@@ -8,10 +8,10 @@ import jax
 from jaxtyping import PyTree
 
 from apd_jax.components import Components
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import features, general
 from apd_jax.evaluation.general import Evaluation
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import FeatureTarget, Target
 from apd_jax.targets.scoring import alive_components
 
@@ -26,8 +26,12 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
     if target.score_fn is None:
         return evaluation
     key = jax.random.fold_in(jax.random.key(config.evaluation.seed), general.STREAM + 1)
-    alive = alive_components(evaluation.arrays["firing_rates"], evaluation.arrays["component_norms"])
-    score = target.score_fn(Decomposition(target.problem(params), components, config.apd, []), key, alive)
+    alive = alive_components(
+        evaluation.arrays["firing_rates"], evaluation.arrays["component_norms"]
+    )
+    score = target.score_fn(
+        Decomposition(target.problem(params), components, config.apd, []), key, alive
+    )
     return dataclasses.replace(
         evaluation,
         metrics=score.metrics | evaluation.metrics,

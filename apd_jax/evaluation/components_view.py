@@ -15,9 +15,9 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
-from apd_jax import step as step_lib
+from apd_jax.components.layout import unfold
 from apd_jax.decomposition import Decomposition
-from apd_jax.layout import unfold
+from apd_jax.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Behaviour:
     attributions: Float[np.ndarray, "B *T C"]  # in units of the output
     mask: Bool[np.ndarray, "B *T C"]  # as in training
     cut: float  # the smallest attribution above 0 that the mask kept; infinite if there is none
-    firing_rates: Float[np.ndarray, " C"]  # share of examples (or positions) on which the component is kept with an attribution above 0
+    firing_rates: Float[
+        np.ndarray, " C"
+    ]  # share of examples (or positions) on which the component is kept with an attribution above 0
     damage: Float[np.ndarray, " C"]  # in units of the minimality loss
     examples: Int[np.ndarray, "C n"]  # indices into the batch
     change: Float[np.ndarray, "C O"]  # in units of the output
@@ -47,7 +49,11 @@ def behaviour(decomposition: Decomposition, x: PyTree, *, num_examples: int = 6)
     C = decomposition.components.num_components
 
     def measure(components, params, x):
-        here = dataclasses.replace(decomposition, components=components, problem=dataclasses.replace(problem, params=params))
+        here = dataclasses.replace(
+            decomposition,
+            components=components,
+            problem=dataclasses.replace(problem, params=params),
+        )
         attributions = here.attributions(x)
         mask = here.mask_of(attributions, x)
         strongest = jnp.max(attributions.reshape(attributions.shape[0], -1, C), axis=1)
@@ -57,13 +63,22 @@ def behaviour(decomposition: Decomposition, x: PyTree, *, num_examples: int = 6)
         weights = None if problem.valid_fn is None else _mean_one(problem.valid_fn(x))
 
         def one(c: Array) -> tuple[Array, Array]:
-            parts = {name: jax.tree.map(lambda a: a[c], f).weights for name, f in components.factors.items()}
+            parts = {
+                name: jax.tree.map(lambda a: a[c], f).weights
+                for name, f in components.factors.items()
+            }
             leaves = components_lib.decomposed_leaves(components, total)
             without = _output(
-                problem.apply_fn, components_lib.replace_leaves(total, {name: leaves[name] - parts[name] for name in leaves}), x
+                problem.apply_fn,
+                components_lib.replace_leaves(
+                    total, {name: leaves[name] - parts[name] for name in leaves}
+                ),
+                x,
             )
             change = (whole - without)[examples[c]]
-            return losses.minimality(without, whole, kind, weights), jnp.mean(change.reshape(-1, change.shape[-1]), axis=0)
+            return losses.minimality(without, whole, kind, weights), jnp.mean(
+                change.reshape(-1, change.shape[-1]), axis=0
+            )
 
         damage, change = jax.lax.map(one, jnp.arange(C))
         fires = mask & (attributions > 0)
@@ -94,7 +109,9 @@ class Matrix:
     rows: Int[np.ndarray, "C r"]
     columns: Int[np.ndarray, "C s"]
     values: Float[np.ndarray, "C r s"]
-    row_norms: Float[np.ndarray, "C r"]  # over all columns: how strongly the component reads each input
+    row_norms: Float[
+        np.ndarray, "C r"
+    ]  # over all columns: how strongly the component reads each input
     column_norms: Float[np.ndarray, "C s"]  # over all rows: how strongly it writes each output
     target_rows: Int[np.ndarray, " r"]
     target_columns: Int[np.ndarray, " s"]
@@ -111,19 +128,52 @@ def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
     leaves = components_lib.decomposed_leaves(components, params)
     found = []
     for name, f in components.factors.items():
-        target, total = (_stack(unfold(leaf[None], f.axes)[0]) for leaf in (leaves[name], components_lib.leaf_total(f)))
+        target, total = (
+            _stack(unfold(leaf[None], f.axes)[0])
+            for leaf in (leaves[name], components_lib.leaf_total(f))
+        )
         for k in range(len(target)):
             label = name if len(target) == 1 else f"{name}[{k}]"
-            found.append(shown(label, (f.U, f.V), lambda pair, k=k: _stack(pair[0] @ pair[1])[k], target[k], total[k], side))
+            found.append(
+                shown(
+                    label,
+                    (f.U, f.V),
+                    lambda pair, k=k: _stack(pair[0] @ pair[1])[k],
+                    target[k],
+                    total[k],
+                    side,
+                )
+            )
     return found
 
 
-def shown(name: str, parts: PyTree, form: Callable, target: Array, total: Array, side: int) -> Matrix:
+def shown(
+    name: str, parts: PyTree, form: Callable, target: Array, total: Array, side: int
+) -> Matrix:
     """The strongest `side` rows and columns of a matrix. parts: arrays with a leading C, of which `form` makes one P_c [a, b]."""
-    cut_out = jax.jit(lambda parts, target: (jax.lax.map(lambda one: _strongest(form(one), side), parts), _strongest(target, side)))
-    (rows, columns, values, row_norms, column_norms), (i, j, kept, *_) = jax.device_get(cut_out(parts, target))
+    cut_out = jax.jit(
+        lambda parts, target: (
+            jax.lax.map(lambda one: _strongest(form(one), side), parts),
+            _strongest(target, side),
+        )
+    )
+    (rows, columns, values, row_norms, column_norms), (i, j, kept, *_) = jax.device_get(
+        cut_out(parts, target)
+    )
     shape = (target.shape[0], target.shape[1])
-    return Matrix(name, shape, rows, columns, values, row_norms, column_norms, i, j, kept, np.asarray(total)[np.ix_(i, j)])
+    return Matrix(
+        name,
+        shape,
+        rows,
+        columns,
+        values,
+        row_norms,
+        column_norms,
+        i,
+        j,
+        kept,
+        np.asarray(total)[np.ix_(i, j)],
+    )
 
 
 def _strongest(matrix: Float[Array, "a b"], side: int) -> tuple[Array, ...]:

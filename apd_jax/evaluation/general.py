@@ -14,12 +14,12 @@ from jaxtyping import Array, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
-from apd_jax import step as step_lib
 from apd_jax.components import Components
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel, Target
 from apd_jax.targets.scoring import alive_components
+from apd_jax.train import step as step_lib
 
 STREAM = 0x7E57  # sets the draws of an evaluation apart from training with the same seed
 
@@ -63,26 +63,43 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
         attributions = decomposition.attributions(x)
         mask = decomposition.mask_of(attributions, x)
         chosen = {"topk": mask, "all": jnp.ones_like(mask), "none": jnp.zeros_like(mask)}
-        outs = {name: step_lib.split_result(decomposition.sparse_output(x, m))[0] for name, m in chosen.items()}
+        outs = {
+            name: step_lib.split_result(decomposition.sparse_output(x, m))[0]
+            for name, m in chosen.items()
+        }
         return {
-            "fired": jnp.mean(mask & (attributions > 0), axis=range(mask.ndim - 1), dtype=jnp.float32),
+            "fired": jnp.mean(
+                mask & (attributions > 0), axis=range(mask.ndim - 1), dtype=jnp.float32
+            ),
             "simplicity": losses.simplicity(components, mask, apd.schatten_p),
-            **{f"minimality_{name}": losses.minimality(out, target_out, apd.minimality_loss) for name, out in outs.items()},
+            **{
+                f"minimality_{name}": losses.minimality(out, target_out, apd.minimality_loss)
+                for name, out in outs.items()
+            },
         }
 
-    drawn = jax.device_get(jax.jit(lambda: jax.lax.map(one, jnp.arange(config.evaluation.num_batches)))())
+    drawn = jax.device_get(
+        jax.jit(lambda: jax.lax.map(one, jnp.arange(config.evaluation.num_batches)))()
+    )
     leaves = components_lib.decomposed_leaves(components, params)
-    errors = [jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2) for name, f in components.factors.items()]
+    errors = [
+        jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2)
+        for name, f in components.factors.items()
+    ]
     squares = jax.device_get(components_lib.squared_norms(components))
     norms = np.sqrt(np.maximum(sum(squares.values(), np.zeros(())), 0))
     firing_rates = drawn["fired"].mean(axis=0)
     alive = alive_components(firing_rates, norms)
     ranks = jax.device_get(components_lib.effective_ranks(components))
-    of_leaf = {name: np.sqrt(np.maximum(squares[name], 0) / float(jnp.sum(leaves[name] ** 2))) for name in leaves}
+    of_leaf = {
+        name: np.sqrt(np.maximum(squares[name], 0) / float(jnp.sum(leaves[name] ** 2)))
+        for name in leaves
+    }
 
     metrics = {
         "faithfulness": float(losses.faithfulness(components, params)),
-        "relative_parameter_error": float(sum(errors)) / float(sum(jnp.sum(leaf**2) for leaf in leaves.values())),
+        "relative_parameter_error": float(sum(errors))
+        / float(sum(jnp.sum(leaf**2) for leaf in leaves.values())),
         **{name: float(values.mean()) for name, values in drawn.items() if name != "fired"},
         "num_components": len(alive),
         "num_alive_components": int(alive.sum()),
@@ -113,5 +130,9 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
             lines={"firing rate": firing_rates[order]},
         ),
     }
-    arrays = {"firing_rates": firing_rates, "component_norms": norms, **{f"leaf_norms_{name}": share for name, share in of_leaf.items()}}
+    arrays = {
+        "firing_rates": firing_rates,
+        "component_norms": norms,
+        **{f"leaf_norms_{name}": share for name, share in of_leaf.items()},
+    }
     return Evaluation(metrics, arrays, panels)

@@ -21,7 +21,9 @@ OWNED_NORM_RATIO = 0.5  # ... and holds at least this part of its length
 
 
 def of_components(
-    feature_weights: Callable[[PyTree], Float[Array, "F d"]], components: Components, num_always_on: int = 0
+    feature_weights: Callable[[PyTree], Float[Array, "F d"]],
+    components: Components,
+    num_always_on: int = 0,
 ) -> Float[Array, "C F d"]:
     """w(A + P_c) - w(A): what every component adds to the feature weights of the always-on ones, A, without which it is never used.
 
@@ -33,25 +35,33 @@ def of_components(
     if not num_always_on:
         return alone
     always = jax.tree.map(lambda a: jnp.sum(a[:num_always_on], axis=0), P)
-    added = jax.vmap(lambda one: feature_weights(jax.tree.map(jnp.add, always, one)) - feature_weights(always))(P)
+    added = jax.vmap(
+        lambda one: feature_weights(jax.tree.map(jnp.add, always, one)) - feature_weights(always)
+    )(P)
     return jnp.where((jnp.arange(len(alone)) < num_always_on)[:, None, None], alone, added)
 
 
-def cosines(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> Float[np.ndarray, "C F"]:
+def cosines(
+    component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]
+) -> Float[np.ndarray, "C F"]:
     """cos(P_{c,f}, W_f); 0 where either vector is exactly zero."""
     P, W = component_weights.astype(np.float64), target_weights.astype(np.float64)
     lengths = np.linalg.norm(P, axis=-1) * np.linalg.norm(W, axis=-1)
     return _divide(np.einsum("cfd,fd->cf", P, W), lengths)
 
 
-def norm_ratios(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> Float[np.ndarray, "C F"]:
+def norm_ratios(
+    component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]
+) -> Float[np.ndarray, "C F"]:
     """‖P_{c,f}‖ / ‖W_f‖; 0 where the target's vector is exactly zero."""
     P, W = component_weights.astype(np.float64), target_weights.astype(np.float64)
     norms = np.linalg.norm(P, axis=-1)
     return _divide(norms, np.broadcast_to(np.linalg.norm(W, axis=-1), norms.shape))
 
 
-def one_to_one(cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "C F"]) -> Int[np.ndarray, " F"]:
+def one_to_one(
+    cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "C F"]
+) -> Int[np.ndarray, " F"]:
     """The component of every feature, no component twice, that maximises Σ_f cos · min(norm ratio, 1).
 
     The argmax of the cosine alone is fooled by a tiny column that happens to point the right way, and hides a component that
@@ -80,14 +90,22 @@ def per_feature(
         cosine >= OWNED_COSINE and norm ratio >= OWNED_NORM_RATIO; else 0.
     Cost: C·F·d, and an assignment of order max(C, F)³ on the host.
     """
-    cosine, ratio = cosines(component_weights, target_weights), norm_ratios(component_weights, target_weights)
+    cosine, ratio = (
+        cosines(component_weights, target_weights),
+        norm_ratios(component_weights, target_weights),
+    )
     features = np.arange(target_weights.shape[0])
     best, owner = cosine.argmax(axis=0), one_to_one(cosine, ratio)
     assigned = owner >= 0
     own_cosine = np.where(assigned, cosine[owner, features], 0)
     own_ratio = np.where(assigned, ratio[owner, features], 0)
     main_feature = np.linalg.norm(component_weights, axis=-1).argmax(axis=1)
-    owned = assigned & (main_feature[owner] == features) & (own_cosine >= OWNED_COSINE) & (own_ratio >= OWNED_NORM_RATIO)
+    owned = (
+        assigned
+        & (main_feature[owner] == features)
+        & (own_cosine >= OWNED_COSINE)
+        & (own_ratio >= OWNED_NORM_RATIO)
+    )
     return {
         "mmcs": cosine[best, features],
         "ml2r": ratio[best, features],
@@ -97,7 +115,9 @@ def per_feature(
     }
 
 
-def scores(component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]) -> dict[str, float | int]:
+def scores(
+    component_weights: Float[np.ndarray, "C F d"], target_weights: Float[np.ndarray, "F d"]
+) -> dict[str, float | int]:
     """The means of `per_feature` over features, and num_features, num_features_owned."""
     each = per_feature(component_weights, target_weights)
     owned = each.pop("owned")

@@ -28,7 +28,9 @@ def cosines(first: Components, second: Components) -> Float[np.ndarray, "C D"]:
     ours, theirs = ({name: f.shape for name, f in one.factors.items()} for one in (first, second))
     if ours != theirs:
         name = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))[0]
-        raise InputError(f"the two decompositions differ in leaf {name!r}: {ours.get(name, 'absent')} and {theirs.get(name, 'absent')}.")
+        raise InputError(
+            f"the two decompositions differ in leaf {name!r}: {ours.get(name, 'absent')} and {theirs.get(name, 'absent')}."
+        )
 
     def inner(a, b) -> Array:
         def one(factors):
@@ -39,13 +41,20 @@ def cosines(first: Components, second: Components) -> Float[np.ndarray, "C D"]:
 
         return jax.lax.map(one, (a.U, a.V))
 
-    products = jax.jit(lambda p, q: sum(inner(f, q.factors[name]) for name, f in p.factors.items()))(first, second)
-    norms = [np.sqrt(np.maximum(sum(jax.device_get(components_lib.squared_norms(one)).values()), 0)) for one in (first, second)]
+    products = jax.jit(
+        lambda p, q: sum(inner(f, q.factors[name]) for name, f in p.factors.items())
+    )(first, second)
+    norms = [
+        np.sqrt(np.maximum(sum(jax.device_get(components_lib.squared_norms(one)).values()), 0))
+        for one in (first, second)
+    ]
     lengths = np.multiply.outer(*norms)
     return np.divide(products, lengths, out=np.zeros(lengths.shape, np.float32), where=lengths > 0)
 
 
-def one_to_one(cosine: Float[np.ndarray, "C D"]) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
+def one_to_one(
+    cosine: Float[np.ndarray, "C D"],
+) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
     """The pairs (c, d), no component twice, with the largest sum of cosines: two arrays, of the k = min(C, D) pairs, best first."""
     c, d = linear_sum_assignment(cosine, maximize=True)
     best = np.argsort(-cosine[c, d], kind="stable")

@@ -15,7 +15,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
-def needed(x: Float[Array, "B F"], component_of_feature: Int[Array, " F"], num_components: int) -> Bool[Array, "B C"]:
+def needed(
+    x: Float[Array, "B F"], component_of_feature: Int[Array, " F"], num_components: int
+) -> Bool[Array, "B C"]:
     """The components of the features that are active (nonzero) in each example."""
     owners = jax.nn.one_hot(component_of_feature, num_components)
     return (x != 0).astype(owners.dtype) @ owners > 0
@@ -34,15 +36,23 @@ def antiscrub(mask: Bool[Array, "B C"], needed: Bool[Array, "B C"]) -> Bool[Arra
 def draw_masks(rng: PRNGKeyArray, needed: Bool[Array, "B C"]) -> dict[str, Bool[Array, "B C"]]:
     """The masks `scrubbed`, `antiscrubbed` and `random`, each from a random half of all components drawn for it alone."""
     draws = jax.random.bernoulli(rng, 0.5, (3, *needed.shape))
-    return {"scrubbed": scrub(draws[0], needed), "antiscrubbed": antiscrub(draws[1], needed), "random": draws[2]}
+    return {
+        "scrubbed": scrub(draws[0], needed),
+        "antiscrubbed": antiscrub(draws[1], needed),
+        "random": draws[2],
+    }
 
 
-def per_example_loss(out: Float[Array, "B O"], target_out: Float[Array, "B O"]) -> Float[Array, " B"]:
+def per_example_loss(
+    out: Float[Array, "B O"], target_out: Float[Array, "B O"]
+) -> Float[Array, " B"]:
     """mean_o (out - target_out)²."""
     return jnp.mean((out - target_out) ** 2, axis=1)
 
 
-def baselines(x: Float[Array, "B F"], target_out: Float[Array, "B F"], monosemantic_fn: Callable) -> dict[str, Float[Array, " B"]]:
+def baselines(
+    x: Float[Array, "B F"], target_out: Float[Array, "B F"], monosemantic_fn: Callable
+) -> dict[str, Float[Array, " B"]]:
     """Losses without any component: `zero` predicts 0, `monosemantic` gives each neuron one feature (x, its first entries the label's)."""
     return {
         "zero": per_example_loss(jnp.zeros_like(target_out), target_out),

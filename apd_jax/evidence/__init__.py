@@ -17,7 +17,6 @@ from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from apd_jax import data
 from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
@@ -27,12 +26,29 @@ from apd_jax.evidence import ablate, audit, controls, fit, length, retrain, trut
 from apd_jax.evidence.card import Evidence
 from apd_jax.evidence.check import Case, Check
 from apd_jax.evidence.subject import Setting, make
+from apd_jax.network import data
 from apd_jax.targets.base import Target
 
 CHECKS = (
-    *(fit.faithfulness, length.minimality, fit.sparse, ablate.partial, ablate.worst, ablate.monotone, truth.scrubbing),
+    *(
+        fit.faithfulness,
+        length.minimality,
+        fit.sparse,
+        ablate.partial,
+        ablate.worst,
+        ablate.monotone,
+        truth.scrubbing,
+    ),
     *(audit.fidelity, audit.tempered, truth.geometry_of, fit.shrinkage, fit.alive_components),
-    *(retrain.capacity, retrain.seeds, retrain.data, controls.controls, fit.convergence, fit.provenance, length.description_length),
+    *(
+        retrain.capacity,
+        retrain.seeds,
+        retrain.data,
+        controls.controls,
+        fit.convergence,
+        fit.provenance,
+        length.description_length,
+    ),
 )
 EVALUATION_BATCHES = 20
 
@@ -74,15 +90,27 @@ def evidence(
     """
     config, problem = decomposition.config, decomposition.problem
     if config.num_instances != 1:
-        raise InputError(f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i).")
+        raise InputError(
+            f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i)."
+        )
     count = int(config.batch_size if num_examples is None else num_examples)
     if count < 2:
         raise InputError(f"num_examples must be at least 2; got {count}.")
     key = jax.random.fold_in(jax.random.key(config.seed), STREAM + 2)
     draw, num_batches = _held_out(decomposition, x, key, count)
     setting = Setting(problem, config)
-    about = {"workdir": "", "command": "decomposition.evidence()", "step": config.num_steps, "seed": config.seed, **(provenance or {})}
-    about |= {"device": jax.devices()[0].device_kind, "num_devices": jax.device_count(), "jax": jax.__version__}
+    about = {
+        "workdir": "",
+        "command": "decomposition.evidence()",
+        "step": config.num_steps,
+        "seed": config.seed,
+        **(provenance or {}),
+    }
+    about |= {
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "jax": jax.__version__,
+    }
     about |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     case = Case(
         subject=make(setting, problem.params, decomposition.components, draw(0)),
@@ -104,10 +132,22 @@ def evidence(
 
 def _asked(case: Case, console: Console | None, numbers: Sequence[int] | None) -> list[Check]:
     """The checks of these numbers, with a progress display."""
-    chosen = [ask for number, ask in enumerate(CHECKS, start=1) if numbers is None or number in numbers]
-    columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    chosen = [
+        ask for number, ask in enumerate(CHECKS, start=1) if numbers is None or number in numbers
+    ]
+    columns = (
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.description}"),
+    )
     found = []
-    with Progress(*columns, console=console, disable=console is None or not console.is_terminal, transient=True) as progress:
+    with Progress(
+        *columns,
+        console=console,
+        disable=console is None or not console.is_terminal,
+        transient=True,
+    ) as progress:
         task = progress.add_task("", total=len(chosen))
         for ask in chosen:
             progress.update(task, description=ask.__name__.replace("_", " "))
@@ -122,7 +162,9 @@ def _held_out(decomposition: Decomposition, x: PyTree, key: jax.Array, num_examp
     if x is not None:
         return (lambda i: x), 1
     if source is None:
-        raise InputError("this decomposition has no data (it was loaded without sample_fn); give examples as x.")
+        raise InputError(
+            "this decomposition has no data (it was loaded without sample_fn); give examples as x."
+        )
     if isinstance(source, data.Batches):
         return (lambda i: jax.tree.map(lambda a: jnp.asarray(a[:num_examples]), source.first)), 1
     draw = jax.jit(source)
@@ -141,9 +183,13 @@ def _evaluation(decomposition: Decomposition, target: Target | None):
     """The target's own metrics, on a few batches."""
     if target is None:
         return None
-    config = ConfigDict({"evaluation": {"num_batches": EVALUATION_BATCHES, "seed": decomposition.config.seed}})
+    config = ConfigDict(
+        {"evaluation": {"num_batches": EVALUATION_BATCHES, "seed": decomposition.config.seed}}
+    )
     config.apd = decomposition.config
-    return evaluation_lib.evaluate(target, decomposition.problem.params, decomposition.components, config)
+    return evaluation_lib.evaluate(
+        target, decomposition.problem.params, decomposition.components, config
+    )
 
 
 __all__ = ["CHECKS", "Case", "Check", "Evidence", "evidence"]

@@ -13,16 +13,25 @@ from collections.abc import Sequence
 import jax
 from absl import app, flags
 
-from apd_jax import cli, parallel
+from apd_jax.commands import cli
+from apd_jax.commands import evidence as workdir
 from apd_jax.errors import InputError
-from apd_jax.evidence import workdir
+from apd_jax.train import parallel
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run with a checkpoint.")
 _FULL = flags.DEFINE_bool("full", False, "Also train again, for checks 13 to 16.")
-_OTHER = flags.DEFINE_string("other", None, "Workdir of another run of the same target: how far do the two agree?")
+_OTHER = flags.DEFINE_string(
+    "other", None, "Workdir of another run of the same target: how far do the two agree?"
+)
 _INSTANCE = flags.DEFINE_integer("instance", None, "Which of several instances; by default all.")
-_NUM_EXAMPLES = flags.DEFINE_integer("num_examples", None, "Held-out examples to judge on; by default as many as a training batch has.")
-_BITS_PER_RANK = flags.DEFINE_float("bits_per_rank", 1.0, "Description length: bits per rank per leaf of an active component.")
+_NUM_EXAMPLES = flags.DEFINE_integer(
+    "num_examples",
+    None,
+    "Held-out examples to judge on; by default as many as a training batch has.",
+)
+_BITS_PER_RANK = flags.DEFINE_float(
+    "bits_per_rank", 1.0, "Description length: bits per rank per leaf of an active component."
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,7 +39,9 @@ def main(argv: Sequence[str]) -> None:
         parallel.initialize()
         cli.only_our_messages()
         if _FULL.value and jax.process_count() > 1:
-            cli.refuse("--full trains again, which one process does alone; give the command without a launcher.")
+            cli.refuse(
+                "--full trains again, which one process does alone; give the command without a launcher."
+            )
         if len(argv) > 1:
             cli.refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")
         if not _WORKDIR.value:

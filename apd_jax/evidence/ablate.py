@@ -21,7 +21,9 @@ from apd_jax.targets.base import Panel
 
 NUM_DRAWS = 8  # of random factors
 STEP_SIZE = 0.1
-NUM_STARTS = 4  # from a single one the ascent is sometimes caught at a corner that is only locally the worst
+NUM_STARTS = (
+    4  # from a single one the ascent is sometimes caught at a corner that is only locally the worst
+)
 LADDER = (20, 40, 80)  # steps of the ascent
 PLATEAU = 0.1  # what the last doubling of steps may add, as a part of the error
 CURVE_POINTS = 21
@@ -62,13 +64,17 @@ def partial(case: Case) -> Check:
 @jax.jit
 def _random_error(subject: Subject, key: PRNGKeyArray) -> Float[Array, ""]:
     def one(key):
-        return jnp.mean(errors(subject, scaled(subject, jax.random.uniform(key, subject.mask.shape))))
+        return jnp.mean(
+            errors(subject, scaled(subject, jax.random.uniform(key, subject.mask.shape)))
+        )
 
     return jnp.mean(jax.lax.map(one, jax.random.split(key, NUM_DRAWS)))
 
 
 def _average_scale(subject: Subject) -> Float[Array, "*one C"]:
-    return jnp.mean(subject.mask, axis=range(subject.mask.ndim - 1), keepdims=True, dtype=jnp.float32)
+    return jnp.mean(
+        subject.mask, axis=range(subject.mask.ndim - 1), keepdims=True, dtype=jnp.float32
+    )
 
 
 @jax.jit
@@ -80,7 +86,14 @@ def _redrawn_error(subject: Subject, key: PRNGKeyArray) -> Float[Array, ""]:
 
 
 @functools.partial(jax.jit, static_argnames=("shared", "steps", "starts"))
-def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool, steps: int = LADDER[-1], starts: int = NUM_STARTS) -> Float[Array, "S n"]:
+def attack(
+    subject: Subject,
+    key: PRNGKeyArray,
+    *,
+    shared: bool,
+    steps: int = LADDER[-1],
+    starts: int = NUM_STARTS,
+) -> Float[Array, "S n"]:
     """The largest error that projected gradient ascent finds over the factors of inactive components.
 
     r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from uniform random starts; the worst point seen counts, all-off and
@@ -91,7 +104,9 @@ def attack(subject: Subject, key: PRNGKeyArray, *, shared: bool, steps: int = LA
     Returns: every example's error at the worst point seen after 0, 1, …, `steps` steps.
     Cost: starts · steps sparse passes forward and back.
     """
-    shape = (*[1] * (subject.mask.ndim - 1), subject.num_components) if shared else subject.mask.shape
+    shape = (
+        (*[1] * (subject.mask.ndim - 1), subject.num_components) if shared else subject.mask.shape
+    )
 
     def mean_error(r):
         error = errors(subject, scaled(subject, r))
@@ -119,11 +134,18 @@ def worst(case: Case) -> Check:
     """Check 5: the factors of inactive components chosen to do the most damage; and for networks that allow it a bound on that damage."""
     subject, key = case.subject, jax.random.fold_in(case.key, 5)
     found = attack(subject, key, shared=True)
-    found_each = jnp.maximum(attack(subject, jax.random.fold_in(key, 1), shared=False), found)  # shared factors are permitted here, too
-    shared, each = (np.array([case.relative(e) for e in jnp.mean(history, axis=1)]) for history in (found, found_each))
+    found_each = jnp.maximum(
+        attack(subject, jax.random.fold_in(key, 1), shared=False), found
+    )  # shared factors are permitted here, too
+    shared, each = (
+        np.array([case.relative(e) for e in jnp.mean(history, axis=1)])
+        for history in (found, found_each)
+    )
     last, before = shared[LADDER[-1]], shared[LADDER[-2]]
     plateau = last - before <= PLATEAU * max(last, ERROR_BAR)
-    values = {f"shared_{steps}": shared[steps] for steps in LADDER} | {f"per_example_{steps}": each[steps] for steps in LADDER}
+    values = {f"shared_{steps}": shared[steps] for steps in LADDER} | {
+        f"per_example_{steps}": each[steps] for steps in LADDER
+    }
     text = (
         f"The worst factors found, shared over the batch, give an error of {shared[LADDER[0]]:.2%}, {before:.2%} and {last:.2%} of the "
         f"{case.unit} after {', '.join(map(str, LADDER))} steps; chosen anew for every example {each[LADDER[-1]]:.2%}."
@@ -134,9 +156,7 @@ def worst(case: Case) -> Check:
         attacked = case.relative(jnp.mean(found_each[-1, :count]))
         values |= {"bound": bound, "per_example_where_bounded": attacked}
         if bound <= TELLING:
-            text += (
-                f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; the ascent finds {attacked:.2%} there)."
-            )
+            text += f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; the ascent finds {attacked:.2%} there)."
         else:
             text += f" The interval bound, {bound:.2g} times the {case.unit}, is too wide to tell anything."
     except bounds.UnboundedError as error:
@@ -147,7 +167,8 @@ def worst(case: Case) -> Check:
         "worst_case_ablation",
         "Worst-case partial ablation",
         passed=bool(last <= ERROR_BAR and plateau),
-        bar=_BAR.format(unit=case.unit) + f", and the last doubling of steps adds at most {PLATEAU:.0%}*",
+        bar=_BAR.format(unit=case.unit)
+        + f", and the last doubling of steps adds at most {PLATEAU:.0%}*",
         values=values,
         text=text,
         budget=f"{'/'.join(map(str, LADDER))} steps × {STEP_SIZE}, {NUM_STARTS} random starts, {case.examples}",
@@ -180,12 +201,18 @@ def trajectories(subject: Subject, key: PRNGKeyArray) -> dict[str, Float[Array, 
         order = jnp.argsort(jnp.where(inactive, scores, jnp.inf), axis=-1)
         return jnp.argsort(order, axis=-1)
 
-    places = {"by_attribution": place(subject.attributions), "random_order": place(jax.random.uniform(key, subject.mask.shape))}
+    places = {
+        "by_attribution": place(subject.attributions),
+        "random_order": place(jax.random.uniform(key, subject.mask.shape)),
+    }
 
     def at(t):
         masks = {"joint": scaled(subject, 1 - t)}
         masks |= {name: subject.mask | (p >= jnp.round(t * number)) for name, p in places.items()}
-        return {name: jnp.mean(errors(subject, mask.astype(jnp.float32))) for name, mask in masks.items()}
+        return {
+            name: jnp.mean(errors(subject, mask.astype(jnp.float32)))
+            for name, mask in masks.items()
+        }
 
     return jax.lax.map(at, jnp.linspace(0, 1, CURVE_POINTS))
 
@@ -196,8 +223,14 @@ def monotone(case: Case) -> Check:
         name: np.array([case.relative(e) for e in curve])
         for name, curve in trajectories(case.subject, jax.random.fold_in(case.key, 6)).items()
     }
-    values = {f"{name}_max": curve.max() for name, curve in curves.items()} | {"end": curves["joint"][-1]}
-    labels = {"joint": "scaled together", "by_attribution": "one by one, least attributed first", "random_order": "one by one, at random"}
+    values = {f"{name}_max": curve.max() for name, curve in curves.items()} | {
+        "end": curves["joint"][-1]
+    }
+    labels = {
+        "joint": "scaled together",
+        "by_attribution": "one by one, least attributed first",
+        "random_order": "one by one, at random",
+    }
     return Check(
         6,
         "monotone_trajectories",

@@ -16,9 +16,9 @@ from scipy import stats
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax.components import Components
+from apd_jax.components.layout import path_name
 from apd_jax.evidence.check import Case, Check
 from apd_jax.evidence.subject import Subject, make
-from apd_jax.layout import path_name
 from apd_jax.targets.base import Panel
 
 KINDS = {
@@ -42,7 +42,9 @@ def only(components: Components, leaf: str) -> Components:
     """The components of one leaf; the others count as not decomposed."""
     return Components(
         jax.tree_util.tree_map_with_path(
-            lambda path, f: f if path_name(path) == leaf else None, components.tree, is_leaf=components_lib.is_slot
+            lambda path, f: f if path_name(path) == leaf else None,
+            components.tree,
+            is_leaf=components_lib.is_slot,
         )
     )
 
@@ -55,7 +57,9 @@ def _attributions(subject: Subject, kind: str, mode: str, leaf: str) -> Float[Ar
     components = only(subject.components, leaf) if leaf else subject.components
     valid = None if problem.valid_fn is None else problem.valid_fn(subject.x)
     options = {"mode": mode, "metric": setting.config.attribution_metric, "valid": valid}
-    return jnp.sqrt(attributions_lib.squared(kind, problem.apply_fn, summed, components, subject.x, **options))
+    return jnp.sqrt(
+        attributions_lib.squared(kind, problem.apply_fn, summed, components, subject.x, **options)
+    )
 
 
 def _audited(subject: Subject) -> Subject:
@@ -70,7 +74,10 @@ def correlations(subject: Subject, leaf: str = "") -> tuple[dict[str, float], di
     for name, (kind, mode) in KINDS.items():
         try:
             found[name] = spearman(np.asarray(_attributions(subject, kind, mode, leaf)), truth)
-        except (TypeError, NotImplementedError) as error:  # functions without a tangent, or without a cotangent
+        except (
+            TypeError,
+            NotImplementedError,
+        ) as error:  # functions without a tangent, or without a cotangent
             failed[name] = " ".join(str(error).split())[:100]
     return found, failed
 
@@ -81,9 +88,13 @@ def fidelity(case: Case) -> Check:
     together, failed = correlations(subject)
     leaves = list(subject.components.factors)
     by_leaf = {leaf: correlations(subject, leaf)[0] for leaf in leaves} if len(leaves) > 1 else {}
-    values = dict(together) | {f"{kind}_{leaf}": r for leaf, found in by_leaf.items() for kind, r in found.items()}
+    values = dict(together) | {
+        f"{kind}_{leaf}": r for leaf, found in by_leaf.items() for kind, r in found.items()
+    }
     for step, components in case.earlier.items():
-        found = correlations(_audited(make(subject.setting, subject.params, components, subject.x)))[0]
+        found = correlations(
+            _audited(make(subject.setting, subject.params, components, subject.x))
+        )[0]
         values |= {f"{kind}_at_{step}": r for kind, r in found.items()}
     text = "Rank correlation with true ablation, all leaves together: " + ", ".join(
         f"{kind.replace('_', ' ')} {r:.3f}" for kind, r in together.items()
@@ -102,7 +113,12 @@ def fidelity(case: Case) -> Check:
                 caption="Spearman rank correlation over all examples and components. Good: near 1; a leaf near 0 is ranked by chance.",
                 xlabel="kind of attribution",
                 ylabel="",
-                matrix=np.array([[np.nan_to_num(found.get(kind, 0.0)) for kind in together] for found in rows.values()]),
+                matrix=np.array(
+                    [
+                        [np.nan_to_num(found.get(kind, 0.0)) for kind in together]
+                        for found in rows.values()
+                    ]
+                ),
                 unit="rank correlation",
                 rows=list(rows),
                 columns=list(together),
@@ -119,7 +135,10 @@ def tempered(case: Case) -> Check:
     used = score > 0
     about = {"number": 9, "name": "well_tempered", "title": "Well-tempered attributions"}
     if used.sum() < 2 * NUM_BINS:
-        return Check(**about, why=f"only {used.sum()} pairs of example and component have an attribution above 0")
+        return Check(
+            **about,
+            why=f"only {used.sum()} pairs of example and component have an attribution above 0",
+        )
     order = np.argsort(score[used], kind="stable")
     bins = np.array_split(order, NUM_BINS)
     means = np.array([damage[used][b].mean() for b in bins])
@@ -127,12 +146,20 @@ def tempered(case: Case) -> Check:
     r = spearman(score[used], damage[used])
     return Check(
         **about,
-        values={"spearman_above_zero": r, "share_rising": rising, "top_bin_damage": means[-1], "bottom_bin_damage": means[0]},
+        values={
+            "spearman_above_zero": r,
+            "share_rising": rising,
+            "top_bin_damage": means[-1],
+            "bottom_bin_damage": means[0],
+        },
         text=f"In {NUM_BINS} bins of rising attribution the mean damage of ablating one component alone goes from {means[0]:.2g} to "
         f"{means[-1]:.2g} (units of the output) and rises at {rising:.0%} of the steps; rank correlation {r:.3f} where attributions are "
         f"above 0.",
         budget=f"{used.sum()} pairs of example and component",
-        arrays={"tempered_damage": means, "tempered_attribution": np.array([score[used][b].mean() for b in bins])},
+        arrays={
+            "tempered_damage": means,
+            "tempered_attribution": np.array([score[used][b].mean() for b in bins]),
+        },
         panels={
             "tempered": Panel(
                 title="Damage by attribution",

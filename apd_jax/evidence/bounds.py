@@ -18,8 +18,8 @@ from jax.extend.core import ClosedJaxpr, Literal
 from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
-from apd_jax import step as step_lib
 from apd_jax.evidence.subject import Subject
+from apd_jax.train import step as step_lib
 
 
 class UnboundedError(Exception):
@@ -35,8 +35,32 @@ class Interval(NamedTuple):
 
 # Operations that only place numbers elsewhere, or rise with each of their arguments: their bounds are those of the ends.
 _INCREASING = {
-    *("add", "add_any", "max", "min", "exp", "tanh", "logistic", "erf", "reduce_sum", "reduce_max", "reduce_min", "cumsum"),
-    *("reshape", "transpose", "broadcast_in_dim", "squeeze", "convert_element_type", "copy", "slice", "concatenate", "rev", "select_n"),
+    *(
+        "add",
+        "add_any",
+        "max",
+        "min",
+        "exp",
+        "tanh",
+        "logistic",
+        "erf",
+        "reduce_sum",
+        "reduce_max",
+        "reduce_min",
+        "cumsum",
+    ),
+    *(
+        "reshape",
+        "transpose",
+        "broadcast_in_dim",
+        "squeeze",
+        "convert_element_type",
+        "copy",
+        "slice",
+        "concatenate",
+        "rev",
+        "select_n",
+    ),
 }
 _CALLS = ("jaxpr", "call_jaxpr")  # where an operation keeps its inner jaxpr
 
@@ -64,19 +88,32 @@ def output_bounds(subject: Subject, count: int) -> Interval:
     """Lowest and highest outputs [count, ...] of the first examples under all permitted masks. Raises and cost as in `error_bound`."""
     if subject.mask.ndim != 2:
         raise UnboundedError("intervals are worked out for masks per example, not per position")
-    apply_fn, weights = subject.setting.problem.apply_fn, {n: f.weights for n, f in subject.components.factors.items()}
+    apply_fn, weights = (
+        subject.setting.problem.apply_fn,
+        {n: f.weights for n, f in subject.components.factors.items()},
+    )
 
     def one(mask, x):
         active = mask.astype(jnp.float32)
         between = {
-            name: Interval(*(jnp.tensordot(active, P, 1) + jnp.tensordot(1 - active, end(P, 0), 1) for end in (jnp.minimum, jnp.maximum)))
+            name: Interval(
+                *(
+                    jnp.tensordot(active, P, 1) + jnp.tensordot(1 - active, end(P, 0), 1)
+                    for end in (jnp.minimum, jnp.maximum)
+                )
+            )
             for name, P in weights.items()
         }
         batch = jax.tree.map(lambda a: a[None], x)
         jaxpr, shape = jax.make_jaxpr(apply_fn, return_shape=True)(subject.params, batch)
-        args = jax.tree.leaves((components_lib.replace_leaves(subject.params, between), batch), is_leaf=lambda a: isinstance(a, Interval))
+        args = jax.tree.leaves(
+            (components_lib.replace_leaves(subject.params, between), batch),
+            is_leaf=lambda a: isinstance(a, Interval),
+        )
         found = _evaluate(jaxpr, args)
-        out = step_lib.split_result(jax.tree.unflatten(jax.tree.structure(shape), [_Held(a) for a in found]))[0].value
+        out = step_lib.split_result(
+            jax.tree.unflatten(jax.tree.structure(shape), [_Held(a) for a in found])
+        )[0].value
         return tuple(end[0] for end in _ends(out))
 
     bounded = jax.jit(jax.vmap(one))(*jax.tree.map(lambda a: a[:count], (subject.mask, subject.x)))
@@ -92,23 +129,34 @@ class _Held:
 
 def _evaluate(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
     """The outputs of a jaxpr, some of whose inputs are intervals."""
-    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)) | dict(zip(closed.jaxpr.invars, args, strict=True))
+    env = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True)) | dict(
+        zip(closed.jaxpr.invars, args, strict=True)
+    )
 
     def read(v):
         return v.val if isinstance(v, Literal) else env[v]
 
     for eqn in closed.jaxpr.eqns:
         values = [read(v) for v in eqn.invars]
-        inner = next((eqn.params[name] for name in _CALLS if isinstance(eqn.params.get(name), ClosedJaxpr)), None)
+        inner = next(
+            (eqn.params[name] for name in _CALLS if isinstance(eqn.params.get(name), ClosedJaxpr)),
+            None,
+        )
         name, bind = eqn.primitive.name, functools.partial(eqn.primitive.bind, **eqn.params)
-        if inner is not None and name not in ("scan", "while") and len(inner.jaxpr.invars) == len(values):
+        if (
+            inner is not None
+            and name not in ("scan", "while")
+            and len(inner.jaxpr.invars) == len(values)
+        ):
             out = _evaluate(inner, values)
         elif not any(isinstance(v, Interval) for v in values):
             out = bind(*values)
         elif name in _RULES:
             out = _RULES[name](bind, *values, **eqn.params)
         elif name in _INCREASING and not (name == "select_n" and isinstance(values[0], Interval)):
-            out = Interval(bind(*(_ends(v)[0] for v in values)), bind(*(_ends(v)[1] for v in values)))
+            out = Interval(
+                bind(*(_ends(v)[0] for v in values)), bind(*(_ends(v)[1] for v in values))
+            )
         else:
             raise UnboundedError(f"no interval rule for the operation {name!r}")
         env |= dict(zip(eqn.outvars, out if eqn.primitive.multiple_results else [out], strict=True))
@@ -127,7 +175,9 @@ def _product(bind: Callable, a: Any, b: Any, **_: Any) -> Interval:
 
 def _matrix_product(bind: Callable, a: Any, b: Any, **_: Any) -> Interval:
     """By middle and radius (Rump): m_a m_b ± (|m_a| r_b + r_a |m_b| + r_a r_b); exact if one side is a point."""
-    (middle_a, radius_a), (middle_b, radius_b) = (((hi + lo) / 2, (hi - lo) / 2) for lo, hi in map(_ends, (a, b)))
+    (middle_a, radius_a), (middle_b, radius_b) = (
+        ((hi + lo) / 2, (hi - lo) / 2) for lo, hi in map(_ends, (a, b))
+    )
     middle = bind(middle_a, middle_b)
     radius = bind(jnp.abs(middle_a), radius_b) + bind(radius_a, jnp.abs(middle_b) + radius_b)
     return Interval(middle - radius, middle + radius)
@@ -135,7 +185,9 @@ def _matrix_product(bind: Callable, a: Any, b: Any, **_: Any) -> Interval:
 
 def _quotient(bind: Callable, a: Any, b: Any, **_: Any) -> Interval:
     if isinstance(b, Interval):
-        raise UnboundedError("no interval rule for division by something that depends on the components")
+        raise UnboundedError(
+            "no interval rule for division by something that depends on the components"
+        )
     ends = [bind(x, b) for x in _ends(a)]
     return Interval(jnp.minimum(*ends), jnp.maximum(*ends))
 
@@ -148,12 +200,16 @@ def _power(bind: Callable, a: Interval, *, y: int = 2, **_: Any) -> Interval:
     if y % 2:
         return Interval(lo, hi)
     inside = (a.lo <= 0) & (a.hi >= 0)
-    return Interval(jnp.where(inside, bind(jnp.zeros_like(a.lo)), jnp.minimum(lo, hi)), jnp.maximum(lo, hi))
+    return Interval(
+        jnp.where(inside, bind(jnp.zeros_like(a.lo)), jnp.minimum(lo, hi)), jnp.maximum(lo, hi)
+    )
 
 
 _RULES: dict[str, Callable[..., Interval]] = {
     "neg": lambda bind, a, **_: Interval(bind(a.hi), bind(a.lo)),
-    "sub": lambda bind, a, b, **_: Interval(bind(_ends(a)[0], _ends(b)[1]), bind(_ends(a)[1], _ends(b)[0])),
+    "sub": lambda bind, a, b, **_: Interval(
+        bind(_ends(a)[0], _ends(b)[1]), bind(_ends(a)[1], _ends(b)[0])
+    ),
     "mul": _product,
     "dot_general": _matrix_product,
     "div": _quotient,

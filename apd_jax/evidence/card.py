@@ -39,12 +39,22 @@ class Evidence:
             claim += f"({asked[5].budget})"
         else:
             claim = "It is not shown that these components are needed for this behaviour on this distribution"
-        names = f"; not met: {', '.join(f'{c.title.lower()} ({c.number})' for c in missed)}" if missed else ""
-        loud = f" {asked[16].text.split(';')[0]}." if 16 in asked and asked[16].passed is False else ""
+        names = (
+            f"; not met: {', '.join(f'{c.title.lower()} ({c.number})' for c in missed)}"
+            if missed
+            else ""
+        )
+        loud = (
+            f" {asked[16].text.split(';')[0]}." if 16 in asked and asked[16].passed is False else ""
+        )
         return f"{claim}: {met} of {met + len(missed)} bars are met{names}.{loud}"
 
     def to_json(self) -> dict[str, Any]:
-        return {"provenance": dict(self.provenance), "verdict": self.verdict, "checks": [check.to_json() for check in self.checks]}
+        return {
+            "provenance": dict(self.provenance),
+            "verdict": self.verdict,
+            "checks": [check.to_json() for check in self.checks],
+        }
 
     def table(self, title: str = "Evidence") -> Table:
         """One row per check."""
@@ -53,7 +63,12 @@ class Evidence:
             table.add_column(name)
         for c in self.checks:
             style = {True: "green", False: "bold red", None: "dim"}[c.passed]
-            table.add_row(str(c.number), c.title, f"[{style}]{_MARKS[c.passed]}[/]", "\n".join(filter(None, (c.text, _why(c)))))
+            table.add_row(
+                str(c.number),
+                c.title,
+                f"[{style}]{_MARKS[c.passed]}[/]",
+                "\n".join(filter(None, (c.text, _why(c)))),
+            )
         return table
 
     def markdown(self, title: str = "Evidence") -> str:
@@ -66,7 +81,14 @@ class Evidence:
         lines += [f"Command: `{p['command']}`. Bars with a * are ours.", ""]
         lines += ["| # | check | | bar | what was found | budget |", "|---|---|---|---|---|---|"]
         for c in self.checks:
-            cells = (str(c.number), c.title, _MARKS[c.passed], c.bar, " ".join(filter(None, (c.text, _why(c)))), c.budget)
+            cells = (
+                str(c.number),
+                c.title,
+                _MARKS[c.passed],
+                c.bar,
+                " ".join(filter(None, (c.text, _why(c)))),
+                c.budget,
+            )
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
         return "\n".join(lines) + "\n"
 
@@ -75,7 +97,9 @@ def _why(check: Check) -> str:
     return f"({check.why[0].upper()}{check.why[1:]}.)" if check.why else ""
 
 
-def save(found: Sequence[Evidence], workdir: epath.PathLike, numbers: Sequence[int], *, several: bool) -> list[epath.Path]:
+def save(
+    found: Sequence[Evidence], workdir: epath.PathLike, numbers: Sequence[int], *, several: bool
+) -> list[epath.Path]:
     """Writes evidence.json and evidence.md, and evidence.npz and figures/evidence_*.png of each instance.
 
     Args:
@@ -88,12 +112,18 @@ def save(found: Sequence[Evidence], workdir: epath.PathLike, numbers: Sequence[i
     content = found[0].to_json() | ({"instances": [e.to_json() for e in found]} if several else {})
     (folder / "evidence.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
     titles = [f"Evidence: {folder.name}" + (f", instance {i}" if several else "") for i in numbers]
-    (folder / "evidence.md").write_text("\n".join(e.markdown(title) for e, title in zip(found, titles, strict=True)))
+    (folder / "evidence.md").write_text(
+        "\n".join(e.markdown(title) for e, title in zip(found, titles, strict=True))
+    )
     for evidence, i in zip(found, numbers, strict=True):
         arrays = {name: array for check in evidence.checks for name, array in check.arrays.items()}
         with (folder / ("evidence.npz" if i == 0 else f"evidence_{i}.npz")).open("wb") as file:
             np.savez_compressed(file, **arrays)
-        panels = {f"evidence_{name}": panel for check in evidence.checks for name, panel in check.panels.items()}
+        panels = {
+            f"evidence_{name}": panel
+            for check in evidence.checks
+            for name, panel in check.panels.items()
+        }
         drawn = {name: figures.panel(panel) for name, panel in panels.items()}
         figures.save(folder / (f"figures/instance_{i}" if several else "figures"), drawn)
     return [folder / "evidence.json", folder / "evidence.md"]

@@ -38,9 +38,16 @@ class Check:
 
     def to_json(self) -> dict[str, Any]:
         """All but arrays and figures. Values that are not finite are left out: JSON has no word for them."""
-        fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in ("arrays", "panels")}
+        fields = {
+            f.name: getattr(self, f.name)
+            for f in dataclasses.fields(self)
+            if f.name not in ("arrays", "panels")
+        }
         passed = None if self.passed is None else bool(self.passed)
-        return fields | {"passed": passed, "values": {k: float(v) for k, v in self.values.items() if math.isfinite(v)}}
+        return fields | {
+            "passed": passed,
+            "values": {k: float(v) for k, v in self.values.items() if math.isfinite(v)},
+        }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,9 +61,13 @@ class Case:
     num_batches: int  # how many batches there are to draw
     target: Target | None = None
     evaluation: Evaluation | None = None
-    seeds: Sequence[Components] = ()  # other seeds: decompositions of this target by the same settings
+    seeds: Sequence[
+        Components
+    ] = ()  # other seeds: decompositions of this target by the same settings
     other: Components | None = None  # another run of this target, to be compared with
-    earlier: Mapping[int, Components] = dataclasses.field(default_factory=dict)  # {step: components} of the other checkpoints
+    earlier: Mapping[int, Components] = dataclasses.field(
+        default_factory=dict
+    )  # {step: components} of the other checkpoints
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bits_per_rank: float = 1.0
     full: bool = False
@@ -84,4 +95,10 @@ class Case:
         """What `scale` is, in words."""
         constant, none = self._baselines
         mse = self.decomposition.config.minimality_loss == "mse"
-        return "error without any component" if none < constant else "output variance" if mse else "best constant output's KL divergence"
+        return (
+            "error without any component"
+            if none < constant
+            else "output variance"
+            if mse
+            else "best constant output's KL divergence"
+        )

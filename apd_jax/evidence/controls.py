@@ -24,7 +24,10 @@ def shuffled(case: Case, key: PRNGKeyArray) -> PyTree:
     """The target with the entries of each decomposed leaf in random places."""
     leaves = components_lib.decomposed_leaves(case.subject.components, case.subject.params)
     draws = {name: jax.random.fold_in(key, i) for i, name in enumerate(leaves)}
-    mixed = {name: jax.random.permutation(draws[name], leaf.reshape(-1)).reshape(leaf.shape) for name, leaf in leaves.items()}
+    mixed = {
+        name: jax.random.permutation(draws[name], leaf.reshape(-1)).reshape(leaf.shape)
+        for name, leaf in leaves.items()
+    }
     return components_lib.replace_leaves(case.subject.params, mixed)
 
 
@@ -39,23 +42,31 @@ def controls(case: Case) -> Check:
     judged = {
         "untrained": make(s.setting, s.params, untrained, s.x),
         "random_network": make(s.setting, other, s.components, s.x),
-        "shuffled_network": make(s.setting, shuffled(case, jax.random.fold_in(key, 2)), s.components, s.x),
+        "shuffled_network": make(
+            s.setting, shuffled(case, jax.random.fold_in(key, 2)), s.components, s.x
+        ),
     }
     if case.full:
-        judged["trained_on_random_network"] = make(s.setting, other, retrain.again(case, params=other)[0], s.x)
+        judged["trained_on_random_network"] = make(
+            s.setting, other, retrain.again(case, params=other)[0], s.x
+        )
     values, fooled = {}, []
     for name, subject in judged.items():
         checks = [ask(fit.replaced(case, subject)) for ask in ASKED]
         failed = {check.number for check in checks if check.passed is False}
-        values |= {f"{name}_bars_failed": len(failed), f"{name}_sparse_error": checks[1].values["trained"]}
+        values |= {
+            f"{name}_bars_failed": len(failed),
+            f"{name}_sparse_error": checks[1].values["trained"],
+        }
         if not failed or (name != "trained_on_random_network" and not {1, 3} <= failed):
             fooled.append(name.replace("_", " "))
-    counted = ", ".join(f"{name.replace('_', ' ')} {values[f'{name}_bars_failed']} of {len(ASKED)}" for name in judged)
+    counted = ", ".join(
+        f"{name.replace('_', ' ')} {values[f'{name}_bars_failed']} of {len(ASKED)}"
+        for name in judged
+    )
     text = f"Bars failed, as they should be: {counted}."
     if fooled:
-        text = (
-            f"WARNING: the control {' and the control '.join(fooled)} passes bars that it must fail; these bars tell nothing here. {text}"
-        )
+        text = f"WARNING: the control {' and the control '.join(fooled)} passes bars that it must fail; these bars tell nothing here. {text}"
     return Check(
         16,
         "controls",

@@ -16,13 +16,13 @@ from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
 from apd_jax import losses
-from apd_jax import step as step_lib
 from apd_jax.evidence import ablate
 from apd_jax.evidence import length as length_lib
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, distance, errors, make, norms, outputs
 from apd_jax.targets.base import Panel
 from apd_jax.targets.scoring import ALIVE_NORM
+from apd_jax.train import step as step_lib
 
 PARAMETER_BAR = 1e-3
 UNMASKED_BAR = 0.01
@@ -40,19 +40,29 @@ IMMATERIAL = 0.01  # ... or this part of what the bars of checks 1 and 3 allow
 def relative_parameter_error(subject: Subject) -> Float[Array, ""]:
     """Σ_l ‖θ*_l - Σ_c P_{c,l}‖² / Σ_l ‖θ*_l‖² over the decomposed leaves."""
     leaves = components_lib.decomposed_leaves(subject.components, subject.params)
-    missing = sum(jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2) for name, f in subject.components.factors.items())
+    missing = sum(
+        jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2)
+        for name, f in subject.components.factors.items()
+    )
     return jnp.asarray(missing) / sum(jnp.sum(leaf**2) for leaf in leaves.values())
 
 
 @jax.jit
 def _unmasked_error(subject: Subject) -> Float[Array, ""]:
     summed = components_lib.total(subject.components, subject.params)
-    return jnp.mean(distance(subject, step_lib.split_result(subject.setting.problem.apply_fn(summed, subject.x))[0]))
+    return jnp.mean(
+        distance(
+            subject, step_lib.split_result(subject.setting.problem.apply_fn(summed, subject.x))[0]
+        )
+    )
 
 
 def faithfulness(case: Case) -> Check:
     """Check 1: do the components sum to the network?"""
-    parameters, unmasked = float(relative_parameter_error(case.subject)), case.relative(_unmasked_error(case.subject))
+    parameters, unmasked = (
+        float(relative_parameter_error(case.subject)),
+        case.relative(_unmasked_error(case.subject)),
+    )
     return Check(
         1,
         "parameter_faithfulness",
@@ -84,14 +94,22 @@ def sparse(case: Case) -> Check:
     values = {name: case.relative(jnp.mean(errors(s, mask))) for name, mask in masks.items()}
     rows = s.mask.size / C
     active = float(jnp.sum(s.mask[..., setting.config.num_always_on :])) / rows
-    at_k = ", ".join(f"at k = {of * k:g} {values[name]:.2%}" for name, of in {"half_k": 0.5, "k": 1, "double_k": 2}.items())
+    at_k = ", ".join(
+        f"at k = {of * k:g} {values[name]:.2%}"
+        for name, of in {"half_k": 0.5, "k": 1, "double_k": 2}.items()
+    )
     return Check(
         3,
         "sparse_reconstruction",
         "Sparse reconstruction",
         passed=values["trained"] <= ERROR_BAR,
         bar=f"≤ {ERROR_BAR:.0%} of the {case.unit}* as trained; the others are reported",
-        values=values | {"trained_active": active, "threshold_active": float(jnp.sum(masks["threshold"])) / rows, "topk": k},
+        values=values
+        | {
+            "trained_active": active,
+            "threshold_active": float(jnp.sum(masks["threshold"])) / rows,
+            "topk": k,
+        },
         text=f"With the components kept as in training ({setting.kept}; {active:.3g} per input) the error is {values['trained']:.2%} of "
         f"the {case.unit}; {at_k}, with the largest of every example {values['top1']:.2%}, with all above {THRESHOLD:.0%} of the largest "
         f"attribution {values['threshold']:.2%}, with none {values['none']:.2%}.",
@@ -108,13 +126,19 @@ def shrinkage(case: Case) -> Check:
     """
     s, kl = case.subject, case.decomposition.config.minimality_loss == "kl"
     none = outputs(s, jnp.zeros(s.mask.shape))
-    out, target = (o - jnp.mean(o, axis=-1, keepdims=True) if kl else o for o in (outputs(s, s.mask) - none, s.target_out - none))
+    out, target = (
+        o - jnp.mean(o, axis=-1, keepdims=True) if kl else o
+        for o in (outputs(s, s.mask) - none, s.target_out - none)
+    )
     gain = float(jnp.sum(out * target) / jnp.maximum(jnp.sum(target**2), 1e-30))
     metrics = case.evaluation.metrics if case.evaluation else {}
     if "ml2r_one_to_one" in metrics:
         ratio, of = float(metrics["ml2r_one_to_one"]), "the component of a feature has on average"
     else:
-        squares = [sum(float(jnp.sum(leaf**2)) for leaf in leaves.values()) for leaves in _summed_and_target(s)]
+        squares = [
+            sum(float(jnp.sum(leaf**2)) for leaf in leaves.values())
+            for leaves in _summed_and_target(s)
+        ]
         ratio, of = (squares[0] / squares[1]) ** 0.5, "the components' sum has"
     return Check(
         11,
@@ -136,7 +160,11 @@ def _summed_and_target(s: Subject):
 
 @jax.jit
 def _fired(subject: Subject) -> Float[Array, " C"]:
-    return jnp.mean(subject.mask & (subject.attributions > 0), axis=range(subject.mask.ndim - 1), dtype=jnp.float32)
+    return jnp.mean(
+        subject.mask & (subject.attributions > 0),
+        axis=range(subject.mask.ndim - 1),
+        dtype=jnp.float32,
+    )
 
 
 def alive(subject: Subject, case: Case) -> tuple[np.ndarray, np.ndarray]:
@@ -155,15 +183,28 @@ def alive_components(case: Case) -> Check:
     floor = 1 / (2 * batches * case.subject.mask.shape[0])  # less than once
     lowest = rates[living].min() if living.any() else floor
     highest = max(rates[~living].max(), floor) if (~living).any() else float("nan")
-    values = {"alive": int(living.sum()), "components": len(living), "lowest_alive_rate": lowest, "highest_dead_rate": highest}
+    values = {
+        "alive": int(living.sum()),
+        "components": len(living),
+        "lowest_alive_rate": lowest,
+        "highest_dead_rate": highest,
+    }
     text = f"{living.sum()} of {len(living)} components are alive; they are active on {lowest:.2%} to {rates.max():.2%} of the examples"
-    text += f", the dead on at most {highest:.2%}." if (~living).any() else ", and there is no dead one to tell them from."
+    text += (
+        f", the dead on at most {highest:.2%}."
+        if (~living).any()
+        else ", and there is no dead one to tell them from."
+    )
     order = np.argsort(-rates, kind="stable")
     return Check(
         12,
         "alive_components",
         "Alive components",
-        passed=bool(lowest >= SHARP * highest) if (~living).any() and living.any() else False if not living.any() else None,
+        passed=bool(lowest >= SHARP * highest)
+        if (~living).any() and living.any()
+        else False
+        if not living.any()
+        else None,
         bar=f"the least used alive component fires ≥ {SHARP:g} times as often as the most used dead one*",
         values=values,
         text=text,
@@ -194,25 +235,43 @@ def convergence(case: Case) -> Check:
         f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, within {STANDARD_ERRORS:g} standard errors, "
         f"or by ≤ {IMMATERIAL:.0%} of the bars of checks 1 and 3*"
     )
-    nothing = losses.faithfulness(jax.tree.map(jnp.zeros_like, case.subject.components), case.subject.params)
-    material = {"faithfulness": PARAMETER_BAR * float(nothing), "minimality": ERROR_BAR * case.scale}
+    nothing = losses.faithfulness(
+        jax.tree.map(jnp.zeros_like, case.subject.components), case.subject.params
+    )
+    material = {
+        "faithfulness": PARAMETER_BAR * float(nothing),
+        "minimality": ERROR_BAR * case.scale,
+    }
     if len(rows) < 2 * length:
         why = f"the training log has {len(rows)} rows; two windows of {length} are needed"
         return Check(about.number, about.name, about.title, bar=bar, why=why)
     values, level = {}, []
     for name in [n for n in ("faithfulness", "minimality", "simplicity") if n in rows[-1]]:
-        before, last = (np.array([row[name] for row in part], float) for part in (rows[-2 * length : -length], rows[-length:]))
+        before, last = (
+            np.array([row[name] for row in part], float)
+            for part in (rows[-2 * length : -length], rows[-length:])
+        )
         error = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / length)
         values[name] = last.mean()
         values[f"{name}_change"] = (last.mean() - before.mean()) / max(abs(before.mean()), 1e-30)
-        allowed = max(LEVEL * abs(before.mean()), STANDARD_ERRORS * error, IMMATERIAL * material.get(name, 0.0))
+        allowed = max(
+            LEVEL * abs(before.mean()),
+            STANDARD_ERRORS * error,
+            IMMATERIAL * material.get(name, 0.0),
+        )
         level.append(bool(abs(last.mean() - before.mean()) <= allowed))
     for step, components in case.earlier.items():
         s = make(case.subject.setting, case.subject.params, components, case.subject.x)
-        values |= {f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()}
+        values |= {
+            f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()
+        }
     if case.earlier:
         values |= {f"{name}_now": value for name, value in _plateau(case).items()}
-    changes = ", ".join(f"{name.removesuffix('_change')} {value:+.1%}" for name, value in values.items() if name.endswith("_change"))
+    changes = ", ".join(
+        f"{name.removesuffix('_change')} {value:+.1%}"
+        for name, value in values.items()
+        if name.endswith("_change")
+    )
     return Check(
         about.number,
         about.name,
@@ -240,7 +299,9 @@ def _plateau(case: Case) -> dict[str, float]:
 
 def provenance(case: Case) -> Check:
     """Check 18: is it known where these numbers come from?"""
-    given = {name: case.provenance[name] for name in ("workdir", "command", "step", "seed", "device")}
+    given = {
+        name: case.provenance[name] for name in ("workdir", "command", "step", "seed", "device")
+    }
     missing = [name for name, value in given.items() if value in ("", None)]
     values = {name: given[name] for name in ("step", "seed") if name not in missing}
     where = f"Step {given['step']} of {given['workdir'] or 'a decomposition in memory'}, seed {given['seed']}, on {given['device']}"

@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
-from apd_jax.config import Config
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, errors
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel
 
 NUM_KS = 25
@@ -27,19 +27,25 @@ def bits(subject: Subject, mask: Array, bits_per_rank: float) -> Float[Array, ""
 
     log₂ C names a component, α·rank pays for its size; effective ranks count. Only components kept with an attribution above 0 are named.
     """
-    ranks = sum(components_lib.effective_ranks(subject.components).values(), jnp.zeros((), jnp.int32))
+    ranks = sum(
+        components_lib.effective_ranks(subject.components).values(), jnp.zeros((), jnp.int32)
+    )
     each = jnp.log2(float(subject.num_components)) + bits_per_rank * ranks
     active = mask & (subject.attributions > 0)
     return jnp.mean(jnp.sum(active * each.reshape(*[1] * (mask.ndim - 1), -1), axis=-1))
 
 
 @functools.partial(jax.jit, static_argnames="bits_per_rank")
-def over_k(subject: Subject, ks: Float[Array, " K"], bits_per_rank: float) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
+def over_k(
+    subject: Subject, ks: Float[Array, " K"], bits_per_rank: float
+) -> tuple[Float[Array, " K"], Float[Array, " K"]]:
     """Mean sparse error and bits per datapoint with the k largest kept, of every k."""
 
     def at(k):
         mask = subject.setting.mask(subject.attributions, subject.x, k=k)
-        return jnp.mean(errors(subject, mask.astype(jnp.float32))), bits(subject, mask, bits_per_rank)
+        return jnp.mean(errors(subject, mask.astype(jnp.float32))), bits(
+            subject, mask, bits_per_rank
+        )
 
     return jax.lax.map(at, ks)
 
@@ -75,15 +81,32 @@ def minimality(case: Case) -> Check:
         text = f"{needed:.3g} active components per input keep the sparse error within {ERROR_BAR:.0%} of the {case.unit}"
     passed, why = None, ""
     if count_fn is None:
-        why, passed = "the true count is not known for this target", None if needed is not None else False
+        why, passed = (
+            "the true count is not known for this target",
+            None if needed is not None else False,
+        )
         text += "." if needed is not None else ""
     else:
         true = float(jnp.mean(count_fn(case.subject.x)))
         values["true_count"] = true
         passed = needed is not None and needed <= TRUE_COUNT_SLACK * true
-        text += f"; {true:.3g} features are active." if needed is not None else f" {true:.3g} features are active."
+        text += (
+            f"; {true:.3g} features are active."
+            if needed is not None
+            else f" {true:.3g} features are active."
+        )
         bar = f"≤ {TRUE_COUNT_SLACK:g} × the true count, {true:.3g}*"
-    return Check(2, "minimality", "Minimality", passed, bar, values, text, why, f"{NUM_KS} values of k, {case.examples}")
+    return Check(
+        2,
+        "minimality",
+        "Minimality",
+        passed,
+        bar,
+        values,
+        text,
+        why,
+        f"{NUM_KS} values of k, {case.examples}",
+    )
 
 
 def description_length(case: Case) -> Check:
@@ -98,7 +121,10 @@ def description_length(case: Case) -> Check:
     text = f"As trained ({s.setting.kept}) a held-out datapoint takes {trained:.3g} bits (log₂ C per active component "
     text += f"and {alpha:g} per rank)"
     if needed is not None:
-        values |= {"suggested_k": needed, "bits_at_suggested_k": float(np.interp(needed, ks, length))}
+        values |= {
+            "suggested_k": needed,
+            "bits_at_suggested_k": float(np.interp(needed, ks, length)),
+        }
         text += f"; the error bar suggests k = {needed:.3g}, at {values['bits_at_suggested_k']:.3g} bits."
     else:
         text += "; no k keeps the error within its bar."

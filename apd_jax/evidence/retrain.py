@@ -28,15 +28,23 @@ SHIFT = 0.8  # factor of floating inputs
 _LEFT = "needs further runs; give --full"
 
 
-def again(case: Case, *, params: PyTree = None, sample_fn: Callable | None = None, **changes: Any) -> list[Components]:
+def again(
+    case: Case, *, params: PyTree = None, sample_fn: Callable | None = None, **changes: Any
+) -> list[Components]:
     """Decompositions by the same settings but for `changes`, trained side by side if `num_instances` says so."""
     d = case.decomposition
     problem = dataclasses.replace(
-        d.problem, params=d.problem.params if params is None else params, sample_fn=sample_fn or d.problem.sample_fn
+        d.problem,
+        params=d.problem.params if params is None else params,
+        sample_fn=sample_fn or d.problem.sample_fn,
     )
     components = d.train_again(problem, **changes)
     count = changes.get("num_instances", d.config.num_instances)
-    return [components] if count == 1 else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
+    return (
+        [components]
+        if count == 1
+        else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
+    )
 
 
 def capacity(case: Case) -> Check:
@@ -58,7 +66,9 @@ def capacity(case: Case) -> Check:
         **about,
         passed=all(abs(count - counts[1]) <= FLAT * counts[1] for count in counts.values()),
         values={f"alive_at_{times * C}": count for times, count in counts.items()},
-        text="Alive components: " + ", ".join(f"{count} of {times * C}" for times, count in counts.items()) + ".",
+        text="Alive components: "
+        + ", ".join(f"{count} of {times * C}" for times, count in counts.items())
+        + ".",
         budget=f"one run of {case.decomposition.config.num_steps} steps each",
     )
 
@@ -67,8 +77,12 @@ def recovered(case: Case, components: Components) -> bool:
     """Every feature has a component of its own; without known features: at least RECOVERED of this run's components are found again."""
     s, target = case.subject, case.target
     if isinstance(target, FeatureTarget):
-        parts = geometry.of_components(partial(target.feature_weights, s.params), components, s.setting.config.num_always_on)
-        scores = geometry.scores(np.asarray(parts), np.asarray(target.feature_weights(s.params, s.params)))
+        parts = geometry.of_components(
+            partial(target.feature_weights, s.params), components, s.setting.config.num_always_on
+        )
+        scores = geometry.scores(
+            np.asarray(parts), np.asarray(target.feature_weights(s.params, s.params))
+        )
         return scores["num_features_owned"] == scores["num_features"]
     return agreement(s.components, components).share >= RECOVERED
 
@@ -96,8 +110,15 @@ def seeds(case: Case) -> Check:
         return Check(**about, values=values, text=text.strip(), why=_LEFT)
     runs = [case.subject.components, *others]
     found = [recovered(case, components) for components in runs]
-    cosines = np.array([agreement(case.subject.components, components).mean_cosine for components in others])
-    values |= {"num_seeds": len(runs), "num_recovered": sum(found), "mean_cosine": cosines.mean(), "lowest_mean_cosine": cosines.min()}
+    cosines = np.array(
+        [agreement(case.subject.components, components).mean_cosine for components in others]
+    )
+    values |= {
+        "num_seeds": len(runs),
+        "num_recovered": sum(found),
+        "mean_cosine": cosines.mean(),
+        "lowest_mean_cosine": cosines.min(),
+    }
     return Check(
         **about,
         passed=bool(np.mean(found) >= RECOVERED) if len(runs) >= NUM_SEEDS else None,
@@ -126,17 +147,29 @@ def data(case: Case) -> Check:
         "permuted": lambda rng, step: sample(rng, config.num_steps - 1 - step),
         "halved": lambda rng, step: sample(rng, step % -(-config.num_steps // 2)),
     }
-    floating = any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(case.subject.x))
+    floating = any(
+        jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(case.subject.x)
+    )
     if floating:
         variants["shifted"] = lambda rng, step: jax.tree.map(
-            lambda a: a * jnp.asarray(SHIFT, a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a, sample(rng, step)
+            lambda a: (
+                a * jnp.asarray(SHIFT, a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+            ),
+            sample(rng, step),
         )
-    found = {name: agreement(case.subject.components, again(case, sample_fn=fn)[0]) for name, fn in variants.items()}
-    values = {f"{name}_share": a.share for name, a in found.items()} | {f"{name}_mean_cosine": a.mean_cosine for name, a in found.items()}
+    found = {
+        name: agreement(case.subject.components, again(case, sample_fn=fn)[0])
+        for name, fn in variants.items()
+    }
+    values = {f"{name}_share": a.share for name, a in found.items()} | {
+        f"{name}_mean_cosine": a.mean_cosine for name, a in found.items()
+    }
     return Check(
         **about,
         values=values,
-        text=f"Components found again (cosine ≥ {SAME}): " + ", ".join(f"{name} {a.share:.0%}" for name, a in found.items()) + ".",
+        text=f"Components found again (cosine ≥ {SAME}): "
+        + ", ".join(f"{name} {a.share:.0%}" for name, a in found.items())
+        + ".",
         why="" if floating else "shifted data were left out: the inputs are not floating point",
         budget=f"one run of {config.num_steps} steps each; shifted: inputs × {SHIFT}",
     )

@@ -32,7 +32,8 @@ def scrubbing(case: Case) -> Check:
     needed = scrub.needed(s.x, owner, s.num_components)
     always_on = jnp.arange(s.num_components)[None, :] < case.decomposition.config.num_always_on
     masks = {"sparse": s.mask} | {
-        name: mask | always_on for name, mask in scrub.draw_masks(jax.random.fold_in(case.key, 7), needed).items()
+        name: mask | always_on
+        for name, mask in scrub.draw_masks(jax.random.fold_in(case.key, 7), needed).items()
     }
     lost = {name: errors(s, mask) for name, mask in masks.items()} | {
         "zero": scrub.per_example_loss(jnp.zeros_like(s.target_out), s.target_out)
@@ -42,7 +43,8 @@ def scrubbing(case: Case) -> Check:
     values = {name: case.relative(jnp.mean(error)) for name, error in lost.items()}
     return Check(
         **about,
-        passed=values["scrubbed"] <= ERROR_BAR and values["antiscrubbed"] >= SEPARATION * values["scrubbed"],
+        passed=values["scrubbed"] <= ERROR_BAR
+        and values["antiscrubbed"] >= SEPARATION * values["scrubbed"],
         bar=f"scrubbed ≤ {ERROR_BAR:.0%} of the {case.unit}*, antiscrubbed ≥ {SEPARATION:g} × scrubbed*",
         values=values,
         text=f"With the components of active features forced on and the others switched at random the error is "
@@ -57,20 +59,46 @@ def geometry_of(case: Case) -> Check:
     about = {"number": 10, "name": "geometry", "title": "Geometry"}
     evaluation = case.evaluation
     if evaluation is None or not isinstance(case.target, FeatureTarget):
-        known = {} if evaluation is None else {name: evaluation.metrics[name] for name in evaluation.labels}
-        text = ". ".join(f"{evaluation.labels[name]}: {value:.4g}" for name, value in known.items()) if evaluation else ""
+        known = (
+            {}
+            if evaluation is None
+            else {name: evaluation.metrics[name] for name in evaluation.labels}
+        )
+        text = (
+            ". ".join(f"{evaluation.labels[name]}: {value:.4g}" for name, value in known.items())
+            if evaluation
+            else ""
+        )
         return Check(**about, values=known, text=text, why=_NO_FEATURES)
-    m, P, W = evaluation.metrics, evaluation.arrays["feature_weights_components"], evaluation.arrays["feature_weights_target"]
+    m, P, W = (
+        evaluation.metrics,
+        evaluation.arrays["feature_weights_components"],
+        evaluation.arrays["feature_weights_target"],
+    )
     pure = purity(P, W)
-    values = {name: m[name] for name in ("mmcs", "ml2r", "mmcs_one_to_one", "ml2r_one_to_one", "num_features_owned", "num_features")}
+    values = {
+        name: m[name]
+        for name in (
+            "mmcs",
+            "ml2r",
+            "mmcs_one_to_one",
+            "ml2r_one_to_one",
+            "num_features_owned",
+            "num_features",
+        )
+    }
     values |= {"purity": float(pure.mean()), "cross_leaf_share": cross_leaf_share(case.subject)}
     for leaf, (parts, whole) in leaf_parts(case.target, case.subject).items():
         scores = geometry.scores(parts, whole)
-        values |= {f"{name}_{leaf}": scores[name] for name in ("mmcs_one_to_one", "ml2r_one_to_one")}
+        values |= {
+            f"{name}_{leaf}": scores[name] for name in ("mmcs_one_to_one", "ml2r_one_to_one")
+        }
     cosine, ratio = values["mmcs_one_to_one"], values["ml2r_one_to_one"]
     return Check(
         **about,
-        passed=cosine >= COSINE_BAR and abs(ratio - 1) <= NORM_BAR and values["purity"] >= PURITY_BAR,
+        passed=cosine >= COSINE_BAR
+        and abs(ratio - 1) <= NORM_BAR
+        and values["purity"] >= PURITY_BAR,
         bar=f"MMCS ≥ {COSINE_BAR}, ML2R 1 ± {NORM_BAR}, purity ≥ {PURITY_BAR:.0%}, no component twice*",
         values=values,
         text=f"No component used twice, the mean cosine with the features' weights is {cosine:.4f}, the norm ratio {ratio:.3f}, purity "
@@ -98,7 +126,12 @@ def leaf_parts(target: FeatureTarget, s: Subject) -> dict[str, tuple[np.ndarray,
     for name, f in factors.items() if len(factors) > 1 else ():
 
         def part(leaf, name=name):
-            at = [target.feature_weights(s.params, components_lib.replace_leaves(s.params, {name: value})) for value in (leaf, 0 * leaf)]
+            at = [
+                target.feature_weights(
+                    s.params, components_lib.replace_leaves(s.params, {name: value})
+                )
+                for value in (leaf, 0 * leaf)
+            ]
             return at[0] - at[1]
 
         whole = np.asarray(part(components_lib.decomposed_leaves(s.components, s.params)[name]))
@@ -111,8 +144,15 @@ def cross_leaf_share(s: Subject) -> float:
     """How much of a component lies outside its main leaf: mean over components of 1 - its largest share of ‖P_{c,l}‖² / ‖θ*_l‖²."""
     leaves = components_lib.decomposed_leaves(s.components, s.params)
     of_leaf = np.stack(
-        [np.asarray(sq) / float(jnp.sum(leaves[name] ** 2)) for name, sq in components_lib.squared_norms(s.components).items()]
+        [
+            np.asarray(sq) / float(jnp.sum(leaves[name] ** 2))
+            for name, sq in components_lib.squared_norms(s.components).items()
+        ]
     )
     norm = np.asarray(norms(s.components))
     held = of_leaf[:, norm > ALIVE_NORM * norm.max()]
-    return float(np.mean(1 - held.max(axis=0) / np.maximum(held.sum(axis=0), 1e-30))) if held.size else 0.0
+    return (
+        float(np.mean(1 - held.max(axis=0) / np.maximum(held.sum(axis=0), 1e-30)))
+        if held.size
+        else 0.0
+    )

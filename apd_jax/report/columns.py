@@ -18,7 +18,9 @@ DEAD, ALWAYS_ON = -1, -2  # in place of the feature that a component serves
 NUM_SHOWN = 10  # features with their neurons one by one
 
 
-def component_order(feature_of_component: Int[np.ndarray, " C"], attributions: Float[np.ndarray, "F C"]) -> Int[np.ndarray, " C"]:
+def component_order(
+    feature_of_component: Int[np.ndarray, " C"], attributions: Float[np.ndarray, "F C"]
+) -> Int[np.ndarray, " C"]:
     """Components by the feature that they serve, the stronger first within one; then the DEAD, last those ALWAYS_ON."""
     served_last = np.minimum(feature_of_component, 0)
     return np.lexsort((-attributions.max(axis=0), feature_of_component, -served_last))
@@ -50,15 +52,31 @@ def polygons(
     shown = order[:MAX_PANELS]
     caption = (
         "The weights of every feature as a line in the two hidden dimensions, one colour per feature; open circles mark the target's. "
-        "Good: the sum reaches all circles, and each component holds a single line that reaches its circle." + _left_out(order, shown)
+        "Good: the sum reaches all circles, and each component holds a single line that reaches its circle."
+        + _left_out(order, shown)
     )
     figure, panels = _grid(len(shown) + 2, min(7, len(shown) + 2), (1.7, 1.7), caption)
-    limit = 1.15 * max(float(np.linalg.norm(matrix, axis=1).max()) for matrix in (target, summed)) or 1.0
-    for axes, matrix, title in zip(panels, [target, summed, *components[shown]], _titles(shown, feature_of_component), strict=True):
+    limit = (
+        1.15 * max(float(np.linalg.norm(matrix, axis=1).max()) for matrix in (target, summed))
+        or 1.0
+    )
+    for axes, matrix, title in zip(
+        panels,
+        [target, summed, *components[shown]],
+        _titles(shown, feature_of_component),
+        strict=True,
+    ):
         for feature, (x, y) in enumerate(matrix):
             color = style.PALETTE[feature % len(style.PALETTE)]
             axes.plot([0, x], [0, y], "-", color=color, linewidth=1.5)
-            axes.plot(*target[feature], "o", markerfacecolor="none", markeredgecolor=color, markersize=5, markeredgewidth=0.8)
+            axes.plot(
+                *target[feature],
+                "o",
+                markerfacecolor="none",
+                markeredgecolor=color,
+                markersize=5,
+                markeredgewidth=0.8,
+            )
             axes.plot(x, y, "o", color=color, markersize=2.5)
         axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
         axes.axvline(0, color=style.FAINT, linewidth=0.6, zorder=0)
@@ -82,7 +100,9 @@ def heat_maps(
         "and each component is a single row, of its feature." + _left_out(order, shown)
     )
     figure, panels = _grid(len(shown) + 2, min(10, len(shown) + 2), (1.1, 1.54), caption)
-    _draw_heat(figure, panels, [target, summed, *components[shown]], _titles(shown, feature_of_component))
+    _draw_heat(
+        figure, panels, [target, summed, *components[shown]], _titles(shown, feature_of_component)
+    )
     return figure
 
 
@@ -93,13 +113,23 @@ def difference(target: Float[np.ndarray, "F d"], summed: Float[np.ndarray, "F d"
         "and the difference is blank."
     )
     figure, panels = _grid(3, 3, (3.5, 3.5), caption)
-    _draw_heat(figure, panels, [target, summed, summed - target], ["target", "sum of components", "sum - target"])
+    _draw_heat(
+        figure,
+        panels,
+        [target, summed, summed - target],
+        ["target", "sum of components", "sum - target"],
+    )
     return figure
 
 
-def _draw_heat(figure: Figure, panels: list[Axes], matrices: list[np.ndarray], titles: list[str]) -> None:
+def _draw_heat(
+    figure: Figure, panels: list[Axes], matrices: list[np.ndarray], titles: list[str]
+) -> None:
     limit = float(np.abs(matrices[0]).max())
-    images = [style.heat(axes, matrix, signed=True, limit=limit) for axes, matrix in zip(panels, matrices, strict=True)]
+    images = [
+        style.heat(axes, matrix, signed=True, limit=limit)
+        for axes, matrix in zip(panels, matrices, strict=True)
+    ]
     for axes, title in zip(panels, titles, strict=True):
         style.bare(axes, title)
     style.corner(panels[0], "dimension", "feature")
@@ -122,17 +152,27 @@ def neuron_contributions(
     panels = figure.subplot_mosaic([["target", "sum"], ["own", "scatter"]], width_ratios=[2.4, 1])
     own = components[component_of_feature, np.arange(len(target))]
     few = slice(0, NUM_SHOWN)
-    labelled = 0.35 * np.abs(target[few]).max()  # of the many small ones the numbers would only overlap
+    labelled = (
+        0.35 * np.abs(target[few]).max()
+    )  # of the many small ones the numbers would only overlap
     panels["own"].sharey(panels["target"])
-    for axes, matrix, title in ((panels["target"], target[few], "Target"), (panels["own"], own[few], "Own component of each feature")):
+    for axes, matrix, title in (
+        (panels["target"], target[few], "Target"),
+        (panels["own"], own[few], "Own component of each feature"),
+    ):
         for feature, row in enumerate(matrix):
-            axes.scatter(np.full(len(row), feature), row, s=8, c=np.arange(len(row)), cmap="viridis")
+            axes.scatter(
+                np.full(len(row), feature), row, s=8, c=np.arange(len(row)), cmap="viridis"
+            )
             for neuron in np.flatnonzero(np.abs(row) > labelled):
                 axes.annotate(str(neuron), (feature + 0.08, row[neuron]), fontsize=6, va="center")
         axes.axhline(0, color=style.FAINT, linewidth=0.6, zorder=0)
         axes.set_xticks(range(len(matrix)))
         style.tidy(axes, xlabel="feature", ylabel="neuron contribution", title=title)
-    for axes, matrix, what in ((panels["sum"], summed, "sum of components"), (panels["scatter"], own, "own component")):
+    for axes, matrix, what in (
+        (panels["sum"], summed, "sum of components"),
+        (panels["scatter"], own, "own component"),
+    ):
         _against(axes, target, matrix)
         style.tidy(axes, xlabel="target", ylabel=what, title=f"All features: {what}")
     return figure
@@ -146,15 +186,24 @@ def _against(axes: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 def _titles(shown: np.ndarray, feature_of_component: np.ndarray) -> list[str]:
     names = {DEAD: "dead", ALWAYS_ON: "always on"}
-    served = [f"{c}: {names.get(int(f), f'feature {f}')}" for c, f in zip(shown, feature_of_component[shown], strict=True)]
+    served = [
+        f"{c}: {names.get(int(f), f'feature {f}')}"
+        for c, f in zip(shown, feature_of_component[shown], strict=True)
+    ]
     return ["target", "sum", *served]
 
 
 def _left_out(order: np.ndarray, shown: np.ndarray) -> str:
-    return f" The first {len(shown)} of {len(order)} components are shown." if len(shown) < len(order) else ""
+    return (
+        f" The first {len(shown)} of {len(order)} components are shown."
+        if len(shown) < len(order)
+        else ""
+    )
 
 
-def _grid(count: int, across: int, size: tuple[float, float], caption: str) -> tuple[Figure, list[Axes]]:
+def _grid(
+    count: int, across: int, size: tuple[float, float], caption: str
+) -> tuple[Figure, list[Axes]]:
     """`count` equal panels of a size in inches, `across` of them in a row."""
     rows, (width, height) = -(-count // across), size
     figure = style.new_figure(max(across * width + 0.8, 6.0), rows * (height + 0.25) + 0.7, caption)

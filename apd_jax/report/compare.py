@@ -17,7 +17,7 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.evaluation import matching
 from apd_jax.report import html, tables
-from apd_jax.workdir import flat
+from apd_jax.train.workdir import flat
 
 SAME_COSINE = 0.9  # two components count as the same from this cosine on
 MAX_SHOWN = 128  # pairs in the heat map of cosines
@@ -62,9 +62,19 @@ def compare(first: Run, second: Run) -> Comparison:
         for field in sorted(here | there)
         if here.get(field, absent) != there.get(field, absent)
     ]
-    values = [{label: value for label, value, _ in tables.result_rows(run.metrics, others=True)} for run in runs]
-    metrics = [(label, values[0].get(label, "–"), values[1].get(label, "–")) for label in values[0] | values[1]]
-    several = " Of several instances the first is compared." if any(run.get("apd.num_instances", 1) > 1 for run in (here, there)) else ""
+    values = [
+        {label: value for label, value, _ in tables.result_rows(run.metrics, others=True)}
+        for run in runs
+    ]
+    metrics = [
+        (label, values[0].get(label, "–"), values[1].get(label, "–"))
+        for label in values[0] | values[1]
+    ]
+    several = (
+        " Of several instances the first is compared."
+        if any(run.get("apd.num_instances", 1) > 1 for run in (here, there))
+        else ""
+    )
     if why := _why_not_matched(first, second):
         return Comparison(runs, settings, metrics, None, [], why + several)
     cosine = matching.cosines(first.components, second.components)
@@ -87,24 +97,29 @@ def _why_not_matched(first: Run, second: Run) -> str:
     for run in (first, second):
         flat = jax.tree_util.tree_flatten_with_path(run.params)[0]
         leaves.append({components_lib.path_name(path): np.asarray(leaf) for path, leaf in flat})
-    if not (leaves[0].keys() == leaves[1].keys() and all(np.array_equal(leaves[0][name], leaves[1][name]) for name in leaves[0])):
-        return (
-            "The two runs decompose different target weights, so their components cannot be matched; start both with the same target.seed."
-        )
+    if not (
+        leaves[0].keys() == leaves[1].keys()
+        and all(np.array_equal(leaves[0][name], leaves[1][name]) for name in leaves[0])
+    ):
+        return "The two runs decompose different target weights, so their components cannot be matched; start both with the same target.seed."
     if first.components.factors.keys() != second.components.factors.keys():
         return "The two runs decompose different leaves of the target, so their components cannot be matched."
     return ""
 
 
 def _norms(components: Components) -> np.ndarray:
-    return np.sqrt(np.maximum(sum(jax.device_get(components_lib.squared_norms(components)).values()), 0))
+    return np.sqrt(
+        np.maximum(sum(jax.device_get(components_lib.squared_norms(components)).values()), 0)
+    )
 
 
 def terminal(comparison: Comparison) -> list[Table | str]:
     """What the terminal shows of it."""
     names = [run.name for run in comparison.runs]
 
-    def table(title: str, first: str, rows: Sequence[tuple[str, ...]], more: Sequence[str] = ()) -> Table:
+    def table(
+        title: str, first: str, rows: Sequence[tuple[str, ...]], more: Sequence[str] = ()
+    ) -> Table:
         made = Table(title=title)
         for i, column in enumerate((first, *names, *more)):
             made.add_column(column, justify="left" if i == 0 else "right")
@@ -112,11 +127,20 @@ def terminal(comparison: Comparison) -> list[Table | str]:
             made.add_row(*row)
         return made
 
-    shown = [table("Settings that differ", "field", comparison.settings) if comparison.settings else "All settings are the same."]
+    shown = [
+        table("Settings that differ", "field", comparison.settings)
+        if comparison.settings
+        else "All settings are the same."
+    ]
     shown.append(table("Metrics", "metric", comparison.metrics))
     if comparison.pairs:
-        rows = [(str(i), str(c), str(d), f"{cos:.4f}", f"{ratio:.3f}") for i, (c, d, cos, ratio) in enumerate(comparison.pairs)]
-        shown.append(table("Components, matched one to one", "pair", rows, ("cosine", "norm ratio")))
+        rows = [
+            (str(i), str(c), str(d), f"{cos:.4f}", f"{ratio:.3f}")
+            for i, (c, d, cos, ratio) in enumerate(comparison.pairs)
+        ]
+        shown.append(
+            table("Components, matched one to one", "pair", rows, ("cosine", "norm ratio"))
+        )
     return [*shown, comparison.verdict]
 
 
@@ -130,7 +154,11 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
     runs, pairs = comparison.runs, comparison.pairs[:MAX_SHOWN]
     rows, columns = [c for c, *_ in pairs], [d for _, d, *_ in pairs]
     hrefs = [_href(run.folder / "report.html", path.parent) for run in runs]
-    losses = [{**point, "run": name} for run, name in zip(runs, ("first", "second"), strict=True) for point in html.losses(run.history, 0)]
+    losses = [
+        {**point, "run": name}
+        for run, name in zip(runs, ("first", "second"), strict=True)
+        for point in html.losses(run.history, 0)
+    ]
     page = {
         "comparison": comparison,
         "hrefs": hrefs,
@@ -148,7 +176,10 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
                     "second": d,
                     "cosine": cosine,
                     "ratio": ratio,
-                    "firing_rates": [float(runs[0].firing_rates[c]), float(runs[1].firing_rates[d])],
+                    "firing_rates": [
+                        float(runs[0].firing_rates[c]),
+                        float(runs[1].firing_rates[d]),
+                    ],
                 }
                 for c, d, cosine, ratio in comparison.pairs
             ],

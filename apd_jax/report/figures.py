@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from apd_jax import losses as losses_lib
-from apd_jax.config import Config
 from apd_jax.evaluation.general import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
+from apd_jax.methods.config import Config
 from apd_jax.report import columns, style
 from apd_jax.targets.base import Panel
 
@@ -26,14 +26,21 @@ NUM_SWEPT = 8
 
 
 def save_all(
-    folder: epath.PathLike, evaluation: Evaluation, history: Sequence[Mapping[str, float | int]], config: Config
+    folder: epath.PathLike,
+    evaluation: Evaluation,
+    history: Sequence[Mapping[str, float | int]],
+    config: Config,
 ) -> list[epath.Path]:
     """Writes every figure that this evaluation has the arrays for as a PNG; the paths, in the order of a report.
 
     Args:
       history: rows of the training log: "step", and losses by name. May be empty.
     """
-    figures = _feature_figures(evaluation.arrays, config) if "attributions_one_hot" in evaluation.arrays else {}
+    figures = (
+        _feature_figures(evaluation.arrays, config)
+        if "attributions_one_hot" in evaluation.arrays
+        else {}
+    )
     figures |= {name: panel(one) for name, one in evaluation.panels.items()}
     if history:
         figures["losses"] = losses(history)
@@ -59,17 +66,25 @@ def _feature_figures(a: Mapping[str, np.ndarray], config: Config) -> dict[str, F
     W, total, P = (a[f"feature_weights_{name}"] for name in ("target", "sum", "components"))
     figures = {
         "columns": columns.columns(W, total, P, order, serves),
-        "attributions": attributions(a["attributions_one_hot"], a["mask_one_hot"], order, norm_ratios(P, W)),
+        "attributions": attributions(
+            a["attributions_one_hot"], a["mask_one_hot"], order, norm_ratios(P, W)
+        ),
         "per_feature_loss": per_feature_loss(
             {name: a[f"per_feature_loss_{name}"] for name in ("target", "top1", "none")},
             {name: a[f"active_feature_loss_{name}"] for name in ("target", "topk")},
             config.apd.topk,
         ),
-        "responses": responses(a["sweep_values"], {name: a[f"sweep_{name}"] for name in ("label", "target", "top1")}),
+        "responses": responses(
+            a["sweep_values"], {name: a[f"sweep_{name}"] for name in ("label", "target", "top1")}
+        ),
     }
-    scrubs = {name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")}
+    scrubs = {
+        name.removeprefix("scrub_"): loss for name, loss in a.items() if name.startswith("scrub_")
+    }
     if scrubs:
-        figures["neuron_contributions"] = columns.neuron_contributions(W, total, P, a["component_of_feature"])
+        figures["neuron_contributions"] = columns.neuron_contributions(
+            W, total, P, a["component_of_feature"]
+        )
         figures["scrub"] = scrub(scrubs)
     return figures
 
@@ -78,7 +93,9 @@ def panel(shown: Panel) -> Figure:
     """A heat map or lines, as a target describes them."""
     if shown.matrix is not None:
         rows, width = shown.matrix.shape
-        figure = style.new_figure(min(4 + 0.25 * width, 14), min(2.4 + 0.22 * rows, 10), shown.caption)
+        figure = style.new_figure(
+            min(4 + 0.25 * width, 14), min(2.4 + 0.22 * rows, 10), shown.caption
+        )
         axes = figure.subplots()
         image = style.heat(axes, shown.matrix, signed=bool((shown.matrix < 0).any()))
         for names, ticks in ((shown.rows, axes.set_yticks), (shown.columns, axes.set_xticks)):
@@ -94,7 +111,14 @@ def panel(shown: Panel) -> Figure:
         looks = ("-", "--", ":", "-.")
         for i, (label, values) in enumerate(shown.lines.items()):
             color = style.PALETTE[i % len(style.PALETTE)]
-            axes.plot(x, values, looks[i // len(style.PALETTE) % len(looks)], color=color, label=label, marker="o" if len(x) < 30 else "")
+            axes.plot(
+                x,
+                values,
+                looks[i // len(style.PALETTE) % len(looks)],
+                color=color,
+                label=label,
+                marker="o" if len(x) < 30 else "",
+            )
         style.legend(axes)
     style.tidy(axes, xlabel=shown.xlabel, ylabel=shown.ylabel, title=shown.title)
     return figure
@@ -121,13 +145,22 @@ def attributions(
     )
     for axes, (matrix, title, unit) in zip(panels, shown, strict=True):
         image = style.heat(axes, matrix)
-        style.tidy(axes, xlabel="component (ordered)", ylabel="feature" if axes is panels[0] else "", title=title)
+        style.tidy(
+            axes,
+            xlabel="component (ordered)",
+            ylabel="feature" if axes is panels[0] else "",
+            title=title,
+        )
         if unit:
             style.colorbar(figure, image, axes, unit)
     return figure
 
 
-def per_feature_loss(alone: Mapping[str, Float[np.ndarray, " F"]], active: Mapping[str, Float[np.ndarray, " F"]], topk: float) -> Figure:
+def per_feature_loss(
+    alone: Mapping[str, Float[np.ndarray, " F"]],
+    active: Mapping[str, Float[np.ndarray, " F"]],
+    topk: float,
+) -> Figure:
     """Loss to the label by feature: the target's own beside the sparse model's.
 
     Args:
@@ -147,8 +180,16 @@ def per_feature_loss(alone: Mapping[str, Float[np.ndarray, " F"]], active: Mappi
         "none": ("no component", style.GREY, "_"),
     }
     _dots(left, {named[name]: loss for name, loss in alone.items()}, np.argsort(alone["target"]))
-    style.tidy(left, xlabel="feature (ordered)", ylabel="mean squared error to the label", title="Feature alone in the input")
-    named = {"target": ("target", style.BLACK, "o"), "topk": (f"top-k, k = {topk:.3g}", style.BLUE, "^")}
+    style.tidy(
+        left,
+        xlabel="feature (ordered)",
+        ylabel="mean squared error to the label",
+        title="Feature alone in the input",
+    )
+    named = {
+        "target": ("target", style.BLACK, "o"),
+        "topk": (f"top-k, k = {topk:.3g}", style.BLUE, "^"),
+    }
     _dots(right, {named[name]: loss for name, loss in active.items()}, np.argsort(active["target"]))
     style.tidy(right, xlabel="feature (ordered)", title="Training inputs with the feature active")
     return figure
@@ -156,16 +197,29 @@ def per_feature_loss(alone: Mapping[str, Float[np.ndarray, " F"]], active: Mappi
 
 def _dots(axes: Axes, series: Mapping[tuple[str, str, str], np.ndarray], order: np.ndarray) -> None:
     floor = (
-        1e-6 * max([np.nanmax(loss) for loss in series.values() if np.isfinite(loss).any()], default=1.0) or 1e-12
+        1e-6
+        * max([np.nanmax(loss) for loss in series.values() if np.isfinite(loss).any()], default=1.0)
+        or 1e-12
     )  # a log axis has no 0
     for (label, color, marker), loss in series.items():
-        axes.plot(np.arange(len(order)), np.maximum(loss[order], floor), marker, color=color, markersize=3.5, label=label)
+        axes.plot(
+            np.arange(len(order)),
+            np.maximum(loss[order], floor),
+            marker,
+            color=color,
+            markersize=3.5,
+            label=label,
+        )
     axes.set_yscale("log")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     style.legend(axes)
 
 
-def responses(values: Float[np.ndarray, " V"], outputs: Mapping[str, Float[np.ndarray, "V F"]], num_features: int = NUM_SWEPT) -> Figure:
+def responses(
+    values: Float[np.ndarray, " V"],
+    outputs: Mapping[str, Float[np.ndarray, "V F"]],
+    num_features: int = NUM_SWEPT,
+) -> Figure:
     """Output of a feature while its own input is swept and all others are 0, for features spread evenly over all.
 
     Args:
@@ -191,11 +245,22 @@ def responses(values: Float[np.ndarray, " V"], outputs: Mapping[str, Float[np.nd
             label, color, line, width = looks[name]
             axes.plot(values, out[:, feature], line, color=color, linewidth=width, label=label)
         below, first = index + across >= len(chosen), index % across == 0
-        style.tidy(axes, xlabel="input" if below else "", ylabel="output" if first else "", title=f"feature {feature}")
+        style.tidy(
+            axes,
+            xlabel="input" if below else "",
+            ylabel="output" if first else "",
+            title=f"feature {feature}",
+        )
         axes.tick_params(labelbottom=below)
     for axes in panels[len(chosen) :]:
         axes.set_visible(False)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside upper center", ncols=len(looks), fontsize=8, frameon=False)
+    figure.legend(
+        *panels[0].get_legend_handles_labels(),
+        loc="outside upper center",
+        ncols=len(looks),
+        fontsize=8,
+        frameon=False,
+    )
     return figure
 
 
@@ -213,19 +278,42 @@ def scrub(losses: Mapping[str, Float[np.ndarray, " n"]]) -> Figure:
     )
     figure = style.new_figure(8.0, 4.6, caption)
     axes = figure.subplots()
-    looks = {"topk": ("top-k", style.BLACK), "scrubbed": ("scrubbed", style.BLUE), "antiscrubbed": ("antiscrubbed", style.VERMILION)}
+    looks = {
+        "topk": ("top-k", style.BLACK),
+        "scrubbed": ("scrubbed", style.BLUE),
+        "antiscrubbed": ("antiscrubbed", style.VERMILION),
+    }
     drawn = np.concatenate([losses[name][losses[name] > 0] for name in looks])
     low, high = (np.quantile(drawn, 0.005), drawn.max()) if len(drawn) else (1e-6, 1.0)
     bins = np.geomspace(low / 1.1, high * 1.1, 60).tolist()
     for name, (label, color) in looks.items():
         share, mean = np.full(len(losses[name]), 1 / len(losses[name])), losses[name].mean()
-        axes.hist(losses[name], bins=bins, weights=share, histtype="stepfilled", color=color, alpha=0.25)
-        axes.hist(losses[name], bins=bins, weights=share, histtype="step", color=color, label=f"{label}, mean {mean:.2e}")
+        axes.hist(
+            losses[name], bins=bins, weights=share, histtype="stepfilled", color=color, alpha=0.25
+        )
+        axes.hist(
+            losses[name],
+            bins=bins,
+            weights=share,
+            histtype="step",
+            color=color,
+            label=f"{label}, mean {mean:.2e}",
+        )
         axes.axvline(max(mean, bins[0]), color=color, linestyle=":", linewidth=1)
     mean = losses["monosemantic"].mean()
-    axes.axvline(max(mean, bins[0]), color=style.GREEN, linestyle="--", linewidth=1.5, label=f"monosemantic, mean {mean:.2e}")
+    axes.axvline(
+        max(mean, bins[0]),
+        color=style.GREEN,
+        linestyle="--",
+        linewidth=1.5,
+        label=f"monosemantic, mean {mean:.2e}",
+    )
     axes.set_xscale("log")
-    style.tidy(axes, xlabel="mean squared error to the target's output (means dotted)", ylabel="share of examples")
+    style.tidy(
+        axes,
+        xlabel="mean squared error to the target's output (means dotted)",
+        ylabel="share of examples",
+    )
     style.legend(axes)
     return figure
 
@@ -243,7 +331,12 @@ def losses(history: Sequence[Mapping[str, float | int]]) -> Figure:
         points = [(row["step"], row[name]) for row in history if name in row and row[name] > 0]
         if points:
             width = 2.0 if name == "total" else 1.2
-            axes.plot(*zip(*points, strict=True), color=colors[name], linewidth=width, label=name.replace("_", " "))
+            axes.plot(
+                *zip(*points, strict=True),
+                color=colors[name],
+                linewidth=width,
+                label=name.replace("_", " "),
+            )
     axes.set_yscale("log")
     style.tidy(axes, xlabel="step", ylabel="loss")
     if axes.lines:

@@ -15,8 +15,8 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
+from apd_jax.methods.config import Config
 from apd_jax.targets import chain
 from apd_jax.targets.base import Target
 
@@ -25,7 +25,9 @@ UNCHANGED = 1e-6  # largest change of an output by what is left out, over max(1,
 NUM_CHECKED = 64  # examples on which that is checked, each with random factors of all components
 
 
-def build(target: Target, decomposition: Decomposition, x: Float[Array, "B F"], cut: float) -> dict[str, Any]:
+def build(
+    target: Target, decomposition: Decomposition, x: Float[Array, "B F"], cut: float
+) -> dict[str, Any]:
     """The network as data: layers by name, its leaves, and P_c = U_c V_c with as few singular values as leave the outputs unchanged.
 
     Args:
@@ -37,14 +39,19 @@ def build(target: Target, decomposition: Decomposition, x: Float[Array, "B F"], 
     factors = decomposition.components.factors
     named = jax.tree_util.tree_flatten_with_path(decomposition.problem.params)[0]
     used = {layer.leaf for layer in target.layers}
-    leaves = {name: leaf for path, leaf in named if (name := components_lib.path_name(path)) in used}
+    leaves = {
+        name: leaf for path, leaf in named if (name := components_lib.path_name(path)) in used
+    }
     layers, leaves, sides = chain.fold(target.layers, leaves, set(factors))
     largest = max(1.0, float(jnp.max(jnp.abs(x))))
     svds = {name: _svd(f.U, f.V, *sides.get(name, (None, None))) for name, f in factors.items()}
     return {
         "layers": [dataclasses.asdict(layer) for layer in layers],
         "leaves": leaves,
-        "factors": {name: _packed(*svd) for name, svd in _shortest(layers, leaves, svds, x[:NUM_CHECKED]).items()},
+        "factors": {
+            name: _packed(*svd)
+            for name, svd in _shortest(layers, leaves, svds, x[:NUM_CHECKED]).items()
+        },
         "num_inputs": x.shape[1],
         "lowest": -largest if bool((x < 0).any()) else 0.0,  # where the sliders end
         "highest": largest,
@@ -59,11 +66,22 @@ def mask_rule(config: Config, cut: float) -> dict[str, Any] | None:
     Batch top-k keeps what lies above a cut that only the batch decides: one input alone is held against the cut that the
     report's inputs had.
     """
-    if config.attribution != "gradient" or config.attribution_metric != "mse" or config.mask_per != "example":
+    if (
+        config.attribution != "gradient"
+        or config.attribution_metric != "mse"
+        or config.mask_per != "example"
+    ):
         return None
-    just_below = None if np.isinf(cut) else cut * (1 - 1e-5)  # the page computes in double precision: what lies at the cut is kept
+    just_below = (
+        None if np.isinf(cut) else cut * (1 - 1e-5)
+    )  # the page computes in double precision: what lies at the cut is kept
     kept = {"topk": int(config.topk)} if config.mask == "topk" else {"cut": just_below}
-    return {"at": config.attributions_at, "num_always_on": config.num_always_on, "all": config.mask == "none", **kept}
+    return {
+        "at": config.attributions_at,
+        "num_always_on": config.num_always_on,
+        "all": config.mask == "none",
+        **kept,
+    }
 
 
 def _example(x: Float[np.ndarray, "B F"]) -> Float[np.ndarray, " F"]:
@@ -83,7 +101,9 @@ def _svd(U: Array, V: Array, left: Array | None, right: Array | None) -> tuple[A
 Svds = dict[str, tuple[Array, Array, Array]]  # {leaf: (u [C, a, r], s [C, r], vt [C, r, b])}
 
 
-def _shortest(layers: tuple[chain.Layer, ...], leaves: Mapping[str, Array], svds: Svds, x: Float[Array, "B F"]) -> Svds:
+def _shortest(
+    layers: tuple[chain.Layer, ...], leaves: Mapping[str, Array], svds: Svds, x: Float[Array, "B F"]
+) -> Svds:
     """The same with small singular values set to 0, at the largest tolerance at which no output changes."""
     C = next(iter(svds.values()))[1].shape[0]
     scales = jax.random.uniform(jax.random.key(0), (x.shape[0], C)).at[0].set(1.0)
@@ -98,11 +118,20 @@ def _shortest(layers: tuple[chain.Layer, ...], leaves: Mapping[str, Array], svds
         return jax.lax.map(one, (scales, x))
 
     def cut(tolerance: float) -> Svds:
-        return {name: (u, s * (s > tolerance * jnp.max(s)), vt) for name, (u, s, vt) in svds.items()}
+        return {
+            name: (u, s * (s > tolerance * jnp.max(s)), vt) for name, (u, s, vt) in svds.items()
+        }
 
     exact = outputs(svds)
     allowed = UNCHANGED * jnp.maximum(1.0, jnp.max(jnp.abs(exact)))
-    return next((short for short in map(cut, TOLERANCES) if jnp.max(jnp.abs(outputs(short) - exact)) < allowed), svds)
+    return next(
+        (
+            short
+            for short in map(cut, TOLERANCES)
+            if jnp.max(jnp.abs(outputs(short) - exact)) < allowed
+        ),
+        svds,
+    )
 
 
 def _packed(u: Array, s: Array, vt: Array) -> dict[str, Any]:

@@ -13,7 +13,15 @@ from matplotlib.image import AxesImage
 
 DPI = 150
 # Okabe and Ito's palette: told apart with any colour vision.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7"
+BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
+    "#000000",
+    "#E69F00",
+    "#56B4E9",
+    "#009E73",
+    "#0072B2",
+    "#D55E00",
+    "#CC79A7",
+)
 GREY, FAINT = "#999999", "#DDDDDD"
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 MAGNITUDE = "cividis"
@@ -52,11 +60,15 @@ def corner(axes: Axes, xlabel: str, ylabel: str) -> None:
     axes.set_ylabel(ylabel, fontsize=6)
 
 
-def heat(axes: Axes, matrix: np.ndarray, *, signed: bool = False, limit: float | None = None) -> AxesImage:
+def heat(
+    axes: Axes, matrix: np.ndarray, *, signed: bool = False, limit: float | None = None
+) -> AxesImage:
     """A heat map from 0 to the largest entry, or from minus to plus it; NaN is left white. Cells are never blended into each other."""
     top = limit or float(np.abs(matrix[np.isfinite(matrix)]).max(initial=0.0)) or 1.0
     bottom, cmap = (-top, SIGNED) if signed else (0.0, MAGNITUDE)
-    return axes.imshow(matrix, cmap=cmap, vmin=bottom, vmax=top, aspect="auto", interpolation="nearest")
+    return axes.imshow(
+        matrix, cmap=cmap, vmin=bottom, vmax=top, aspect="auto", interpolation="nearest"
+    )
 
 
 def colorbar(figure: Figure, image: AxesImage, axes: Any, label: str) -> None:

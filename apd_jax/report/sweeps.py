@@ -33,15 +33,31 @@ def criteria(
     grid = figure.subplots(-(-len(values) // 2), 2, sharey=True, squeeze=False).ravel()
     for axes, (name, of_run) in zip(grid, values.items(), strict=False):
         finite = np.isfinite(of_run) & np.isfinite(mmcs)
-        for label, color, marker, which in (("failure", style.VERMILION, "x", ~success), ("success", style.BLUE, "o", success)):
+        for label, color, marker, which in (
+            ("failure", style.VERMILION, "x", ~success),
+            ("success", style.BLUE, "o", success),
+        ):
             shown = finite & which
-            axes.plot(of_run[shown], mmcs[shown], marker, color=color, markersize=4, alpha=0.7, label=f"{label} ({shown.sum()})")
+            axes.plot(
+                of_run[shown],
+                mmcs[shown],
+                marker,
+                color=color,
+                markersize=4,
+                alpha=0.7,
+                label=f"{label} ({shown.sum()})",
+            )
         if finite.any() and of_run[finite].max() > 10 * of_run[finite].min() > 0:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-        style.tidy(axes, xlabel=meanings[name], ylabel="MMCS (1 is the truth)", title=name.replace("_", " "))
+        style.tidy(
+            axes,
+            xlabel=meanings[name],
+            ylabel="MMCS (1 is the truth)",
+            title=name.replace("_", " "),
+        )
         style.legend(axes)
     for axes in grid[len(values) :]:
         axes.set_visible(False)
@@ -61,15 +77,36 @@ def picks(rates: Mapping[str, Float[np.ndarray, " m"]], num_settings: int) -> Fi
     )
     figure = style.new_figure(8.0, 4.6, caption)
     axes, x = figure.subplots(), np.arange(1, m + 1)
-    axes.plot(x, rates["best possible"], color=style.FAINT, linewidth=9, solid_capstyle="round", label="best possible")
+    axes.plot(
+        x,
+        rates["best possible"],
+        color=style.FAINT,
+        linewidth=9,
+        solid_capstyle="round",
+        label="best possible",
+    )
     axes.plot(x, rates["chance"], color=style.GREY, linestyle="--", label="chance")
     named = {name: rate for name, rate in rates.items() if name not in ("chance", "best possible")}
-    for i, (name, rate) in enumerate(named.items()):  # narrower and narrower, as they may lie on each other
+    for i, (name, rate) in enumerate(
+        named.items()
+    ):  # narrower and narrower, as they may lie on each other
         width = 1.5 * (len(named) - i)
-        axes.plot(x, rate, color=style.PALETTE[i % len(style.PALETTE)], linewidth=width, alpha=0.8, label=name.replace("_", " "))
+        axes.plot(
+            x,
+            rate,
+            color=style.PALETTE[i % len(style.PALETTE)],
+            linewidth=width,
+            alpha=0.8,
+            label=name.replace("_", " "),
+        )
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylim(0, 1.02)
-    style.tidy(axes, xlabel="seeds to choose among", ylabel="success rate of the chosen", title="How well the criteria pick")
+    style.tidy(
+        axes,
+        xlabel="seeds to choose among",
+        ylabel="success rate of the chosen",
+        title="How well the criteria pick",
+    )
     style.legend(axes)
     return figure
 

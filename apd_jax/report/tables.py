@@ -40,7 +40,13 @@ _RESULTS = {
     "total_rank": ("effective rank of the alive components, summed", "small"),
     "mean_active_components": ("active components per example", "k"),
 }
-_PROVENANCE = ("seed", "step", "num_devices", "minutes_decomposition", "peak_rss_gib")  # what evaluation.json has beside metrics
+_PROVENANCE = (
+    "seed",
+    "step",
+    "num_devices",
+    "minutes_decomposition",
+    "peak_rss_gib",
+)  # what evaluation.json has beside metrics
 _OUT_OF = {"num_features_owned": "num_features", "num_alive_components": "num_components"}
 
 
@@ -78,7 +84,15 @@ def result_rows(metrics: Mapping[str, Any], *, others: bool = False) -> list[tup
       others: first, the numbers that this target alone has, by their names.
     """
     known = {*_RESULTS, *_OUT_OF.values(), *_PROVENANCE}
-    own = [name for name, value in metrics.items() if name not in known and isinstance(value, int | float)] if others else []
+    own = (
+        [
+            name
+            for name, value in metrics.items()
+            if name not in known and isinstance(value, int | float)
+        ]
+        if others
+        else []
+    )
     rows = [(name.replace("_", " "), number(metrics[name]), "") for name in own]
     for name, (label, good) in _RESULTS.items():
         if name in metrics:
@@ -88,7 +102,9 @@ def result_rows(metrics: Mapping[str, Any], *, others: bool = False) -> list[tup
 
 
 def components_table(
-    components: Components, firing_rates: Float[np.ndarray, " C"] | None, feature_of_component: Int[np.ndarray, " C"] | None
+    components: Components,
+    firing_rates: Float[np.ndarray, " C"] | None,
+    feature_of_component: Int[np.ndarray, " C"] | None,
 ) -> Table:
     """One row per component: norm and effective rank of every leaf, firing rate (share of examples), and the feature it serves.
 
@@ -96,13 +112,20 @@ def components_table(
 
     Cost: one SVD per component and leaf.
     """
-    norms = {name: np.sqrt(np.maximum(squares, 0)) for name, squares in jax.device_get(components_lib.squared_norms(components)).items()}
+    norms = {
+        name: np.sqrt(np.maximum(squares, 0))
+        for name, squares in jax.device_get(components_lib.squared_norms(components)).items()
+    }
     ranks = jax.device_get(components_lib.effective_ranks(components))
     table = Table(title=f"{components.num_components} components")
     table.add_column("component", justify="right")
     for name in norms:
         table.add_column(f"{name}\nnorm (rank)", justify="right", no_wrap=True)
-    known = None if firing_rates is None or feature_of_component is None else (firing_rates, feature_of_component)
+    known = (
+        None
+        if firing_rates is None or feature_of_component is None
+        else (firing_rates, feature_of_component)
+    )
     if known:
         table.add_column("firing rate", justify="right")
         table.add_column("feature", justify="right")
@@ -124,7 +147,12 @@ def tree_table(tree: PyTree, *, title: str = "Leaves") -> Table:
     table.add_column("dtype")
     table.add_column("entries", justify="right", footer=f"{sum(leaf.size for _, leaf in leaves):,}")
     for path, leaf in leaves:
-        table.add_row(components_lib.path_name(path), "x".join(map(str, leaf.shape)) or "scalar", str(leaf.dtype), f"{leaf.size:,}")
+        table.add_row(
+            components_lib.path_name(path),
+            "x".join(map(str, leaf.shape)) or "scalar",
+            str(leaf.dtype),
+            f"{leaf.size:,}",
+        )
     return table
 
 

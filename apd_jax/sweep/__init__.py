@@ -8,16 +8,25 @@ from etils import epath
 from ml_collections import ConfigDict
 from rich.console import Console
 
-from apd_jax import experiment, parallel
-from apd_jax.config import Config
+from apd_jax.commands import experiment
 from apd_jax.errors import InputError
+from apd_jax.methods.config import Config
 from apd_jax.report import figures
 from apd_jax.sweep import grid as grid_lib
 from apd_jax.sweep.halving import rungs, train_all
 from apd_jax.sweep.results import Results
+from apd_jax.train import parallel
 
 
-def run(config: Config, workdir: epath.PathLike, text: str, console: Console, *, criterion: str = "worst_error", halve: int = 0) -> Results:
+def run(
+    config: Config,
+    workdir: epath.PathLike,
+    text: str,
+    console: Console,
+    *,
+    criterion: str = "worst_error",
+    halve: int = 0,
+) -> Results:
     """A sweep in one folder: target, training of all runs, sweep.json, table, figures/sweep_*.png. The same call goes on where it stopped.
 
     Args:
@@ -31,11 +40,20 @@ def run(config: Config, workdir: epath.PathLike, text: str, console: Console, *,
     grid = grid_lib.parse(text, config.apd)
     rungs(len(grid.settings), config.apd.num_steps, halve)  # refuses a bad number
     if config.apd.num_instances != 1:
-        raise InputError(f"a sweep makes its own instances; give seed=0:{config.apd.num_instances} in --sweep instead of num_instances.")
+        raise InputError(
+            f"a sweep makes its own instances; give seed=0:{config.apd.num_instances} in --sweep instead of num_instances."
+        )
     if "recipe" in config:
-        raise InputError("a sweep trains once with the settings of `apd`, not in the stages of a recipe; give the target's own config.")
-    asked = {"axes": {field: list(values) for field, values in grid.axes.items()}, "seeds": list(grid.seeds)}
-    whole = ConfigDict(config.to_dict() | {"sweep": asked | {"criterion": criterion, "halve": halve}})
+        raise InputError(
+            "a sweep trains once with the settings of `apd`, not in the stages of a recipe; give the target's own config."
+        )
+    asked = {
+        "axes": {field: list(values) for field, values in grid.axes.items()},
+        "seeds": list(grid.seeds),
+    }
+    whole = ConfigDict(
+        config.to_dict() | {"sweep": asked | {"criterion": criterion, "halve": halve}}
+    )
     target, params = experiment.prepare(whole, folder)
     found = train_all(
         target,
@@ -60,7 +78,10 @@ def _write(results: Results, folder: epath.Path, console: Console) -> None:
         values = {"seed": best.seed} | results.grid.settings[best.setting]
         again = " ".join(f"--config.apd.{field}={value}" for field, value in values.items())
         weights = f"--config.target.weights_path={folder / 'target' / 'params.npz'}"
-        console.print(f"Best by {results.criterion.replace('_', ' ')}; alone: python -m apd_jax.main ... {again} {weights}", soft_wrap=True)
+        console.print(
+            f"Best by {results.criterion.replace('_', ' ')}; alone: python -m apd_jax.main ... {again} {weights}",
+            soft_wrap=True,
+        )
     console.print(f"Figures: {folder / 'figures'}   Runs: {folder / 'sweep.json'}", soft_wrap=True)
 
 

@@ -11,15 +11,40 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from apd_jax import parallel, sweep
-from apd_jax.cli import keep_programs, make_console, only_our_messages, parse, refuse, told_in_a_sentence
+from apd_jax import sweep
+from apd_jax.commands.cli import (
+    keep_programs,
+    make_console,
+    only_our_messages,
+    parse,
+    refuse,
+    told_in_a_sentence,
+)
 from apd_jax.sweep.judge import CRITERIA
+from apd_jax.train import parallel
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value.")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the sweep; the same command goes on where it stopped.")
-_SWEEP = flags.DEFINE_string("sweep", "", "Axes field=values, separated by semicolons; values a,b,c, log(first,last,count), seeds 0:20.")
-_HALVE = flags.DEFINE_integer("halve", 0, "Successive halving: the best 1/N of the settings go on, up to three times; 0: all to the end.")
-_CRITERION = flags.DEFINE_enum("criterion", "worst_error", list(CRITERIA), "What settings and seeds are chosen by; needs no truth.")
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Experiment: FILE[:variant[,variant...]]; fields by --config.field=value."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the sweep; the same command goes on where it stopped."
+)
+_SWEEP = flags.DEFINE_string(
+    "sweep",
+    "",
+    "Axes field=values, separated by semicolons; values a,b,c, log(first,last,count), seeds 0:20.",
+)
+_HALVE = flags.DEFINE_integer(
+    "halve",
+    0,
+    "Successive halving: the best 1/N of the settings go on, up to three times; 0: all to the end.",
+)
+_CRITERION = flags.DEFINE_enum(
+    "criterion",
+    "worst_error",
+    list(CRITERIA),
+    "What settings and seeds are chosen by; needs no truth.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -33,7 +58,14 @@ def main(argv: Sequence[str]) -> None:
         keep_programs(_WORKDIR.value)
         if _CONFIG.value is None:
             refuse("--config is missing; give an experiment, e.g. --config=configs/tms.py:5-2.")
-        sweep.run(_CONFIG.value, _WORKDIR.value, _SWEEP.value, make_console(), criterion=_CRITERION.value, halve=_HALVE.value)
+        sweep.run(
+            _CONFIG.value,
+            _WORKDIR.value,
+            _SWEEP.value,
+            make_console(),
+            criterion=_CRITERION.value,
+            halve=_HALVE.value,
+        )
 
 
 if __name__ == "__main__":

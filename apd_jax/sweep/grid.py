@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from apd_jax import config as config_lib
-from apd_jax.config import Config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods import config as config_lib
+from apd_jax.methods.config import Config
 
 _USED_BY = {  # fields that only one choice of another field reads
     "weight_decay": ("optimizer", ("adamw",)),
@@ -31,7 +31,10 @@ class Grid:
     @property
     def settings(self) -> list[dict[str, float]]:
         """All settings, the last axis changing fastest; a single empty one without axes."""
-        return [dict(zip(self.axes, values, strict=True)) for values in itertools.product(*self.axes.values())]
+        return [
+            dict(zip(self.axes, values, strict=True))
+            for values in itertools.product(*self.axes.values())
+        ]
 
     def config_of(self, config: Config, setting: dict[str, float]) -> Config:
         """The config with one setting's values."""
@@ -66,7 +69,9 @@ def parse(text: str, config: Config) -> Grid:
             raise InputError(f"--sweep names {field} twice; give all its values at once.")
         axes[field] = _values(field, values)
     if not axes:
-        raise InputError("--sweep is empty; give what to sweep, e.g. --sweep='seed=0:5;topk=0.5,1,2'.")
+        raise InputError(
+            "--sweep is empty; give what to sweep, e.g. --sweep='seed=0:5;topk=0.5,1,2'."
+        )
     seeds = tuple(axes.pop("seed", (config.seed,)))
     grid = Grid(axes, seeds)
     for setting in grid.settings:
@@ -84,7 +89,9 @@ def _check_field(field: str, config: Config) -> None:
         )
     other, needed = _USED_BY.get(field, ("", ()))
     if other and config[other] not in needed:
-        raise InputError(f"sweeping {field} would change nothing: it is read with {other} = {' or '.join(map(repr, needed))} only.")
+        raise InputError(
+            f"sweeping {field} would change nothing: it is read with {other} = {' or '.join(map(repr, needed))} only."
+        )
 
 
 def _values(field: str, text: str) -> tuple[Any, ...]:
@@ -92,16 +99,30 @@ def _values(field: str, text: str) -> tuple[Any, ...]:
     spaced = re.fullmatch(r"log\(([^,]*),([^,]*),([^,]*)\)", text)
     between = re.fullmatch(r"(\d+):(\d+)", text)
     if field == "seed":
-        values = range(*map(int, between.groups())) if between else [_number(field, piece, whole=True) for piece in text.split(",")]
+        values = (
+            range(*map(int, between.groups()))
+            if between
+            else [_number(field, piece, whole=True) for piece in text.split(",")]
+        )
     elif spaced:
-        first, last, count = _number(field, spaced[1]), _number(field, spaced[2]), _number(field, spaced[3], whole=True)
+        first, last, count = (
+            _number(field, spaced[1]),
+            _number(field, spaced[2]),
+            _number(field, spaced[3], whole=True),
+        )
         if not (first > 0 and last > 0 and count >= 2):
-            raise InputError(f"{field}={text} in --sweep: log(first,last,count) needs two numbers above 0 and a count of at least 2.")
-        values = [float(f"{value:.6g}") for value in np.geomspace(first, last, count)]  # as one would write them
+            raise InputError(
+                f"{field}={text} in --sweep: log(first,last,count) needs two numbers above 0 and a count of at least 2."
+            )
+        values = [
+            float(f"{value:.6g}") for value in np.geomspace(first, last, count)
+        ]  # as one would write them
     else:
         values = [_number(field, piece) for piece in text.split(",")]
     if not values:
-        raise InputError(f"{field}={text} in --sweep holds no value; the end of a range is not part of it.")
+        raise InputError(
+            f"{field}={text} in --sweep holds no value; the end of a range is not part of it."
+        )
     if len(set(values)) < len(values):
         raise InputError(f"{field}={text} in --sweep holds a value twice; name each once.")
     return tuple(values)

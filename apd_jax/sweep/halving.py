@@ -16,15 +16,18 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, PyTree
 
-from apd_jax import parallel, train
 from apd_jax.components import Components
-from apd_jax.config import Config
 from apd_jax.errors import InputError
+from apd_jax.methods.config import Config
 from apd_jax.sweep import judge
 from apd_jax.sweep.grid import Grid
 from apd_jax.targets.base import FeatureTarget, Target
+from apd_jax.train import loop as train
+from apd_jax.train import parallel
 
-MAX_HALVINGS = 3  # earlier than at an eighth of the training (for halve = 2) a run tells little of its end
+MAX_HALVINGS = (
+    3  # earlier than at an eighth of the training (for halve = 2) a run tells little of its end
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +63,18 @@ def rungs(num_settings: int, num_steps: int, halve: int) -> list[Rung]:
     if halve == 0:
         return [Rung(num_steps, num_settings)]
     if halve < 2:
-        raise InputError(f"--halve must be at least 2 (the best half goes on), or 0 to train all settings to the end; got {halve}.")
-    J = next(j for j in reversed(range(MAX_HALVINGS + 1)) if halve**j <= num_settings and num_steps // halve**j >= 1)
-    return [Rung(num_steps // halve ** (J - j), math.ceil(num_settings / halve**j)) for j in range(J + 1)]
+        raise InputError(
+            f"--halve must be at least 2 (the best half goes on), or 0 to train all settings to the end; got {halve}."
+        )
+    J = next(
+        j
+        for j in reversed(range(MAX_HALVINGS + 1))
+        if halve**j <= num_settings and num_steps // halve**j >= 1
+    )
+    return [
+        Rung(num_steps // halve ** (J - j), math.ceil(num_settings / halve**j))
+        for j in range(J + 1)
+    ]
 
 
 def best(values: Float[np.ndarray, "settings seeds"], count: int) -> Int[np.ndarray, " count"]:
@@ -100,7 +112,9 @@ def train_all(
     for number, rung in enumerate(plan):
         folder = None if workdir is None else epath.Path(workdir) / "rungs" / str(number)
         R = len(alive) * num_seeds
-        values = {field: np.repeat([settings[s][field] for s in alive], num_seeds) for field in grid.axes}
+        values = {
+            field: np.repeat([settings[s][field] for s in alive], num_seeds) for field in grid.axes
+        }
         stage = grid.ceiling(config)
         stage.num_instances = R
         part = f", part {number + 1} of {len(plan)}" if len(plan) > 1 else ""
@@ -115,22 +129,40 @@ def train_all(
         )
         components = jax.tree.map(jnp.asarray, state.components)
         judged = parallel.from_primary(
-            lambda components=components, folder=folder: _judged(target, params, config, components, evaluation_seed, folder),
+            lambda components=components, folder=folder: _judged(
+                target, params, config, components, evaluation_seed, folder
+            ),
             like={name: np.zeros(R) for name in names},
         )
-        judged = {name: np.asarray(values).reshape(len(alive), num_seeds) for name, values in judged.items()}
+        judged = {
+            name: np.asarray(values).reshape(len(alive), num_seeds)
+            for name, values in judged.items()
+        }
         for i, s in enumerate(alive):
             for j, seed in enumerate(grid.seeds):
-                done[s, j] = Run(int(s), seed, rung.until, {name: float(values[i, j]) for name, values in judged.items()})
+                done[s, j] = Run(
+                    int(s),
+                    seed,
+                    rung.until,
+                    {name: float(values[i, j]) for name, values in judged.items()},
+                )
         if number + 1 < len(plan):
             chosen = best(judged[criterion], plan[number + 1].num_settings)
             instances = (chosen[:, None] * num_seeds + np.arange(num_seeds)[None, :]).ravel()
-            state, alive = jax.tree.map(lambda a, instances=instances: a[instances], state), alive[chosen]
+            state, alive = (
+                jax.tree.map(lambda a, instances=instances: a[instances], state),
+                alive[chosen],
+            )
     return [done[place] for place in sorted(done)]
 
 
 def _judged(
-    target: Target, params: PyTree, config: Config, components: Components, seed: int, folder: epath.Path | None
+    target: Target,
+    params: PyTree,
+    config: Config,
+    components: Components,
+    seed: int,
+    folder: epath.Path | None,
 ) -> dict[str, np.ndarray]:
     """Criteria and truth of every run of a rung, from its folder if they are there."""
     path = None if folder is None else folder / "judged.npz"

@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from apd_jax import step as step_lib
-from apd_jax import train
 from apd_jax.components import Components
-from apd_jax.config import Config
 from apd_jax.evaluation import geometry
 from apd_jax.evaluation.general import STREAM
 from apd_jax.evidence import ablate, length
 from apd_jax.evidence.subject import Setting, baselines, errors, make
-from apd_jax.problem import Problem
+from apd_jax.methods.config import Config
+from apd_jax.network.problem import Problem
 from apd_jax.targets.base import FeatureTarget, Target
+from apd_jax.train import loop as train
+from apd_jax.train import step as step_lib
 
 CRITERIA = {
     "reference_loss": "loss at the config's own k, coefficients and p",
@@ -35,7 +35,9 @@ ATTACK_STEPS = 20
 BITS_PER_RANK = 1.0
 
 
-def criteria(problem: Problem, config: Config, components: Components, seed: int) -> dict[str, Float[np.ndarray, " R"]]:
+def criteria(
+    problem: Problem, config: Config, components: Components, seed: int
+) -> dict[str, Float[np.ndarray, " R"]]:
     """Every run by the same measure, whatever it was trained with: on one held-out batch, with the k, coefficients and p of `config`.
 
     reference_loss: the loss of the last train step, had the run been trained with `config`.
@@ -58,11 +60,16 @@ def criteria(problem: Problem, config: Config, components: Components, seed: int
 
     def judged(components: Components) -> list[float]:
         total = float(loss(components, problem.params, key, x))
-        if not all(np.isfinite(leaf).all() for leaf in [total, *map(np.asarray, jax.tree.leaves(components))]):
+        if not all(
+            np.isfinite(leaf).all()
+            for leaf in [total, *map(np.asarray, jax.tree.leaves(components))]
+        ):
             return [np.inf] * len(CRITERIA)
         subject = make(setting, problem.params, train.finished(components, config), x)
         scale = float(jnp.minimum(*baselines(subject))) or 1.0
-        error, bits = map(np.asarray, length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK))
+        error, bits = map(
+            np.asarray, length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK)
+        )
         needed = length.smallest_k(ks, error / scale)
         worst = ablate.attack(subject, key, shared=True, steps=ATTACK_STEPS, starts=1)[-1]
         return [
@@ -93,7 +100,9 @@ def _loss_fn(problem: Problem, config: Config) -> Callable[..., Float[Array, ""]
     )
 
 
-def truth(target: Target, params: PyTree, components: Components, num_always_on: int = 0) -> dict[str, Float[np.ndarray, " R"]]:
+def truth(
+    target: Target, params: PyTree, components: Components, num_always_on: int = 0
+) -> dict[str, Float[np.ndarray, " R"]]:
     """`geometry.scores` of every run, and success: 1 where every feature has a component of its own. Empty where no truth is known.
 
     Runs that are not finite have NaN, and no success.
@@ -101,12 +110,18 @@ def truth(target: Target, params: PyTree, components: Components, num_always_on:
     if not isinstance(target, FeatureTarget):
         return {}
     feature_weights = partial(target.feature_weights, params)
-    weights = jax.jit(lambda runs: jax.lax.map(lambda one: geometry.of_components(feature_weights, one, num_always_on), runs))(components)
+    weights = jax.jit(
+        lambda runs: jax.lax.map(
+            lambda one: geometry.of_components(feature_weights, one, num_always_on), runs
+        )
+    )(components)
     of_target, found = np.asarray(target.feature_weights(params, params)), []
     for P in np.asarray(weights):
         if np.isfinite(P).all():
             scores = geometry.scores(P, of_target)
-            found.append(scores | {"success": float(scores["num_features_owned"] == scores["num_features"])})
+            found.append(
+                scores | {"success": float(scores["num_features_owned"] == scores["num_features"])}
+            )
         else:
             found.append({"success": 0.0, "mmcs": np.nan, "ml2r": np.nan, "num_features_owned": 0})
     return {name: np.array([scores[name] for scores in found], np.float64) for name in TRUTH}

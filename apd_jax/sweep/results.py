@@ -51,7 +51,12 @@ class Results:
         for s, setting in enumerate(self.grid.settings):
             runs = self.runs[s * n : (s + 1) * n]
             chosen = min(runs, key=lambda run: run.scores[self.criterion])
-            row: dict[str, Any] = {**setting, "step": chosen.step, "num_runs": n, "num_diverged": sum(run.diverged for run in runs)}
+            row: dict[str, Any] = {
+                **setting,
+                "step": chosen.step,
+                "num_runs": n,
+                "num_diverged": sum(run.diverged for run in runs),
+            }
             if self.has_truth:
                 successes = int(sum(run.scores["success"] for run in runs))
                 row |= {"num_successes": successes, "success_rate": successes / n}
@@ -67,7 +72,11 @@ class Results:
 
     def best(self) -> Run | None:
         """The run that the criterion picks of all that were trained to the end; None if none is finite."""
-        finite = [run for run in self.runs if run.step == self.num_steps and math.isfinite(run.scores[self.criterion])]
+        finite = [
+            run
+            for run in self.runs
+            if run.step == self.num_steps and math.isfinite(run.scores[self.criterion])
+        ]
         return min(finite, key=lambda run: run.scores[self.criterion], default=None)
 
     def as_json(self) -> dict[str, Any]:
@@ -79,7 +88,12 @@ class Results:
             for run in self.runs
         ]
         number = None if best is None else self.runs.index(best)
-        return {"criterion": self.criterion, "best_run": number, "settings": self.settings(), "runs": runs}
+        return {
+            "criterion": self.criterion,
+            "best_run": number,
+            "settings": self.settings(),
+            "runs": runs,
+        }
 
     def table(self, title: str) -> Table:
         """A row per setting."""
@@ -96,7 +110,10 @@ class Results:
         for name in titles:
             table.add_column(name, justify="right")
         for row, complete in zip(self.settings(), self.complete, strict=True):
-            cells = [f"{row[field]:g}" for field in self.grid.axes] + [str(row["step"]), str(row["num_diverged"])]
+            cells = [f"{row[field]:g}" for field in self.grid.axes] + [
+                str(row["step"]),
+                str(row["num_diverged"]),
+            ]
             if self.has_truth:
                 cells.append(f"{row['num_successes']} of {row['num_runs']}")
             cells += ["" if row[name] is None else number(row[name]) for name in CRITERIA]
@@ -116,14 +133,19 @@ class Results:
             figures["sweep_criteria"] = sweeps.criteria(scores, CRITERIA, mmcs, success > 0)
             if len(self.grid.seeds) > 1:
                 figures["sweep_picks"] = sweeps.picks(
-                    {name: values.mean(axis=0) for name, values in self.picked().items()}, int(self.complete.sum())
+                    {name: values.mean(axis=0) for name, values in self.picked().items()},
+                    int(self.complete.sum()),
                 )
                 figures["sweep_picks_by_setting"] = sweeps.panel(self._picks_by_setting())
         return figures
 
     def _pairs(self) -> list[tuple[str, ...]]:
         swept = [field for field, values in self.grid.axes.items() if len(values) > 1]
-        return list(itertools.combinations(swept, 2)) if len(swept) > 1 else [(field,) for field in swept]
+        return (
+            list(itertools.combinations(swept, 2))
+            if len(swept) > 1
+            else [(field,) for field in swept]
+        )
 
     def _map(self, *fields: str) -> Panel:
         """Mean over all other axes and seeds at every pair of values (or over one axis); NaN where all settings were given up."""
@@ -142,13 +164,26 @@ class Results:
                 and row[measure] is not None
             ]
             matrix[i, j] = np.mean(cell) if cell else np.nan
-        others = [field for field, values in self.grid.axes.items() if field not in fields and len(values) > 1]
+        others = [
+            field
+            for field, values in self.grid.axes.items()
+            if field not in fields and len(values) > 1
+        ]
         mean_of = " and ".join([f"{len(self.grid.seeds)} seeds", *others])
-        what = "Share of runs in which every feature has a component of its own" if self.has_truth else f"Mean {self.criterion}"
-        good = "Good: a broad bright region, not a single cell." if self.has_truth else "Good: low, and flat around the lowest cell."
+        what = (
+            "Share of runs in which every feature has a component of its own"
+            if self.has_truth
+            else f"Mean {self.criterion}"
+        )
+        good = (
+            "Good: a broad bright region, not a single cell."
+            if self.has_truth
+            else "Good: low, and flat around the lowest cell."
+        )
         return Panel(
             title="Success rate" if self.has_truth else self.criterion.replace("_", " "),
-            caption=f"{what}, over {mean_of}. {good}" + ("" if self.complete.all() else " White: given up before the end."),
+            caption=f"{what}, over {mean_of}. {good}"
+            + ("" if self.complete.all() else " White: given up before the end."),
             xlabel=column_field,
             ylabel=row_field or "",
             matrix=matrix,
@@ -160,13 +195,23 @@ class Results:
     def picked(self) -> dict[str, Float[np.ndarray, "S m"]]:
         """{criterion, "chance", "best possible": success rate of the run chosen among m = 1 ... n seeds}, for every complete setting."""
         success = self.of("success")[self.complete]
-        found = {name: np.array([chosen(c, s) for c, s in zip(self.of(name)[self.complete], success, strict=True)]) for name in CRITERIA}
+        found = {
+            name: np.array(
+                [chosen(c, s) for c, s in zip(self.of(name)[self.complete], success, strict=True)]
+            )
+            for name in CRITERIA
+        }
         best = np.array([chosen(-s, s) for s in success])
-        return found | {"chance": np.repeat(success.mean(axis=1, keepdims=True), success.shape[1], axis=1), "best possible": best}
+        return found | {
+            "chance": np.repeat(success.mean(axis=1, keepdims=True), success.shape[1], axis=1),
+            "best possible": best,
+        }
 
     def _picks_by_setting(self) -> Panel:
         picked = {name: values[:, -1] for name, values in self.picked().items()}
-        settings = [s for s, complete in zip(self.grid.settings, self.complete, strict=True) if complete]
+        settings = [
+            s for s, complete in zip(self.grid.settings, self.complete, strict=True) if complete
+        ]
         return Panel(
             title="Success of the seed chosen by each criterion",
             caption="Every row is a setting. Chance is its success rate; the other columns are 1 where the seed chosen among all succeeds "
@@ -175,12 +220,17 @@ class Results:
             ylabel=", ".join(self.grid.axes) or "setting",
             matrix=np.stack(list(picked.values()), axis=1),
             unit="success rate",
-            rows=[", ".join(f"{value:g}" for value in setting.values()) or "all" for setting in settings],
+            rows=[
+                ", ".join(f"{value:g}" for value in setting.values()) or "all"
+                for setting in settings
+            ],
             columns=[name.replace("_", " ") for name in picked],
         )
 
 
-def chosen(criterion: Float[np.ndarray, " n"], success: Float[np.ndarray, " n"]) -> Float[np.ndarray, " m"]:
+def chosen(
+    criterion: Float[np.ndarray, " n"], success: Float[np.ndarray, " n"]
+) -> Float[np.ndarray, " m"]:
     r"""Success rate of the run with the lowest criterion among m of n drawn at random, m = 1 ... n.
 
     Σ_i C(n - i, m - 1) / C(n, m) · success of the i-th best, i = 1 ... n; equal runs share their mean success.
@@ -189,4 +239,9 @@ def chosen(criterion: Float[np.ndarray, " n"], success: Float[np.ndarray, " n"])
     order = np.argsort(criterion, kind="stable")
     _, tie = np.unique(criterion[order], return_inverse=True)
     ranked = (np.bincount(tie, success[order]) / np.bincount(tie))[tie]
-    return np.array([sum(math.comb(n - i, m - 1) * ranked[i - 1] for i in range(1, n + 1)) / math.comb(n, m) for m in range(1, n + 1)])
+    return np.array(
+        [
+            sum(math.comb(n - i, m - 1) * ranked[i - 1] for i in range(1, n + 1)) / math.comb(n, m)
+            for m in range(1, n + 1)
+        ]
+    )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from apd_jax.config import Config
 from apd_jax.errors import one_of
+from apd_jax.methods.config import Config
 from apd_jax.targets import digits, gated, induction, linear, resid_mlp, tms, tms_coactive
 from apd_jax.targets.base import Target
 

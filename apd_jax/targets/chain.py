@@ -30,7 +30,9 @@ class Layer:
     size: int = 0
 
 
-def run(layers: Sequence[Layer], leaves: Mapping[str, Array], x: Float[Array, "B F"]) -> Float[Array, "B O"]:
+def run(
+    layers: Sequence[Layer], leaves: Mapping[str, Array], x: Float[Array, "B F"]
+) -> Float[Array, "B O"]:
     """The outputs of the chain; `leaves` are the weights by name."""
     h, kept = x, []
     for layer in layers:
@@ -68,12 +70,29 @@ def fold(
     """
     ops = [layer.op for layer in layers]
     linear = [layer.leaf for layer in layers if layer.op == "linear" and not layer.transpose]
-    fits = ops[:3] == ["linear", "keep", "linear"] and ops[-2:] == ["add", "linear"] and ops.count("keep") == 1 and len(linear) == 4
-    if not fits or ops.count("linear") != 4 or [name in changing for name in linear] != [False, True, True, False]:
+    fits = (
+        ops[:3] == ["linear", "keep", "linear"]
+        and ops[-2:] == ["add", "linear"]
+        and ops.count("keep") == 1
+        and len(linear) == 4
+    )
+    if (
+        not fits
+        or ops.count("linear") != 4
+        or [name in changing for name in linear] != [False, True, True, False]
+    ):
         return tuple(layers), dict(leaves), {}
     E, W_in, W_out, D = linear
     after = [layer.leaf for layer in layers[ops.index("linear", 3) :] if layer.op == "bias"]
     folded = {name: leaf for name, leaf in leaves.items() if name not in (E, D)}
-    folded |= {W_in: leaves[E] @ leaves[W_in], W_out: leaves[W_out] @ leaves[D], E: leaves[E] @ leaves[D]}
+    folded |= {
+        W_in: leaves[E] @ leaves[W_in],
+        W_out: leaves[W_out] @ leaves[D],
+        E: leaves[E] @ leaves[D],
+    }
     folded |= {bias: leaves[bias] @ leaves[D] for bias in after}
-    return (*layers[1:-2], Layer("add", E)), folded, {W_in: (leaves[E], None), W_out: (None, leaves[D])}
+    return (
+        (*layers[1:-2], Layer("add", E)),
+        folded,
+        {W_in: (leaves[E], None), W_out: (None, leaves[D])},
+    )

@@ -18,9 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
 from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
@@ -43,10 +43,14 @@ class ConvNet(nn.Module):
     channels: Sequence[int]
 
     @nn.compact
-    def __call__(self, images: Float[Array, "B 8 8 1"]) -> tuple[Float[Array, "B 10"], dict[str, Array]]:
+    def __call__(
+        self, images: Float[Array, "B 8 8 1"]
+    ) -> tuple[Float[Array, "B 10"], dict[str, Array]]:
         h = images
         for i, width in enumerate(self.channels):
-            h = nn.max_pool(nn.relu(nn.Conv(width, (3, 3), name=f"conv_{i}")(h)), (2, 2), strides=(2, 2))
+            h = nn.max_pool(
+                nn.relu(nn.Conv(width, (3, 3), name=f"conv_{i}")(h)), (2, 2), strides=(2, 2)
+            )
         return nn.Dense(NUM_CLASSES, name="dense")(h.reshape(h.shape[0], -1)), {}
 
 
@@ -56,18 +60,28 @@ def load(split_seed: int) -> tuple[Batch, Batch]:
     from sklearn.datasets import load_digits  # takes a second: only for who needs it
 
     pixels, labels = load_digits(return_X_y=True)
-    images, labels = np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16, np.asarray(labels, np.int32)
+    images, labels = (
+        np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16,
+        np.asarray(labels, np.int32),
+    )
     order = np.random.default_rng(split_seed).permutation(len(labels))
     training, test = order[NUM_TEST:], order[:NUM_TEST]
-    return {"image": images[training], "label": labels[training]}, {"image": images[test], "label": labels[test]}
+    return {"image": images[training], "label": labels[training]}, {
+        "image": images[test],
+        "label": labels[test],
+    }
 
 
-def by_class(values: Shaped[np.ndarray, "B C"], labels: Int[np.ndarray, " B"]) -> Float[np.ndarray, "10 C"]:
+def by_class(
+    values: Shaped[np.ndarray, "B C"], labels: Int[np.ndarray, " B"]
+) -> Float[np.ndarray, "10 C"]:
     """The mean over the images of each class."""
     return np.stack([values[labels == k].mean(axis=0) for k in range(NUM_CLASSES)])
 
 
-def score(decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"], *, test: Batch) -> Score:
+def score(
+    decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"], *, test: Batch
+) -> Score:
     """Which classes every component serves, on the test images; nothing is drawn.
 
     Metrics
@@ -78,7 +92,11 @@ def score(decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"
 
     Cost: C + 3 forward passes on 360 images, and the attributions.
     """
-    problem, images, labels = decomposition.problem, jnp.asarray(test["image"]), np.asarray(test["label"])
+    problem, images, labels = (
+        decomposition.problem,
+        jnp.asarray(test["image"]),
+        np.asarray(test["label"]),
+    )
 
     def right(result) -> np.ndarray:
         return np.asarray(jnp.argmax(result[0], axis=-1)) == labels
@@ -90,8 +108,16 @@ def score(decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"
         "sparse": right(jax.jit(decomposition.sparse_output)(images, mask)),
         "all": right(decomposition.ablate([], images)),
     }
-    without = np.stack([right(decomposition.ablate([c], images)) for c in range(decomposition.components.num_components)], axis=1)
-    damage = np.maximum(by_class(answers["all"][:, None].astype(float) - without, labels), 0)  # [10, C]
+    without = np.stack(
+        [
+            right(decomposition.ablate([c], images))
+            for c in range(decomposition.components.num_components)
+        ],
+        axis=1,
+    )
+    damage = np.maximum(
+        by_class(answers["all"][:, None].astype(float) - without, labels), 0
+    )  # [10, C]
     firing = by_class(np.asarray(mask & (scores > 0)), labels)
     own = alive & (damage.max(axis=0) > ONE_CLASS * damage.sum(axis=0))
     metrics = {
@@ -103,13 +129,20 @@ def score(decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"
     return Score(metrics, LABELS, panels(decomposition, damage, firing, alive))
 
 
-def panels(decomposition: Decomposition, damage: np.ndarray, firing: np.ndarray, alive: np.ndarray) -> dict[str, Panel]:
+def panels(
+    decomposition: Decomposition, damage: np.ndarray, firing: np.ndarray, alive: np.ndarray
+) -> dict[str, Panel]:
     """Damage and firing by class, and the first layer's filters, of the alive components, ordered by the class that keeps them most."""
     order = [int(c) for c in np.argsort(firing.argmax(axis=0), kind="stable") if alive[c]]
     names = [str(c) for c in order]
     kernels = [decomposition.component(c)["conv_0"]["kernel"] for c in order]
-    rows = [np.asarray(kernel)[:, :, 0] for kernel in [decomposition.problem.params["conv_0"]["kernel"], *kernels]]  # [3, 3, channels]
-    tiles = [np.pad(row, ((0, 1), (0, 1), (0, 0))).transpose(0, 2, 1).reshape(4, -1) for row in rows]
+    rows = [
+        np.asarray(kernel)[:, :, 0]
+        for kernel in [decomposition.problem.params["conv_0"]["kernel"], *kernels]
+    ]  # [3, 3, channels]
+    tiles = [
+        np.pad(row, ((0, 1), (0, 1), (0, 0))).transpose(0, 2, 1).reshape(4, -1) for row in rows
+    ]
     return {
         "damage_by_class": Panel(
             title="Accuracy that an ablated component costs, by class",
@@ -154,7 +187,9 @@ def build(config: Config, batch_size: int) -> Target:
     channels = tuple(config.channels)
     at_least_one(**{f"channels[{i}]": width for i, width in enumerate(channels)})
     if len(channels) not in (1, 2, 3):
-        raise InputError(f"target.channels must name one to three convolutions, since each halves the 8 x 8 pixels; got {channels}.")
+        raise InputError(
+            f"target.channels must name one to three convolutions, since each halves the 8 x 8 pixels; got {channels}."
+        )
     model = ConvNet(channels)
     training, test = load(config.split_seed)
 
@@ -163,14 +198,18 @@ def build(config: Config, batch_size: int) -> Target:
 
     def loss_fn(params: PyTree, batch: Batch):
         logits = apply_fn(params, batch["image"])[0]
-        return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1))
+        return -jnp.mean(
+            jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1)
+        )
 
     def sampler(batch_size: int) -> Callable[..., Batch]:
         """Training images drawn with replacement."""
         at_least_one(batch_size=batch_size)
 
         def draw(rng, step):
-            index = jax.random.randint(jax.random.fold_in(rng, step), (batch_size,), 0, len(training["label"]))
+            index = jax.random.randint(
+                jax.random.fold_in(rng, step), (batch_size,), 0, len(training["label"])
+            )
             return {name: jnp.asarray(array)[index] for name, array in training.items()}
 
         return draw

@@ -26,9 +26,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from scipy.optimize import linear_sum_assignment
 
 from apd_jax import components as components_lib
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
 from apd_jax.targets.chain import Layer
 
@@ -39,7 +39,10 @@ MIN_NEURONS = 6  # so that the first breakpoint, one interval below 0, does
 LOW = (-1.0, 0.1, -np.pi, -1.0, 0.1, -np.pi, -1.0)  # of the coefficients a, b, c, d, e, f, g
 HIGH = (1.0, 1.0, np.pi, 1.0, 1.0, np.pi, 1.0)
 SWEEP_VALUES = 51
-FOUND_COSINE, FOUND_NORM = 0.99, 0.1  # a function is found if its component has this cosine with P_f, and a norm this close to its own
+FOUND_COSINE, FOUND_NORM = (
+    0.99,
+    0.1,
+)  # a function is found if its component has this cosine with P_f, and a norm this close to its own
 COMPUTED_ERROR = 0.05  # it is computed if that component alone misses less than this part of the function's mean square
 
 
@@ -51,27 +54,38 @@ class GatedMLP(nn.Module):
     d_mlp: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B n_plus_1"]) -> tuple[Float[Array, "B 1"], dict[str, Float[Array, "B M"]]]:
+    def __call__(
+        self, x: Float[Array, "B n_plus_1"]
+    ) -> tuple[Float[Array, "B 1"], dict[str, Float[Array, "B M"]]]:
         D, zeros = self.num_functions + 2, nn.initializers.zeros
         r = jnp.pad(x, ((0, 0), (0, 1)))
         hidden = {}
         for i in range(self.num_layers):
-            pre = r @ self.param(f"mlp_in_{i}", zeros, (D, self.d_mlp)) + self.param(f"bias_in_{i}", zeros, (self.d_mlp,))[None, :]
+            pre = (
+                r @ self.param(f"mlp_in_{i}", zeros, (D, self.d_mlp))
+                + self.param(f"bias_in_{i}", zeros, (self.d_mlp,))[None, :]
+            )
             hidden[f"mlp_in_{i}"] = nn.relu(pre)
             r += hidden[f"mlp_in_{i}"] @ self.param(f"mlp_out_{i}", zeros, (self.d_mlp, D))
         return r[:, -1:], hidden
 
 
-def function_values(coefficients: Float[Array, "n 7"], t: Float[Array, " T"]) -> Float[Array, "n T"]:
+def function_values(
+    coefficients: Float[Array, "n 7"], t: Float[Array, " T"]
+) -> Float[Array, "n T"]:
     """F_f(t) of every function: a cos(b t + c) + d sin(e t + f) + g."""
     a, b, c, d, e, f, g = coefficients.T[:, :, None]
     return a * jnp.cos(b * t[None] + c) + d * jnp.sin(e * t[None] + f) + g
 
 
-def neurons(coefficients: Float[Array, "n 7"], m: int, gate: str) -> tuple[Float[Array, "n m"], ...]:
+def neurons(
+    coefficients: Float[Array, "n 7"], m: int, gate: str
+) -> tuple[Float[Array, "n m"], ...]:
     """Every neuron's weight on t, weight on its bit, bias, and weight to the output, exact at m equally spaced knots."""
     shape, interval = (len(coefficients), m), END / (m - 1)
-    if gate == "bias":  # rising from left to right; the first breakpoint lies before 0, so that F_f(0) needs no neuron of its own
+    if (
+        gate == "bias"
+    ):  # rising from left to right; the first breakpoint lies before 0, so that F_f(0) needs no neuron of its own
         knots = jnp.linspace(0, END, m)
         slopes = jnp.diff(function_values(coefficients, knots), axis=1, prepend=0) / interval
         bias = jnp.broadcast_to(-(knots - interval) - GATE, shape)
@@ -85,14 +99,18 @@ def neurons(coefficients: Float[Array, "n 7"], m: int, gate: str) -> tuple[Float
     return scale * t[None], scale * bit[None], jnp.zeros(shape), out / scale
 
 
-def hand_code(key: PRNGKeyArray, num_functions: int, num_layers: int, neurons_per_function: int, gate: str) -> dict[str, Array]:
+def hand_code(
+    key: PRNGKeyArray, num_functions: int, num_layers: int, neurons_per_function: int, gate: str
+) -> dict[str, Array]:
     """Draws n functions and writes down the weights that compute them.
 
     Returns: the weights, and `functions` [n, 7], the coefficients, which no forward pass reads.
     """
     n, m = num_functions, neurons_per_function
     draw_key, deal_key = jax.random.split(key)
-    coefficients = jax.random.uniform(draw_key, (n, 7), minval=jnp.asarray(LOW), maxval=jnp.asarray(HIGH))
+    coefficients = jax.random.uniform(
+        draw_key, (n, 7), minval=jnp.asarray(LOW), maxval=jnp.asarray(HIGH)
+    )
     flat = [weight.reshape(-1) for weight in neurons(coefficients, m, gate)]
     params: dict[str, Array] = {"functions": coefficients}
     for i, dealt in enumerate(jax.random.permutation(deal_key, n * m).reshape(num_layers, -1)):
@@ -110,14 +128,23 @@ def truth(params: PyTree, num_layers: int) -> dict[str, Float[Array, "n _ _"]]:
     for i in range(num_layers):
         W_in, W_out = params[f"mlp_in_{i}"], params[f"mlp_out_{i}"]
         owned = W_in[1:-1] != 0  # [n, M]
-        parts |= {f"mlp_in_{i}": W_in[None] * owned[:, None, :], f"mlp_out_{i}": W_out[None] * owned[:, :, None]}
+        parts |= {
+            f"mlp_in_{i}": W_in[None] * owned[:, None, :],
+            f"mlp_out_{i}": W_out[None] * owned[:, :, None],
+        }
     return parts
 
 
-def neuron_norms(weights: Mapping[str, Array | np.ndarray], num_layers: int) -> Float[np.ndarray, "parts all_neurons"]:
+def neuron_norms(
+    weights: Mapping[str, Array | np.ndarray], num_layers: int
+) -> Float[np.ndarray, "parts all_neurons"]:
     """Norm of every neuron's in and out weights together, in every component (leaves lead with an axis of components)."""
     parts = [
-        np.hypot(np.linalg.norm(weights[f"mlp_in_{i}"], axis=1), np.linalg.norm(weights[f"mlp_out_{i}"], axis=2)) for i in range(num_layers)
+        np.hypot(
+            np.linalg.norm(weights[f"mlp_in_{i}"], axis=1),
+            np.linalg.norm(weights[f"mlp_out_{i}"], axis=2),
+        )
+        for i in range(num_layers)
     ]
     return np.concatenate(parts, axis=1)
 
@@ -125,7 +152,9 @@ def neuron_norms(weights: Mapping[str, Array | np.ndarray], num_layers: int) -> 
 def one_bit_inputs(num_functions: int) -> Float[Array, "n T n_plus_1"]:
     """t swept over [0, END] with exactly one bit on, for every bit."""
     t = jnp.broadcast_to(jnp.linspace(0, END, SWEEP_VALUES), (num_functions, SWEEP_VALUES))
-    bits = jnp.broadcast_to(jnp.eye(num_functions)[:, None], (num_functions, SWEEP_VALUES, num_functions))
+    bits = jnp.broadcast_to(
+        jnp.eye(num_functions)[:, None], (num_functions, SWEEP_VALUES, num_functions)
+    )
     return jnp.concatenate([t[:, :, None], bits], axis=2)
 
 
@@ -139,16 +168,28 @@ def score(decomposition: Decomposition, num_functions: int, num_layers: int) -> 
         over the target's square, the component with the largest attribution kept on every input. one_bit_error_own: with the matched one.
     """
     n = num_functions
-    components, params, apply_fn = decomposition.components, decomposition.problem.params, decomposition.problem.apply_fn
+    components, params, apply_fn = (
+        decomposition.components,
+        decomposition.problem.params,
+        decomposition.problem.apply_fn,
+    )
     true = {name: np.asarray(part, np.float64) for name, part in truth(params, num_layers).items()}
-    parts = {name: np.asarray(components_lib.materialize(components)[name], np.float64) for name in true}
-    P, T = (np.concatenate([tree[name].reshape(len(tree[name]), -1) for name in true], axis=1) for tree in (parts, true))
+    parts = {
+        name: np.asarray(components_lib.materialize(components)[name], np.float64) for name in true
+    }
+    P, T = (
+        np.concatenate([tree[name].reshape(len(tree[name]), -1) for name in true], axis=1)
+        for tree in (parts, true)
+    )
     norms, sizes = np.linalg.norm(P, axis=1), np.linalg.norm(T, axis=1)
     cosines = P @ T.T / np.maximum(np.outer(norms, sizes), 1e-12)
     component, function = linear_sum_assignment(cosines, maximize=True)
     cosine, ratio, own = np.zeros(n), np.zeros(n), np.full(n, -1)
     own[function] = component
-    cosine[function], ratio[function] = cosines[component, function], norms[component] / sizes[function]
+    cosine[function], ratio[function] = (
+        cosines[component, function],
+        norms[component] / sizes[function],
+    )
     found = (cosine >= FOUND_COSINE) & (np.abs(ratio - 1) <= FOUND_NORM)
 
     x = one_bit_inputs(n)
@@ -156,7 +197,9 @@ def score(decomposition: Decomposition, num_functions: int, num_layers: int) -> 
     C = components.num_components
 
     def alone(kept: Int[np.ndarray | Array, " N"]) -> Float[np.ndarray, "n T"]:
-        out = decomposition.sparse_output(flat, jnp.asarray(kept)[:, None] == jnp.arange(C)[None])[0]
+        out = decomposition.sparse_output(flat, jnp.asarray(kept)[:, None] == jnp.arange(C)[None])[
+            0
+        ]
         return np.asarray(out).reshape(n, SWEEP_VALUES)
 
     target = np.asarray(apply_fn(params, flat)[0]).reshape(n, SWEEP_VALUES)
@@ -214,7 +257,9 @@ def score(decomposition: Decomposition, num_functions: int, num_layers: int) -> 
     return Score(metrics, labels, panels)
 
 
-def sampler(batch_size: int, num_functions: int, probability: float) -> Callable[..., Float[Array, "B n_plus_1"]]:
+def sampler(
+    batch_size: int, num_functions: int, probability: float
+) -> Callable[..., Float[Array, "B n_plus_1"]]:
     """(rng, step) -> x: t uniform in [0, END], every bit on with `probability`.
 
     Raises:
@@ -237,7 +282,12 @@ def layers(num_layers: int) -> tuple[Layer, ...]:
     """The network as a chain."""
     chain = [Layer("pad", size=1)]
     for i in range(num_layers):
-        mlp = (Layer("linear", f"mlp_in_{i}"), Layer("bias", f"bias_in_{i}"), Layer("relu"), Layer("linear", f"mlp_out_{i}"))
+        mlp = (
+            Layer("linear", f"mlp_in_{i}"),
+            Layer("bias", f"bias_in_{i}"),
+            Layer("relu"),
+            Layer("linear", f"mlp_out_{i}"),
+        )
         chain += [Layer("keep"), *mlp, Layer("add")]
     return (*chain, Layer("last", size=1))
 
@@ -249,12 +299,19 @@ def build(config: Config, batch_size: int) -> Target:
       InputError: a size below 1, too few neurons to shut them all, neurons that the layers cannot share evenly, an unknown gate, or a
         probability outside (0, 1].
     """
-    n, L, m, gate = config.num_functions, config.num_layers, config.neurons_per_function, one_of("target.gate", config.gate, GATES)
+    n, L, m, gate = (
+        config.num_functions,
+        config.num_layers,
+        config.neurons_per_function,
+        one_of("target.gate", config.gate, GATES),
+    )
     at_least_one(num_functions=n, num_layers=L)
     if m < MIN_NEURONS:
         raise InputError(f"neurons_per_function must be at least {MIN_NEURONS}; got {m}.")
     if n * m % L:
-        raise InputError(f"num_functions · neurons_per_function = {n * m} neurons cannot be shared evenly by num_layers = {L}.")
+        raise InputError(
+            f"num_functions · neurons_per_function = {n * m} neurons cannot be shared evenly by num_layers = {L}."
+        )
     model = GatedMLP(n, L, n * m // L)
     return Target(
         name="gated",

@@ -29,9 +29,9 @@ from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
 from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
@@ -40,7 +40,10 @@ IN_LAYER = 0.1  # a component is in a layer if more than this part of its norm l
 ONE_STEP = 0.9  # a component is one step's if this part of its rates at two kinds of position falls on one of them
 NEEDED = 0.1  # a component carries what falls by more than this part when it is ablated
 MEASURED = ("accuracy", "previous_token_score", "induction_score")
-GOOD_ATTENTION = ("every token of the first block looks at the one before", "tokens that came before look at what followed them")
+GOOD_ATTENTION = (
+    "every token of the first block looks at the one before",
+    "tokens that came before look at what followed them",
+)
 LABELS = {
     **accuracy_labels("accuracy, where the next token is determined,"),
     "sparse_previous_token_score": "attention of the previous-token head with that mask; the target's",
@@ -65,17 +68,26 @@ class InductionTransformer(nn.Module):
     d_head: int
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"]) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "B H T T"]]]:
+    def __call__(
+        self, tokens: Int[Array, "B T"]
+    ) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "B H T T"]]]:
         project = functools.partial(nn.DenseGeneral, (self.num_heads, self.d_head), use_bias=False)
         causal = jnp.tril(jnp.ones((1, 1, tokens.shape[1], tokens.shape[1]), jnp.bool_))
-        x = nn.Embed(self.num_symbols + 1, self.d_model, embedding_init=nn.initializers.normal(1.0), name="embed")(tokens)
+        x = nn.Embed(
+            self.num_symbols + 1,
+            self.d_model,
+            embedding_init=nn.initializers.normal(1.0),
+            name="embed",
+        )(tokens)
         attention = {}
         for i in range(NUM_LAYERS):
             Q, K, V = (project(name=f"{kind}_{i}")(x) for kind in ("query", "key", "value"))
             scores = jnp.einsum("bthd,bshd->bhts", rotate(Q), rotate(K)) / math.sqrt(self.d_head)
             attention[f"attention_{i}"] = nn.softmax(jnp.where(causal, scores, -1e9))
             mixed = jnp.einsum("bhts,bshd->bthd", attention[f"attention_{i}"], V)
-            x += nn.DenseGeneral(self.d_model, axis=(-2, -1), use_bias=False, name=f"output_{i}")(mixed)
+            x += nn.DenseGeneral(self.d_model, axis=(-2, -1), use_bias=False, name=f"output_{i}")(
+                mixed
+            )
         return nn.Dense(self.num_symbols, use_bias=False, name="unembed")(x), attention
 
 
@@ -89,7 +101,12 @@ def rotate(x: Float[Array, "B T H d"]) -> Float[Array, "B T H d"]:
 
 
 def sample(
-    key: PRNGKeyArray, batch_size: int, num_symbols: int, min_block: int, max_block: int, repeat_probability: float
+    key: PRNGKeyArray,
+    batch_size: int,
+    num_symbols: int,
+    min_block: int,
+    max_block: int,
+    repeat_probability: float,
 ) -> Int[Array, "B T"]:
     """Sequences of 1 + 2·max_block tokens, as the module's docstring describes them."""
     key_order, key_length, key_kind = jax.random.split(key, 3)
@@ -98,13 +115,17 @@ def sample(
     repeated = jax.random.uniform(key_kind, (batch_size, 1)) < repeat_probability
     place = jnp.arange(2 * max_block)[None]
     symbols = jnp.take_along_axis(order, jnp.where(repeated, place % length, place), axis=1)
-    return jnp.concatenate([jnp.full((batch_size, 1), num_symbols), symbols], axis=1).astype(jnp.int32)
+    return jnp.concatenate([jnp.full((batch_size, 1), num_symbols), symbols], axis=1).astype(
+        jnp.int32
+    )
 
 
 def follows_same(tokens: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
     """True at (t, s), s <= t, where the token before s is the one at t: s is what an induction head attends to, and holds the answer."""
     same = tokens[:, :, None] == tokens[:, None, :-1]
-    return jnp.pad(same, ((0, 0), (0, 0), (1, 0))) & jnp.tril(jnp.ones((1, *same.shape[1:2] * 2), jnp.bool_))
+    return jnp.pad(same, ((0, 0), (0, 0), (1, 0))) & jnp.tril(
+        jnp.ones((1, *same.shape[1:2] * 2), jnp.bool_)
+    )
 
 
 def determined(tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -125,7 +146,9 @@ def accuracy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[
     return jnp.sum(known & (jnp.argmax(logits[:, :-1], axis=-1) == tokens[:, 1:])) / jnp.sum(known)
 
 
-def previous_token_scores(attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]) -> Float[Array, " H"]:
+def previous_token_scores(
+    attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]
+) -> Float[Array, " H"]:
     """Mean attention from t to t-1 where an induction head needs it: in the first block of sequences that repeat."""
     known = determined(tokens)
     needed = (~known & jnp.any(known, axis=1, keepdims=True))[:, 2:]
@@ -133,29 +156,54 @@ def previous_token_scores(attention: Float[Array, "B H T T"], tokens: Int[Array,
     return jnp.sum(to_previous * needed[:, None], axis=(0, 2)) / jnp.sum(needed)
 
 
-def induction_scores(attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]) -> Float[Array, " H"]:
+def induction_scores(
+    attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]
+) -> Float[Array, " H"]:
     """Mean attention from determined positions to those that follow the same token: t - n + 1 for a block of n."""
     found = jnp.sum(attention * follows_same(tokens)[:, None], axis=(0, 2, 3))
     return found / jnp.sum(determined(tokens))
 
 
-def kept_by_kind(mask: Bool[Array, "B *T C"], tokens: Int[Array, "B T"]) -> Float[np.ndarray, "3 C"]:
+def kept_by_kind(
+    mask: Bool[Array, "B *T C"], tokens: Int[Array, "B T"]
+) -> Float[np.ndarray, "3 C"]:
     """How often a component is kept at positions in the first block of a sequence that repeats, at determined ones, and elsewhere."""
     known = np.asarray(determined(tokens))
     first = ~known & known.any(axis=1, keepdims=True)
     kinds = np.stack([first, known, ~known & ~first])
-    everywhere = np.broadcast_to(np.asarray(mask).reshape(len(tokens), -1, mask.shape[-1]), (*tokens.shape, mask.shape[-1]))
-    return np.einsum("kbt,btc->kc", kinds.astype(float), everywhere) / np.maximum(kinds.sum(axis=(1, 2))[:, None], 1)
+    everywhere = np.broadcast_to(
+        np.asarray(mask).reshape(len(tokens), -1, mask.shape[-1]), (*tokens.shape, mask.shape[-1])
+    )
+    return np.einsum("kbt,btc->kc", kinds.astype(float), everywhere) / np.maximum(
+        kinds.sum(axis=(1, 2))[:, None], 1
+    )
 
 
 def layer_shares(components: Components) -> Float[np.ndarray, "C 2"]:
     """Norm of every component's part in each layer over its whole norm; 0 for a component that is 0."""
-    squares = {name: np.asarray(square) for name, square in components_lib.squared_norms(components).items()}
-    layers = np.stack([sum(square for name, square in squares.items() if f"_{i}." in name) for i in range(NUM_LAYERS)], axis=1)
-    return np.sqrt(layers / np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny))
+    squares = {
+        name: np.asarray(square)
+        for name, square in components_lib.squared_norms(components).items()
+    }
+    layers = np.stack(
+        [
+            sum(square for name, square in squares.items() if f"_{i}." in name)
+            for i in range(NUM_LAYERS)
+        ],
+        axis=1,
+    )
+    return np.sqrt(
+        layers / np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny)
+    )
 
 
-def score(decomposition: Decomposition, key: PRNGKeyArray, alive: Bool[np.ndarray, " C"], *, sample_fn: Callable) -> Score:
+def score(
+    decomposition: Decomposition,
+    key: PRNGKeyArray,
+    alive: Bool[np.ndarray, " C"],
+    *,
+    sample_fn: Callable,
+) -> Score:
     """What every component does for the two heads, on one batch of the sampler's mixture.
 
     Metrics
@@ -172,23 +220,48 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, alive: Bool[np.ndarra
     tokens = sample_fn(key, 0)
     attributions = jax.jit(decomposition.attributions)(tokens)
     mask = decomposition.mask_of(attributions, tokens)
-    target, sparse = problem.apply_fn(problem.params, tokens), jax.jit(decomposition.sparse_output)(tokens, mask)
+    target, sparse = (
+        problem.apply_fn(problem.params, tokens),
+        jax.jit(decomposition.sparse_output)(tokens, mask),
+    )
     previous_head = int(jnp.argmax(previous_token_scores(target[1]["attention_0"], tokens)))
     induction_head = int(jnp.argmax(induction_scores(target[1]["attention_1"], tokens)))
 
     def measure(result) -> np.ndarray:
         logits, attention = result
         previous = previous_token_scores(attention["attention_0"], tokens)[previous_head]
-        return np.array([accuracy(logits, tokens), previous, induction_scores(attention["attention_1"], tokens)[induction_head]])
+        return np.array(
+            [
+                accuracy(logits, tokens),
+                previous,
+                induction_scores(attention["attention_1"], tokens)[induction_head],
+            ]
+        )
 
-    measured = {"target": measure(target), "sparse": measure(sparse), "all": measure(decomposition.ablate([], tokens))}
-    lost = np.stack([measured["all"] - measure(decomposition.ablate([c], tokens)) for c in range(components.num_components)])
+    measured = {
+        "target": measure(target),
+        "sparse": measure(sparse),
+        "all": measure(decomposition.ablate([], tokens)),
+    }
+    lost = np.stack(
+        [
+            measured["all"] - measure(decomposition.ablate([c], tokens))
+            for c in range(components.num_components)
+        ]
+    )
     needed = (lost > NEEDED * measured["all"]) & alive[:, None]
     kept = kept_by_kind(mask & (attributions > 0), tokens)
     steps = kept[:2].max(axis=0) > ONE_STEP * kept[:2].sum(axis=0)
     spans = layer_shares(components).min(axis=1) > IN_LAYER
-    metrics = {f"{who}_{what}": float(value) for who, values in measured.items() for what, value in zip(MEASURED, values, strict=True)}
-    metrics |= {f"num_{what.removesuffix('_score')}_components": int(n) for what, n in zip(MEASURED, needed.sum(axis=0), strict=True)}
+    metrics = {
+        f"{who}_{what}": float(value)
+        for who, values in measured.items()
+        for what, value in zip(MEASURED, values, strict=True)
+    }
+    metrics |= {
+        f"num_{what.removesuffix('_score')}_components": int(n)
+        for what, n in zip(MEASURED, needed.sum(axis=0), strict=True)
+    }
     metrics["components_of_one_step"] = float(steps[alive].mean()) if alive.any() else 0.0
     metrics["spans_layers"] = float(spans[alive].mean()) if alive.any() else 0.0
     metrics |= rank_correlations(decomposition, tokens, alive)
@@ -203,7 +276,13 @@ def score(decomposition: Decomposition, key: PRNGKeyArray, alive: Bool[np.ndarra
             f"alike, and {GOOD_ATTENTION[i]}.",
             xlabel="from token (twice)",
             ylabel="at token",
-            matrix=np.concatenate([np.asarray(result[1][f"attention_{i}"][example, head]) for result in (target, sparse)], axis=1),
+            matrix=np.concatenate(
+                [
+                    np.asarray(result[1][f"attention_{i}"][example, head])
+                    for result in (target, sparse)
+                ],
+                axis=1,
+            ),
             unit="attention",
             rows=names,
             columns=names * 2,
@@ -246,7 +325,9 @@ def build(config: Config, batch_size: int) -> Target:
     shortest, longest, probability = config.min_block, config.max_block, config.repeat_probability
     at_least_one(num_symbols=V, d_model=D, num_heads=H, d_head=d)
     if d % 2:
-        raise InputError(f"target.d_head must be even, since rotary embeddings turn pairs; got {d}.")
+        raise InputError(
+            f"target.d_head must be even, since rotary embeddings turn pairs; got {d}."
+        )
     if not 2 <= shortest <= longest or 2 * longest > V:
         raise InputError(
             f"target blocks need 2 <= min_block <= max_block <= num_symbols / 2, so that sequences without repetition have distinct "
@@ -261,7 +342,9 @@ def build(config: Config, batch_size: int) -> Target:
 
     def sampler(batch_size: int) -> Callable[..., Int[Array, "B T"]]:
         at_least_one(batch_size=batch_size)
-        return lambda rng, step: sample(jax.random.fold_in(rng, step), batch_size, V, shortest, longest, probability)
+        return lambda rng, step: sample(
+            jax.random.fold_in(rng, step), batch_size, V, shortest, longest, probability
+        )
 
     return Target(
         name="induction",

@@ -18,12 +18,15 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from scipy.optimize import linear_sum_assignment
 
 from apd_jax import components as components_lib
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
 from apd_jax.targets.chain import Layer
 
-FOUND_COSINE, FOUND_NORM = 0.99, 0.05  # a block is found if one component has this cosine with it, and a norm this close to its own
+FOUND_COSINE, FOUND_NORM = (
+    0.99,
+    0.05,
+)  # a block is found if one component has this cosine with it, and a norm this close to its own
 
 
 def block_diagonal(num_blocks: int, block_size: int):
@@ -61,7 +64,9 @@ def build(config: Config, batch_size: int) -> Target:
     def sample_fn(rng: PRNGKeyArray, step: Array) -> Float[Array, "B d"]:
         key_value, key_block = jax.random.split(jax.random.fold_in(rng, step))
         block = jax.random.randint(key_block, (batch_size,), 0, n)
-        return jax.random.normal(key_value, (batch_size, n * s)) * jnp.repeat(jax.nn.one_hot(block, n), s, axis=1)
+        return jax.random.normal(key_value, (batch_size, n * s)) * jnp.repeat(
+            jax.nn.one_hot(block, n), s, axis=1
+        )
 
     return Target(
         name="linear",
@@ -79,7 +84,12 @@ def score(decomposition: Decomposition, num_blocks: int, block_size: int) -> Sco
     W = np.asarray(decomposition.problem.params["W"])
     P = np.asarray(components_lib.materialize(decomposition.components)["W"])
     owner = np.repeat(np.arange(num_blocks), block_size)
-    truth = np.stack([np.where(np.equal.outer(owner, owner) & (owner[:, None] == i), W, 0) for i in range(num_blocks)])
+    truth = np.stack(
+        [
+            np.where(np.equal.outer(owner, owner) & (owner[:, None] == i), W, 0)
+            for i in range(num_blocks)
+        ]
+    )
     norms, sizes = np.linalg.norm(P, axis=(1, 2)), np.linalg.norm(truth, axis=(1, 2))
     dots = np.einsum("iab,cab->ic", truth, P)
     cosines = dots / np.maximum(np.outer(sizes, norms), 1e-12)

@@ -13,15 +13,17 @@ import optax
 from jaxtyping import PyTree
 
 from apd_jax.components import path_name
-from apd_jax.config import Config
 from apd_jax.errors import InputError
-from apd_jax.schedules import learning_rate
+from apd_jax.methods.config import Config
+from apd_jax.methods.schedules import learning_rate
 from apd_jax.targets.base import Target, at_least_one
 
 STEPS_PER_CALL = 100
 
 
-def pretrain(target: Target, config: Config, *, progress: Callable[..., Any] | None = None) -> tuple[PyTree, list[dict[str, Any]]]:
+def pretrain(
+    target: Target, config: Config, *, progress: Callable[..., Any] | None = None
+) -> tuple[PyTree, list[dict[str, Any]]]:
     """Trains the target by AdamW on `target.loss_fn`, deterministically from `config.seed`.
 
     Args:
@@ -39,10 +41,18 @@ def pretrain(target: Target, config: Config, *, progress: Callable[..., Any] | N
     at_least_one(num_steps=settings.num_steps)
     key_init, key_data = jax.random.split(jax.random.key(config.seed))
     params = jax.jit(target.init_fn)(key_init)
-    schedule = learning_rate(settings.schedule, settings.learning_rate, settings.num_steps, settings.warmup_fraction)
+    schedule = learning_rate(
+        settings.schedule, settings.learning_rate, settings.num_steps, settings.warmup_fraction
+    )
     optimizer = optax.multi_transform(
-        {"trained": optax.adamw(schedule, weight_decay=settings.weight_decay), "frozen": optax.set_to_zero()},
-        jax.tree_util.tree_map_with_path(lambda path, _: "frozen" if _matches(path_name(path), target.frozen) else "trained", params),
+        {
+            "trained": optax.adamw(schedule, weight_decay=settings.weight_decay),
+            "frozen": optax.set_to_zero(),
+        },
+        jax.tree_util.tree_map_with_path(
+            lambda path, _: "frozen" if _matches(path_name(path), target.frozen) else "trained",
+            params,
+        ),
     )
 
     def step(state, index):
@@ -62,7 +72,9 @@ def pretrain(target: Target, config: Config, *, progress: Callable[..., Any] | N
         history.append({"step": int(indices[-1]) + 1, "loss": float(losses.mean())})
         if progress is not None:
             progress(history[-1]["step"], settings.num_steps, {"loss": history[-1]["loss"]})
-    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])):  # the last update is in no loss
+    if not all(
+        jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])
+    ):  # the last update is in no loss
         raise _diverged(settings.num_steps - 1, settings.learning_rate)
     return state[0], history
 
@@ -72,4 +84,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 
 def _diverged(step: int, rate: float) -> InputError:
-    return InputError(f"target pretraining is no longer finite at step {step}; lower config.target.pretrain.learning_rate (now {rate}).")
+    return InputError(
+        f"target pretraining is no longer finite at step {step}; lower config.target.pretrain.learning_rate (now {rate})."
+    )

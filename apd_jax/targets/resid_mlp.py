@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apd_jax.config import Config
 from apd_jax.errors import InputError, one_of
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
 from apd_jax.targets.chain import ACTIVATIONS, Layer
 
@@ -39,19 +39,31 @@ class ResidMLP(nn.Module):
     use_bias: bool = False
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B F"]) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B M"]]]:
+    def __call__(
+        self, x: Float[Array, "B F"]
+    ) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B M"]]]:
         act = ACTIVATIONS[self.activation]
-        r = x @ self.param("W_E", identity if self.embedding == "identity" else unit_rows, (self.num_features, self.d_resid))
+        r = x @ self.param(
+            "W_E",
+            identity if self.embedding == "identity" else unit_rows,
+            (self.num_features, self.d_resid),
+        )
         hidden = {}
         for i in range(self.num_layers):
-            pre = r @ self.param(f"mlp_in_{i}", nn.initializers.he_normal(), (self.d_resid, self.d_mlp))
+            pre = r @ self.param(
+                f"mlp_in_{i}", nn.initializers.he_normal(), (self.d_resid, self.d_mlp)
+            )
             hidden[f"mlp_in_{i}"] = nn.relu(pre)
             if self.use_bias:
                 pre += self.param(f"bias_in_{i}", nn.initializers.zeros, (self.d_mlp,))[None, :]
-            r += act(pre) @ self.param(f"mlp_out_{i}", nn.initializers.lecun_normal(), (self.d_mlp, self.d_resid))
+            r += act(pre) @ self.param(
+                f"mlp_out_{i}", nn.initializers.lecun_normal(), (self.d_mlp, self.d_resid)
+            )
             if self.use_bias:
                 r += self.param(f"bias_out_{i}", nn.initializers.zeros, (self.d_resid,))[None, :]
-        return r @ self.param("W_U", nn.initializers.zeros, (self.d_resid, self.num_features)), hidden  # `init` sets W_U = W_Eᵀ
+        return r @ self.param(
+            "W_U", nn.initializers.zeros, (self.d_resid, self.num_features)
+        ), hidden  # `init` sets W_U = W_Eᵀ
 
 
 def unit_rows(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "F D"]:
@@ -74,10 +86,14 @@ def contracted(model: ResidMLP, params: PyTree, x: Float[Array, "B F"]) -> Float
     alike, and three to five times fewer at B = 256.
     """
     act = ACTIVATIONS[model.activation]
-    written = [(x, params["W_E"])]  # what each writer adds to the stream: coefficients [B, n] and directions [n, D]
+    written = [
+        (x, params["W_E"])
+    ]  # what each writer adds to the stream: coefficients [B, n] and directions [n, D]
 
     def read(W):
-        return functools.reduce(jnp.add, [coefficients @ (directions @ W) for coefficients, directions in written])
+        return functools.reduce(
+            jnp.add, [coefficients @ (directions @ W) for coefficients, directions in written]
+        )
 
     for i in range(model.num_layers):
         pre = read(params[f"mlp_in_{i}"])
@@ -97,7 +113,10 @@ def neuron_contributions(params: PyTree, weights: PyTree, num_layers: int) -> Fl
       params: the target's; W_E and W_U are taken from here.
       weights: a dict with mlp_in_i [D, M] and mlp_out_i [M, D]: the target's own, or one component's.
     """
-    layers = [(params["W_E"] @ weights[f"mlp_in_{i}"]) * (weights[f"mlp_out_{i}"] @ params["W_U"]).T for i in range(num_layers)]
+    layers = [
+        (params["W_E"] @ weights[f"mlp_in_{i}"]) * (weights[f"mlp_out_{i}"] @ params["W_U"]).T
+        for i in range(num_layers)
+    ]
     return jnp.concatenate(layers, axis=1)
 
 
@@ -110,8 +129,16 @@ def layers(model: ResidMLP) -> tuple[Layer, ...]:
     """The network as a chain."""
     chain = [Layer("linear", "W_E")]
     for i in range(model.num_layers):
-        bias_in, bias_out = [(Layer("bias", f"bias_{side}_{i}"),) if model.use_bias else () for side in ("in", "out")]
-        mlp = (Layer("linear", f"mlp_in_{i}"), *bias_in, Layer(model.activation), Layer("linear", f"mlp_out_{i}"), *bias_out)
+        bias_in, bias_out = [
+            (Layer("bias", f"bias_{side}_{i}"),) if model.use_bias else () for side in ("in", "out")
+        ]
+        mlp = (
+            Layer("linear", f"mlp_in_{i}"),
+            *bias_in,
+            Layer(model.activation),
+            Layer("linear", f"mlp_out_{i}"),
+            *bias_out,
+        )
         chain += [Layer("keep"), *mlp, Layer("add")]
     return (*chain, Layer("linear", "W_U"))
 
@@ -128,7 +155,9 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
     activation = one_of("target.activation", config.activation, ACTIVATIONS)
     embedding = one_of("target.embedding", config.embedding, EMBEDDINGS)
     if embedding == "identity" and D != F:
-        raise InputError(f"target.embedding = 'identity' needs d_resid = num_features; got d_resid = {D} and num_features = {F}.")
+        raise InputError(
+            f"target.embedding = 'identity' needs d_resid = num_features; got d_resid = {D} and num_features = {F}."
+        )
     model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
     outputs = functools.partial(contracted, model)
 
@@ -147,7 +176,9 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         loss_fn=loss_fn,
         label_fn=labels,
         sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=True),
-        pretrain_sample_fn=feature_sampler(config.pretrain.batch_size, F, config.feature_probability, signed=True),
+        pretrain_sample_fn=feature_sampler(
+            config.pretrain.batch_size, F, config.feature_probability, signed=True
+        ),
         feature_weights=lambda params, weights: neuron_contributions(params, weights, L),
         num_active_fn=num_nonzero,
         select=("mlp_in_*", "mlp_out_*"),

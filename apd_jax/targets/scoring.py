@@ -29,12 +29,16 @@ def accuracy_labels(what: str) -> dict[str, str]:
     }
 
 
-def alive_components(firing_rates: Float[np.ndarray, " C"], norms: Float[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:
+def alive_components(
+    firing_rates: Float[np.ndarray, " C"], norms: Float[np.ndarray, " C"]
+) -> Bool[np.ndarray, " C"]:
     """Components that are kept at all, with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
     return (firing_rates > 0) & (norms > ALIVE_NORM * norms.max())
 
 
-def rank_correlations(decomposition: Decomposition, x: PyTree, alive: Bool[np.ndarray, " C"]) -> dict[str, float]:
+def rank_correlations(
+    decomposition: Decomposition, x: PyTree, alive: Bool[np.ndarray, " C"]
+) -> dict[str, float]:
     """Spearman's rank correlation between each kind of attribution and true ablation.
 
     {"attribution_rank_correlation_{kind}": over all pairs of an example of x and an alive component; 0 if either is constant}
@@ -51,5 +55,7 @@ def rank_correlations(decomposition: Decomposition, x: PyTree, alive: Bool[np.nd
         if kind != "ablation":
             given = ranks(kind)
             varied = alive.any() and np.ptp(truth) > 0 and np.ptp(given) > 0
-            found[f"attribution_rank_correlation_{kind}"] = float(np.corrcoef(given, truth)[0, 1]) if varied else 0.0
+            found[f"attribution_rank_correlation_{kind}"] = (
+                float(np.corrcoef(given, truth)[0, 1]) if varied else 0.0
+            )
     return found

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apd_jax.config import Config
 from apd_jax.errors import one_of
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
 from apd_jax.targets.chain import Layer
 
@@ -31,14 +31,18 @@ class TMS(nn.Module):
     hidden: str = "none"
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B F"]) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B _"]]]:
+    def __call__(
+        self, x: Float[Array, "B F"]
+    ) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B _"]]]:
         W = self.param("W", nn.initializers.xavier_normal(), (self.num_features, self.d_hidden))
         b = self.param("b", nn.initializers.zeros, (self.num_features,))
         products = {"linear1": x @ W}
         h = products["linear1"]
         if self.hidden != "none":
             init = rotation if self.hidden == "rotation" else identity
-            h = products["hidden_0"] = h @ self.param("hidden", init, (self.d_hidden, self.d_hidden))
+            h = products["hidden_0"] = h @ self.param(
+                "hidden", init, (self.d_hidden, self.d_hidden)
+            )
         products["linear2"] = h @ W.T
         return nn.relu(products["linear2"] + b[None, :]), products
 
@@ -52,7 +56,9 @@ def rotation(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "n n"]:
     """
     a = jax.random.normal(key, shape)
     skew = a - a.T
-    angle = jnp.maximum(jnp.linalg.norm(skew, 2), jnp.finfo(skew.dtype).tiny)  # 0 in one dimension, where R = 1
+    angle = jnp.maximum(
+        jnp.linalg.norm(skew, 2), jnp.finfo(skew.dtype).tiny
+    )  # 0 in one dimension, where R = 1
     return jax.scipy.linalg.expm(math.pi / 6 * skew / angle)
 
 
@@ -66,7 +72,13 @@ def contracted(params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
 def layers(hidden: str = "none") -> tuple[Layer, ...]:
     """The network as a chain."""
     between = () if hidden == "none" else (Layer("linear", "hidden"),)
-    return (Layer("linear", "W"), *between, Layer("linear", "W", transpose=True), Layer("bias", "b"), Layer("relu"))
+    return (
+        Layer("linear", "W"),
+        *between,
+        Layer("linear", "W", transpose=True),
+        Layer("bias", "b"),
+        Layer("relu"),
+    )
 
 
 def build(config: Config, batch_size: int) -> FeatureTarget:
@@ -75,7 +87,11 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
     Raises:
       InputError: a size below 1, an unknown kind of `hidden`, or a probability outside (0, 1].
     """
-    F, H, hidden = config.num_features, config.d_hidden, one_of("target.hidden", config.hidden, HIDDEN)
+    F, H, hidden = (
+        config.num_features,
+        config.d_hidden,
+        one_of("target.hidden", config.hidden, HIDDEN),
+    )
     at_least_one(num_features=F, d_hidden=H)
     model = TMS(F, H, hidden)
 
@@ -91,7 +107,9 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         loss_fn=lambda params, x: jnp.mean((apply_fn(params, x)[0] - x) ** 2),
         label_fn=lambda x: x,
         sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=False),
-        pretrain_sample_fn=feature_sampler(config.pretrain.batch_size, F, config.feature_probability, signed=False),
+        pretrain_sample_fn=feature_sampler(
+            config.pretrain.batch_size, F, config.feature_probability, signed=False
+        ),
         feature_weights=lambda params, weights: weights["W"],
         num_active_fn=num_nonzero,
         select=("W",) if hidden == "none" else ("W", "hidden"),

@@ -20,9 +20,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 from scipy.optimize import linear_sum_assignment
 
 from apd_jax import components as components_lib
-from apd_jax.config import Config
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
+from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel, Score, Target, at_least_one
 from apd_jax.targets.tms import TMS, contracted, layers
 
@@ -31,7 +31,9 @@ FOUND_NORM_RATIO = 0.5  # ... holds at least this part of their norm ...
 FOUND_PURITY = 0.9  # ... and has at least this part of its own squared norm there
 
 
-def group_sampler(batch_size: int, num_groups: int, group_size: int, probability: float) -> Callable[..., Float[Array, "B F"]]:
+def group_sampler(
+    batch_size: int, num_groups: int, group_size: int, probability: float
+) -> Callable[..., Float[Array, "B F"]]:
     """(rng, step) -> x: every group is active with `probability`, then all its features are uniform in [0, 1], independently; else 0.
 
     Raises:
@@ -65,25 +67,40 @@ def score(decomposition: Decomposition, num_groups: int) -> Score:
     W = np.asarray(decomposition.problem.params["W"], np.float64)
     C, G = len(weights), num_groups
     P, parts = weights.reshape(C, G, -1), W.reshape(G, -1)
-    inner, norms, true_norms = np.einsum("cgd,gd->cg", P, parts), np.linalg.norm(P, axis=2), np.linalg.norm(parts, axis=1)
+    inner, norms, true_norms = (
+        np.einsum("cgd,gd->cg", P, parts),
+        np.linalg.norm(P, axis=2),
+        np.linalg.norm(parts, axis=1),
+    )
     whole = np.linalg.norm(norms, axis=1, keepdims=True)
 
     ratios = _divide(norms, np.broadcast_to(true_norms, norms.shape))
-    component, group = linear_sum_assignment(_divide(inner, whole * true_norms) * np.minimum(ratios, 1), maximize=True)
+    component, group = linear_sum_assignment(
+        _divide(inner, whole * true_norms) * np.minimum(ratios, 1), maximize=True
+    )
     matched = {
         "mmcs_groups": _divide(inner, norms * true_norms),
         "ml2r_groups": ratios,
         "purity": _divide(norms**2, whole**2),
-        "mean_rank": np.broadcast_to(components_lib.effective_ranks(decomposition.components)["W"][:, None], norms.shape),
+        "mean_rank": np.broadcast_to(
+            components_lib.effective_ranks(decomposition.components)["W"][:, None], norms.shape
+        ),
     }
     each = {name: np.zeros(G) for name in matched}
     for name, values in matched.items():
         each[name][group] = values[component, group]
-    found = (each["mmcs_groups"] >= FOUND_COSINE) & (each["ml2r_groups"] >= FOUND_NORM_RATIO) & (each["purity"] >= FOUND_PURITY)
+    found = (
+        (each["mmcs_groups"] >= FOUND_COSINE)
+        & (each["ml2r_groups"] >= FOUND_NORM_RATIO)
+        & (each["purity"] >= FOUND_PURITY)
+    )
     true_ranks = np.linalg.matrix_rank(W.reshape(G, -1, W.shape[1]), rtol=1e-2)
     metrics = {name: float(values.mean()) for name, values in each.items()}
 
-    order = [*component[np.argsort(group)], *(c for c in np.argsort(-whole[:, 0]) if c not in component)]
+    order = [
+        *component[np.argsort(group)],
+        *(c for c in np.argsort(-whole[:, 0]) if c not in component),
+    ]
     panels = {
         "groups": Panel(
             title="Which component holds which group",
@@ -112,7 +129,16 @@ def score(decomposition: Decomposition, num_groups: int) -> Score:
         "purity": "share of its squared norm in them (1)",
         "mean_rank": f"effective rank of a group's component ({true_ranks.mean():.3g})",
     }
-    return Score(metrics | {"true_rank": float(true_ranks.mean()), "num_groups": G, "groups_found": int(found.sum())}, labels, panels)
+    return Score(
+        metrics
+        | {
+            "true_rank": float(true_ranks.mean()),
+            "num_groups": G,
+            "groups_found": int(found.sum()),
+        },
+        labels,
+        panels,
+    )
 
 
 def _divide(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
@@ -125,13 +151,20 @@ def build(config: Config, batch_size: int) -> Target:
     Raises:
       InputError: a size below 1, or a probability outside (0, 1].
     """
-    G, S, H, probability = config.num_groups, config.group_size, config.d_hidden, config.group_probability
+    G, S, H, probability = (
+        config.num_groups,
+        config.group_size,
+        config.d_hidden,
+        config.group_probability,
+    )
     at_least_one(num_groups=G, group_size=S, d_hidden=H)
     model = TMS(G * S, H)
 
     def apply_fn(params: PyTree, x: Array):
         out, products = model.apply({"params": params}, x)
-        return out, {"linear1": products["linear1"]}  # before the ReLU, other groups' outputs need other groups' rows
+        return out, {
+            "linear1": products["linear1"]
+        }  # before the ReLU, other groups' outputs need other groups' rows
 
     return Target(
         name="tms_coactive",
@@ -141,7 +174,9 @@ def build(config: Config, batch_size: int) -> Target:
         loss_fn=lambda params, x: jnp.mean((apply_fn(params, x)[0] - x) ** 2),
         sample_fn=group_sampler(batch_size, G, S, probability),
         pretrain_sample_fn=group_sampler(config.pretrain.batch_size, G, S, probability),
-        num_active_fn=lambda x: jnp.sum(jnp.any(x.reshape(-1, G, S) != 0, axis=2), axis=1, dtype=jnp.int32),
+        num_active_fn=lambda x: jnp.sum(
+            jnp.any(x.reshape(-1, G, S) != 0, axis=2), axis=1, dtype=jnp.int32
+        ),
         select=("W",),
         uses={"W": 2},
         score_fn=lambda decomposition, key, alive: score(decomposition, G),

@@ -7,12 +7,17 @@ from conftest import close, make_config
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import components_view
-from apd_jax.problem import Problem
+from apd_jax.network.problem import Problem
 
 
 def decomposed(pentagon, **fields):
     config = make_config(num_components=5, topk=1.0, batch_size=5, **fields)
-    return Decomposition(Problem(pentagon.apply_fn, pentagon.params, None, uses={"W": 2}), pentagon.components, config, [])
+    return Decomposition(
+        Problem(pentagon.apply_fn, pentagon.params, None, uses={"W": 2}),
+        pentagon.components,
+        config,
+        [],
+    )
 
 
 def by_hand(params, x, without=None):
@@ -46,7 +51,10 @@ def test_nothing_is_kept_where_nothing_is_attributed(pentagon):
 
 def test_damage_in_nats(pentagon):
     found = components_view.behaviour(decomposed(pentagon, minimality_loss="kl"), pentagon.x)
-    p, q = (np.exp(out) / np.exp(out).sum(axis=1, keepdims=True) for out in (by_hand(pentagon.params, np.eye(5), c) for c in (None, 3)))
+    p, q = (
+        np.exp(out) / np.exp(out).sum(axis=1, keepdims=True)
+        for out in (by_hand(pentagon.params, np.eye(5), c) for c in (None, 3))
+    )
     close(found.damage[3], np.mean(np.sum(p * np.log(p / q), axis=1)), 1e-4)
 
 
@@ -62,10 +70,18 @@ def test_matrices_as_they_are(pentagon):
 
 def test_of_large_matrices_the_strongest_part():
     # Component 0 has its weight in row 6 and column 1, component 1 in row 0; the target's largest rows are 0 and 6.
-    weights = jnp.zeros((2, 7, 3)).at[0, 6].set(jnp.array([1.0, 5.0, 2.0])).at[1, 0].set(jnp.array([3.0, 0.1, 0.0]))
+    weights = (
+        jnp.zeros((2, 7, 3))
+        .at[0, 6]
+        .set(jnp.array([1.0, 5.0, 2.0]))
+        .at[1, 0]
+        .set(jnp.array([3.0, 0.1, 0.0]))
+    )
     components = components_lib.from_materialized({"w": weights})
     problem = Problem(lambda params, x: x @ params["w"], {"w": weights.sum(0)}, None)
-    (matrix,) = components_view.matrices(Decomposition(problem, components, make_config(num_components=2), []), side=2)
+    (matrix,) = components_view.matrices(
+        Decomposition(problem, components, make_config(num_components=2), []), side=2
+    )
     assert 6 in matrix.rows[0] and 0 in matrix.rows[1]
     assert matrix.columns.tolist() == [[1, 2], [0, 1]]
     close(matrix.values[0][matrix.rows[0].tolist().index(6)], np.array([5.0, 2.0]))
@@ -75,11 +91,15 @@ def test_of_large_matrices_the_strongest_part():
 
 
 def test_stacked_matrices_stand_one_by_one():
-    weights = jnp.arange(2 * 3 * 2 * 2, dtype=jnp.float32).reshape(2, 3, 2, 2)  # C = 2, three matrices
+    weights = jnp.arange(2 * 3 * 2 * 2, dtype=jnp.float32).reshape(
+        2, 3, 2, 2
+    )  # C = 2, three matrices
     layout = components_lib.Layout(batch=(0,), ins=(1,), outs=(2,))
     components = components_lib.from_materialized({"w": weights}, layouts={"w": layout})
     problem = Problem(lambda params, x: x, {"w": weights.sum(0)}, None)
-    found = components_view.matrices(Decomposition(problem, components, make_config(num_components=2), []), side=4)
+    found = components_view.matrices(
+        Decomposition(problem, components, make_config(num_components=2), []), side=4
+    )
     assert [matrix.name for matrix in found] == ["w[0]", "w[1]", "w[2]"]
     for k, matrix in enumerate(found):
         close(matrix.values, weights[:, k], 1e-4)

@@ -11,8 +11,8 @@ from ml_collections import ConfigDict
 from apd_jax import components as components_lib
 from apd_jax import targets
 from apd_jax.components import Components, Factors
-from apd_jax.config import default_config
 from apd_jax.evaluation import evaluate
+from apd_jax.methods.config import default_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "resid1_small.npz"
 BATCHES, BATCH = 4, 64
@@ -30,7 +30,14 @@ def make_config(target, **apd):
 
 
 def tms_config(**apd):
-    target = {"name": "tms", "num_features": 5, "d_hidden": 2, "hidden": "none", "feature_probability": 0.05, "pretrain": {"batch_size": 1}}
+    target = {
+        "name": "tms",
+        "num_features": 5,
+        "d_hidden": 2,
+        "hidden": "none",
+        "feature_probability": 0.05,
+        "pretrain": {"batch_size": 1},
+    }
     return make_config(target, **apd)
 
 
@@ -51,8 +58,14 @@ def truth():
 
 def test_truth_scores_full_marks(truth):
     m = truth.metrics
-    assert m["faithfulness"] < 1e-12 and m["relative_parameter_error"] < 1e-12 and m["minimality_all"] < 1e-12
-    full = {name: 1.0 for name in ("mmcs", "ml2r", "mmcs_one_to_one", "ml2r_one_to_one", "top1_share")}
+    assert (
+        m["faithfulness"] < 1e-12
+        and m["relative_parameter_error"] < 1e-12
+        and m["minimality_all"] < 1e-12
+    )
+    full = {
+        name: 1.0 for name in ("mmcs", "ml2r", "mmcs_one_to_one", "ml2r_one_to_one", "top1_share")
+    }
     assert {name: m[name] for name in full} == pytest.approx(full, abs=1e-6)
     assert (m["num_features"], m["num_features_owned"]) == (5, 5)
     assert (m["num_components"], m["num_alive_components"], m["num_dead_components"]) == (6, 5, 1)
@@ -68,10 +81,14 @@ def test_truth_arrays(truth):
     v = np.linspace(0, 1, 41)
     np.testing.assert_allclose(a["sweep_values"], v, atol=1e-7)
     for name in ("target", "top1"):
-        np.testing.assert_allclose(a[f"sweep_{name}"], np.repeat(np.maximum(v - 0.3, 0)[:, None], 5, axis=1), atol=1e-6)
+        np.testing.assert_allclose(
+            a[f"sweep_{name}"], np.repeat(np.maximum(v - 0.3, 0)[:, None], 5, axis=1), atol=1e-6
+        )
     np.testing.assert_allclose(a["sweep_label"], np.repeat(v[:, None], 5, axis=1), atol=1e-6)
     # Its loss to the label with top-1: mean over v of (v - max(v - 0.3, 0))², over 5 outputs; without a component v².
-    np.testing.assert_allclose(a["per_feature_loss_top1"], np.full(5, np.mean(np.minimum(v, 0.3) ** 2) / 5), rtol=1e-5)
+    np.testing.assert_allclose(
+        a["per_feature_loss_top1"], np.full(5, np.mean(np.minimum(v, 0.3) ** 2) / 5), rtol=1e-5
+    )
     np.testing.assert_allclose(a["per_feature_loss_none"], np.full(5, np.mean(v**2) / 5), rtol=1e-5)
 
 
@@ -93,8 +110,17 @@ def test_one_component_with_everything_is_not_a_success():
 
 def test_always_on_components():
     # Component 0 is kept everywhere, is nobody's top-1, and "exact" is evaluated as batch top-k.
-    evaluation = run_tms([[0, 1], [0], [1], [2], [3], [4]], num_always_on=1, mask="exact", attributions_at="components", topk=0.5)
-    assert evaluation.arrays["mask_one_hot"][:, 0].all() and (evaluation.arrays["mask_one_hot"].sum(axis=1) == 2).all()
+    evaluation = run_tms(
+        [[0, 1], [0], [1], [2], [3], [4]],
+        num_always_on=1,
+        mask="exact",
+        attributions_at="components",
+        topk=0.5,
+    )
+    assert (
+        evaluation.arrays["mask_one_hot"][:, 0].all()
+        and (evaluation.arrays["mask_one_hot"].sum(axis=1) == 2).all()
+    )
     assert 0 not in evaluation.arrays["component_of_feature"]
     # "None" of the others: component 0 alone carries feature 0 as the target does (W_0 of it), but not feature 4.
     np.testing.assert_allclose(evaluation.arrays["sweep_none"][-1][[0, 4]], [0.7, 0.0], atol=1e-6)
@@ -106,28 +132,51 @@ def residual():
         golden = dict(file)
     config = make_config(
         {
-            **{"name": "resid_mlp", "num_features": 10, "d_resid": 24, "num_layers": 1, "d_mlp": 8, "activation": "relu"},
-            **{"embedding": "random", "use_bias": False, "feature_probability": 0.2, "pretrain": {"batch_size": 1}},
+            **{
+                "name": "resid_mlp",
+                "num_features": 10,
+                "d_resid": 24,
+                "num_layers": 1,
+                "d_mlp": 8,
+                "activation": "relu",
+            },
+            **{
+                "embedding": "random",
+                "use_bias": False,
+                "feature_probability": 0.2,
+                "pretrain": {"batch_size": 1},
+            },
         },
         **{"num_components": 12, "topk": 1.28, "hidden_reconstruction_coeff": 1.0},
     )
-    params = {leaf: jnp.asarray(golden[f"target/{leaf}"]) for leaf in ("W_E", "W_U", "mlp_in_0", "mlp_out_0")}
+    params = {
+        leaf: jnp.asarray(golden[f"target/{leaf}"])
+        for leaf in ("W_E", "W_U", "mlp_in_0", "mlp_out_0")
+    }
 
     def factors(leaf):
         U, V = (jnp.asarray(golden[f"components/{leaf}/{part}"]) for part in "UV")
         return Factors(U, V, shape=params[leaf].shape)
 
-    components = Components({leaf: factors(leaf) if leaf.startswith("mlp") else None for leaf in params})
+    components = Components(
+        {leaf: factors(leaf) if leaf.startswith("mlp") else None for leaf in params}
+    )
     return golden, evaluate(targets.build(config.target, BATCH), params, components, config)
 
 
 def test_residual_mlp_matches_the_reference(residual):
     golden, evaluation = residual
-    np.testing.assert_array_equal(evaluation.arrays["component_of_feature"], golden["scrub/feature_to_component"])
+    np.testing.assert_array_equal(
+        evaluation.arrays["component_of_feature"], golden["scrub/feature_to_component"]
+    )
     # The reference sums the squares over the 10 outputs and takes no root.
     expected = np.sqrt(golden["scrub/one_hot_attributions_sum_of_squares"] / 10)
-    np.testing.assert_allclose(evaluation.arrays["attributions_one_hot"], expected, rtol=0, atol=1e-5 * expected.max())
-    assert evaluation.metrics["faithfulness"] == pytest.approx(float(golden["loss/param_match"]), rel=1e-5)
+    np.testing.assert_allclose(
+        evaluation.arrays["attributions_one_hot"], expected, rtol=0, atol=1e-5 * expected.max()
+    )
+    assert evaluation.metrics["faithfulness"] == pytest.approx(
+        float(golden["loss/param_match"]), rel=1e-5
+    )
 
 
 def test_residual_mlp_scrubbing(residual):

@@ -19,18 +19,26 @@ def drawn(seed, C=5):
 
 def flat(components):
     parts = components_lib.materialize(components)
-    return np.concatenate([np.asarray(parts[name]).reshape(components.num_components, -1) for name in ("a", "b")], axis=1)
+    return np.concatenate(
+        [np.asarray(parts[name]).reshape(components.num_components, -1) for name in ("a", "b")],
+        axis=1,
+    )
 
 
 def test_cosines_of_whole_components():
     first, second = drawn(0), drawn(1, C=3)
     P, Q = flat(first), flat(second)
-    close(matching.cosines(first, second), P @ Q.T / np.outer(np.linalg.norm(P, axis=1), np.linalg.norm(Q, axis=1)))
+    close(
+        matching.cosines(first, second),
+        P @ Q.T / np.outer(np.linalg.norm(P, axis=1), np.linalg.norm(Q, axis=1)),
+    )
 
 
 def test_a_permutation_is_found():
     first, order = drawn(0), np.array([3, 0, 4, 1, 2])
-    scale = jnp.array([2.0, 1.0, 0.5, 1.0, 0.0])  # the last one is nothing, and has cosine 0 with everything
+    scale = jnp.array(
+        [2.0, 1.0, 0.5, 1.0, 0.0]
+    )  # the last one is nothing, and has cosine 0 with everything
     second = jax.tree.map(lambda a: a[order] * jnp.sqrt(scale)[:, None, None], first)
     cosine = matching.cosines(first, second)
     c, d = matching.one_to_one(cosine)

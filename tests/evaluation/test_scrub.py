@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from apd_jax import sparse
 from apd_jax.components import Components, Factors
 from apd_jax.evaluation import scrub
+from apd_jax.forward import sparse
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "resid1_small.npz"
 NEURONS = 8
@@ -32,13 +32,18 @@ def close(actual, expected):
 
 @pytest.mark.parametrize("name", ["batch_topk", "scrubbed", "antiscrubbed", "random"])
 def test_losses_match_the_reference(golden, name):
-    params = {leaf: jnp.asarray(golden[f"target/{leaf}"]) for leaf in ("W_E", "W_U", "mlp_in_0", "mlp_out_0")}
+    params = {
+        leaf: jnp.asarray(golden[f"target/{leaf}"])
+        for leaf in ("W_E", "W_U", "mlp_in_0", "mlp_out_0")
+    }
 
     def factors(leaf):
         U, V = (jnp.asarray(golden[f"components/{leaf}/{part}"]) for part in "UV")
         return Factors(U, V, shape=params[leaf].shape)
 
-    components = Components({leaf: factors(leaf) if leaf.startswith("mlp") else None for leaf in params})
+    components = Components(
+        {leaf: factors(leaf) if leaf.startswith("mlp") else None for leaf in params}
+    )
     x, mask = jnp.asarray(golden["scrub/x"]), jnp.asarray(golden[f"scrub/mask/{name}"])
     out = sparse.apply(apply_fn, params, components, mask, x)
     close(out, golden[f"scrub/out/{name}"])
@@ -49,14 +54,18 @@ def test_baselines_match_the_reference(golden):
     def monosemantic_fn(x):
         return jnp.where(jnp.arange(x.shape[1])[None, :] < NEURONS, x + jax.nn.relu(x), x)
 
-    losses = scrub.baselines(jnp.asarray(golden["scrub/x"]), jnp.asarray(golden["scrub/target_out"]), monosemantic_fn)
+    losses = scrub.baselines(
+        jnp.asarray(golden["scrub/x"]), jnp.asarray(golden["scrub/target_out"]), monosemantic_fn
+    )
     for name, loss in losses.items():
         close(loss, golden[f"scrub/loss/{name}"])
 
 
 def test_reference_masks_hold_what_is_needed(golden):
     # The released code's masks after forcing: forcing again must change nothing, and the other one must.
-    needed = scrub.needed(jnp.asarray(golden["scrub/x"]), jnp.asarray(golden["scrub/feature_to_component"]), 12)
+    needed = scrub.needed(
+        jnp.asarray(golden["scrub/x"]), jnp.asarray(golden["scrub/feature_to_component"]), 12
+    )
     scrubbed, antiscrubbed = golden["scrub/mask/scrubbed"], golden["scrub/mask/antiscrubbed"]
     np.testing.assert_array_equal(scrub.scrub(jnp.asarray(scrubbed), needed), scrubbed)
     np.testing.assert_array_equal(scrub.antiscrub(jnp.asarray(antiscrubbed), needed), antiscrubbed)
@@ -67,12 +76,16 @@ def test_needed_by_hand():
     # Features 0 and 2 share component 1, feature 1 has component 3; negative inputs are active too.
     x = jnp.array([[0.0, 0.0, 0.0], [0.5, 0.0, -0.5], [0.0, -0.1, 0.2]])
     expected = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 0, 1]]
-    np.testing.assert_array_equal(scrub.needed(x, jnp.array([1, 3, 1]), 4), np.array(expected, bool))
+    np.testing.assert_array_equal(
+        scrub.needed(x, jnp.array([1, 3, 1]), 4), np.array(expected, bool)
+    )
 
 
 def test_drawn_masks():
     needed = jnp.zeros((400, 6), bool).at[:, 2].set(True)
-    masks = {name: np.asarray(mask) for name, mask in scrub.draw_masks(jax.random.key(0), needed).items()}
+    masks = {
+        name: np.asarray(mask) for name, mask in scrub.draw_masks(jax.random.key(0), needed).items()
+    }
     assert masks["scrubbed"][:, 2].all() and not masks["antiscrubbed"][:, 2].any()
     free = np.stack([mask[:, [0, 1, 3, 4, 5]] for mask in masks.values()])
     # Each free entry is on with probability 1/2 and any two masks agree with probability 1/2: 2000 draws, deviation 0.011.

@@ -11,9 +11,11 @@ from conftest import GOLDEN_NAMES, get_config, load_golden, make_config
 from test_html import EVIDENCE, HOSTILE
 
 from apd_jax import components as components_lib
-from apd_jax import sparse, step, targets
+from apd_jax import targets
 from apd_jax.decomposition import Decomposition
+from apd_jax.forward import sparse
 from apd_jax.report import html
+from apd_jax.train import step
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
@@ -21,13 +23,18 @@ from selenium.common.exceptions import NoSuchElementException, StaleElementRefer
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
+)
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
     "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
     "--disable-sync --disable-dev-shm-usage --window-size=1200,1000"
 )
-pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver (Debian: chromium chromium-driver)")
+pytestmark = pytest.mark.skipif(
+    not (CHROMIUM and DRIVER),
+    reason="needs chromium and chromedriver (Debian: chromium chromium-driver)",
+)
 EQUAL = 1e-5
 
 
@@ -51,20 +58,32 @@ def network(name):
     target = targets.build(get_config(name, "smoke").target, 64)
     params = target.init_fn(jax.random.key(0))
     chosen = components_lib.selected_paths(params, target.select)
-    share = {name: np.random.default_rng(0).dirichlet(np.ones(4), size=leaf.shape) for name, leaf in params.items()}  # of every entry
-    shared = {name: jnp.moveaxis(jnp.asarray(share[name], jnp.float32), -1, 0) * leaf[None] for name, leaf in params.items()}
-    components = components_lib.from_materialized({name: shared[name] if name in chosen else None for name in params})
+    share = {
+        name: np.random.default_rng(0).dirichlet(np.ones(4), size=leaf.shape)
+        for name, leaf in params.items()
+    }  # of every entry
+    shared = {
+        name: jnp.moveaxis(jnp.asarray(share[name], jnp.float32), -1, 0) * leaf[None]
+        for name, leaf in params.items()
+    }
+    components = components_lib.from_materialized(
+        {name: shared[name] if name in chosen else None for name in params}
+    )
     return target, params, components, target.sample_fn(jax.random.key(2), jnp.zeros((), jnp.int32))
 
 
 def page(folder, name="tms_5_2", called="run", **fields):
     """(path of a report, its decomposition, its inputs)."""
     target, params, components, x = network(name)
-    config = make_config(**{"num_components": components.num_components, "topk": 1.0, "batch_size": len(x), **fields})
+    config = make_config(
+        **{"num_components": components.num_components, "topk": 1.0, "batch_size": len(x), **fields}
+    )
     history = [{"step": s, "total": 1.0 / s, "faithfulness": 0.1 / s**2} for s in (10, 20, 30)]
     d = Decomposition(target.problem(params), components, config, history)
     evidence = {**EVIDENCE, "verdict": called}
-    source = html.Source(called, d, x, target, {"target": {"weights_path": called}}, {"step": 30}, evidence=evidence)
+    source = html.Source(
+        called, d, x, target, {"target": {"weights_path": called}}, {"step": 30}, evidence=evidence
+    )
     return html.write(folder / "report.html", source), d, x
 
 
@@ -87,8 +106,12 @@ def text(browser, selector):
 
 def shows(browser, selector, expected):
     """Waits until it does: the page may still be replacing what was there before the click."""
-    wait = WebDriverWait(browser, 10, ignored_exceptions=[StaleElementReferenceException, NoSuchElementException])
-    wait.until(lambda b: text(b, selector) == expected, message=f"{selector} does not become {expected!r}")
+    wait = WebDriverWait(
+        browser, 10, ignored_exceptions=[StaleElementReferenceException, NoSuchElementException]
+    )
+    wait.until(
+        lambda b: text(b, selector) == expected, message=f"{selector} does not become {expected!r}"
+    )
 
 
 def test_opens_from_disk_alone_and_without_errors(browser, opened, tmp_path):
@@ -99,8 +122,14 @@ def test_opens_from_disk_alone_and_without_errors(browser, opened, tmp_path):
         assert browser.find_elements(By.CSS_SELECTOR, f"{chart} svg"), chart
     assert browser.get_log("browser") == []
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
-    requests = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
-    assert [url for url in requests if not url.startswith(("data:", "about:"))] == [f"file://{opened}"]
+    requests = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
+    assert [url for url in requests if not url.startswith(("data:", "about:"))] == [
+        f"file://{opened}"
+    ]
     assert browser.execute_script("return performance.getEntriesByType('resource').length") == 0
     browser.save_screenshot(str(tmp_path / "report.png"))
     assert (tmp_path / "report.png").stat().st_size > 10_000
@@ -110,15 +139,26 @@ def test_the_table_sorts_by_a_click(browser, opened):
     open_page(browser, opened)
 
     def column(name):
-        index = [th.get_attribute("data-column") for th in browser.find_elements(By.CSS_SELECTOR, "#table th")].index(name)
+        index = [
+            th.get_attribute("data-column")
+            for th in browser.find_elements(By.CSS_SELECTOR, "#table th")
+        ].index(name)
         cells = browser.find_elements(By.CSS_SELECTOR, f"#table tbody td:nth-child({index + 1})")
         return [float(cell.get_attribute("data-value")) for cell in cells]
 
     assert column("damage") == sorted(column("damage"), reverse=True)
-    for name, descending in (("component", False), ("component", True), ("firing", True), ("firing", False), ("norm-0", True)):
+    for name, descending in (
+        ("component", False),
+        ("component", True),
+        ("firing", True),
+        ("firing", False),
+        ("norm-0", True),
+    ):
         browser.find_element(By.CSS_SELECTOR, f'#table th[data-column="{name}"] button').click()
         assert column(name) == sorted(column(name), reverse=descending), name
-        direction = browser.find_element(By.CSS_SELECTOR, f'#table th[data-column="{name}"]').get_attribute("aria-sort")
+        direction = browser.find_element(
+            By.CSS_SELECTOR, f'#table th[data-column="{name}"]'
+        ).get_attribute("aria-sort")
         assert direction == ("descending" if descending else "ascending")
     assert len(browser.find_elements(By.CSS_SELECTOR, "#table [aria-sort]")) == 1
 
@@ -128,7 +168,9 @@ def test_a_component_has_its_page(browser, opened):
     assert text(browser, "#component-page h1") == "Component 3"
     assert not browser.find_element(By.ID, "overview-page").is_displayed()
     assert len(browser.find_elements(By.CSS_SELECTOR, "#component-page .inputs li")) == 6
-    assert len(browser.find_elements(By.CSS_SELECTOR, "#component-page svg")) >= 4  # changes; weights, reads, writes
+    assert (
+        len(browser.find_elements(By.CSS_SELECTOR, "#component-page svg")) >= 4
+    )  # changes; weights, reads, writes
     browser.find_element(By.LINK_TEXT, "next").click()
     shows(browser, "#component-page h1", "Component 4")
     browser.find_element(By.LINK_TEXT, "← All components").click()
@@ -159,7 +201,13 @@ def equal(given, expected, size=1.0):
 
 @pytest.mark.parametrize(
     ("name", "at"),
-    [("tms_5_2", "components"), ("tms_id", "target"), ("resid1_bias_gelu", "target"), ("resid2_small", "components"), ("gated", "target")],
+    [
+        ("tms_5_2", "components"),
+        ("tms_id", "target"),
+        ("resid1_bias_gelu", "target"),
+        ("resid2_small", "components"),
+        ("gated", "target"),
+    ],
 )
 def test_the_panel_computes_what_python_computes(name, at, browser, tmp_path):
     path, d, x = page(tmp_path, name, attributions_at=at, topk=0.4 if name == "gated" else 1.0)
@@ -174,22 +222,30 @@ def test_the_panel_computes_what_python_computes(name, at, browser, tmp_path):
     scales = np.random.default_rng(0).uniform(size=(4, C)).astype(np.float32)
     scales[1], scales[2] = 1.0, np.arange(C) % 2
 
-    with jax.enable_x64(True):  # the page computes in doubles; in single precision Python itself is off by 2e-5 where biases of 6 cancel
+    with jax.enable_x64(
+        True
+    ):  # the page computes in doubles; in single precision Python itself is off by 2e-5 where biases of 6 cancel
         double = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)  # noqa: E731
         weights, parts, inputs = double(problem.params), double(components), double(x)
 
         @jax.jit
         def outputs(mask):
-            return step.split_result(sparse.apply(problem.apply_fn, weights, parts, mask, inputs))[0]
+            return step.split_result(sparse.apply(problem.apply_fn, weights, parts, mask, inputs))[
+                0
+            ]
 
         attribute = step.make_attribution_fn(problem.apply_fn, d.config)
         attributions = np.sqrt(jax.jit(attribute)(parts, weights, inputs, jax.random.key(0)))
         masks = attributions >= cut
         target = np.asarray(step.split_result(problem.apply_fn(weights, inputs))[0])
         sparse_out, edited = (np.asarray(outputs(double(mask))) for mask in (masks, scales))
-    size = max(1.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(problem.params)))  # 1, or the 6 of biases that shut a gate
+    size = max(
+        1.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(problem.params))
+    )  # 1, or the 6 of biases that shut a gate
     for b in range(4):
-        browser.execute_script("apd.panel.set(arguments[0], arguments[1])", x[b].tolist(), scales[b].tolist())
+        browser.execute_script(
+            "apd.panel.set(arguments[0], arguments[1])", x[b].tolist(), scales[b].tolist()
+        )
         out = shown(browser)
         for name, expected in (("target", target), ("sparse", sparse_out), ("edited", edited)):
             equal(out[name], expected[b], size)
@@ -211,10 +267,15 @@ def test_sliders_and_buttons_drive_the_panel(browser, tmp_path):
     browser.execute_script(move, "#panel [data-component='1']", 0.25)
     scales = jnp.ones(5).at[1].set(0.25)
     edited = components_lib.weighted_sum(d.components, d.problem.params, scales)
-    equal(shown(browser)["edited"], step.split_result(d.problem.apply_fn(edited, jnp.asarray(x)))[0][0])
+    equal(
+        shown(browser)["edited"],
+        step.split_result(d.problem.apply_fn(edited, jnp.asarray(x)))[0][0],
+    )
     browser.find_element(By.XPATH, "//*[@id='panel']//button[text()='all off']").click()
     equal(shown(browser)["edited"], jax.nn.relu(d.problem.params["b"]))
-    browser.find_element(By.XPATH, "//*[@id='panel']//button[starts-with(text(), 'as sparse')]").click()
+    browser.find_element(
+        By.XPATH, "//*[@id='panel']//button[starts-with(text(), 'as sparse')]"
+    ).click()
     assert shown(browser)["edited"] == shown(browser)["sparse"]
 
 
@@ -223,7 +284,10 @@ def test_masks_of_other_kinds(browser, tmp_path):
     open_page(browser, path)
     for x in np.asarray(inputs)[:3]:
         browser.execute_script("apd.panel.set(arguments[0], [1, 1, 1, 1, 1])", x.tolist())
-        assert browser.execute_script("return apd.panel.mask") == d.mask(jnp.asarray(x[None]))[0].astype(int).tolist()
+        assert (
+            browser.execute_script("return apd.panel.mask")
+            == d.mask(jnp.asarray(x[None]))[0].astype(int).tolist()
+        )
     path, *_ = page(tmp_path, attribution="ablation")  # which the page does not take
     open_page(browser, path)
     assert set(shown(browser)) == {"target", "edited"} and browser.get_log("browser") == []
@@ -236,7 +300,10 @@ def test_hostile_names_are_text(browser, tmp_path):
     path, *_ = page(tmp_path, called=HOSTILE)
     for hash in ("", "#component-0"):
         open_page(browser, path, hash)
-        assert browser.execute_script("return window.hacked") is None and browser.get_log("browser") == []
+        assert (
+            browser.execute_script("return window.hacked") is None
+            and browser.get_log("browser") == []
+        )
     open_page(browser, path)
     assert text(browser, "h1") == HOSTILE and HOSTILE in text(browser, ".verdict")
 
@@ -247,7 +314,9 @@ def test_a_phone_shows_all_without_scrolling_sideways(hash, browser, opened):
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
     try:
         open_page(browser, opened, hash)
-        wide = browser.execute_script("return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]")
+        wide = browser.execute_script(
+            "return [document.documentElement.scrollWidth, document.body.scrollWidth, innerWidth]"
+        )
         assert wide == [360, 360, 360]
     finally:
         browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -261,5 +330,7 @@ def test_the_page_of_two_runs(browser, tmp_path):
     path = compare.write(tmp_path / "compare.html", compare.compare(*runs(tmp_path)))
     open_page(browser, path)
     assert len(browser.find_elements(By.CSS_SELECTOR, "#table tbody tr")) == 5
-    assert browser.find_elements(By.CSS_SELECTOR, "#cosines svg") and browser.find_elements(By.CSS_SELECTOR, "#losses svg")
+    assert browser.find_elements(By.CSS_SELECTOR, "#cosines svg") and browser.find_elements(
+        By.CSS_SELECTOR, "#losses svg"
+    )
     assert browser.get_log("browser") == []

@@ -26,7 +26,15 @@ def runs(folder):
         settings = {"apd": {"seed": seed, "topk": 1.0}}
         metrics = {"mmcs": 0.9 + seed / 100, "groups_found": 3, "step": 20}
         made.append(
-            compare.Run(epath.Path(folder / name), settings, metrics, history, golden.params, components, np.full(5, 0.1, np.float32))
+            compare.Run(
+                epath.Path(folder / name),
+                settings,
+                metrics,
+                history,
+                golden.params,
+                components,
+                np.full(5, 0.1, np.float32),
+            )
         )
     return made
 
@@ -39,7 +47,11 @@ def test_a_permutation_is_the_same_decomposition(tmp_path):
     ratios = {c: ratio for c, _, _, ratio in found.pairs}
     close(np.array([ratios[c] for c in range(5)]), np.array([0.5, 1, 1, 1, 1]))
     assert found.settings == [("apd.seed", "0", "1")]
-    assert ("MMCS, best cosine per feature", "0.9", "0.91") in found.metrics and ("groups found", "3", "3") in found.metrics
+    assert ("MMCS, best cosine per feature", "0.9", "0.91") in found.metrics and (
+        "groups found",
+        "3",
+        "3",
+    ) in found.metrics
     assert found.verdict.startswith("Of 5 components, matched one to one, 5 point the same way")
 
 
@@ -52,9 +64,14 @@ def test_on_the_terminal_and_on_a_page(tmp_path):
     for words in ("apd.seed", "MMCS", "norm ratio", "0.500", found.verdict[:40]):
         assert words in capture.get()
     text = compare.write(tmp_path / "a" / "compare.html", found).read_text()
-    assert "apd.seed" in text and found.verdict in text and "b has none" in text  # b has no report yet
+    assert (
+        "apd.seed" in text and found.verdict in text and "b has none" in text
+    )  # b has no report yet
     (tmp_path / "b" / "report.html").write_text("")
-    assert 'href="../b/report.html"' in compare.write(tmp_path / "a" / "compare.html", found).read_text()
+    assert (
+        'href="../b/report.html"'
+        in compare.write(tmp_path / "a" / "compare.html", found).read_text()
+    )
 
 
 def test_other_weights_are_not_matched(tmp_path):

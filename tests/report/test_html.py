@@ -12,7 +12,7 @@ from conftest import close, load_golden, make_config
 
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.problem import Problem
+from apd_jax.network.problem import Problem
 from apd_jax.report import html
 
 HOSTILE = "</script><script>window.hacked=1</script>"
@@ -20,7 +20,9 @@ HOSTILE = "</script><script>window.hacked=1</script>"
 
 def embedded(path):
     """The data that the page's scripts read."""
-    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL)
+    found = re.search(
+        r'<script type="application/json" id="data">(.*?)</script>', path.read_text(), re.DOTALL
+    )
     return json.loads(found[1])
 
 
@@ -31,10 +33,21 @@ def array(packed):
 def small(apply_fn=None, params=None, **fields):
     from apd_jax import components as components_lib
 
-    params = {"in": jax.random.normal(jax.random.key(0), (6, 4)), "out": jnp.ones((4, 3))} if params is None else params
-    components = components_lib.init(jax.random.key(1), params, num_components=7, rank=2, init_scale=5.0)
+    params = (
+        {"in": jax.random.normal(jax.random.key(0), (6, 4)), "out": jnp.ones((4, 3))}
+        if params is None
+        else params
+    )
+    components = components_lib.init(
+        jax.random.key(1), params, num_components=7, rank=2, init_scale=5.0
+    )
     config = make_config(num_components=7, topk=2.0, batch_size=16, **fields)
-    return Decomposition(Problem(apply_fn or (lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]), params, None), components, config, [])
+    return Decomposition(
+        Problem(apply_fn or (lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]), params, None),
+        components,
+        config,
+        [],
+    )
 
 
 @pytest.fixture(scope="module")
@@ -47,20 +60,34 @@ def test_report_of_any_network(tmp_path, x):
     path = d.report(tmp_path / "mine.html", x)
     data, text = embedded(path), path.read_text()
     assert len(text.encode()) < html.LARGEST_PAGE
-    assert "<title>mine: decomposition report</title>" in text and "There is a live panel for networks that are" in text
+    assert (
+        "<title>mine: decomposition report</title>" in text
+        and "There is a live panel for networks that are" in text
+    )
     # Offline: nothing refers to anywhere, except in the libraries' own comments and namespaces.
     assert not re.findall(r"<(?:script|img|link|iframe)[^>]*\b(?:src|href)=", text)
     assert "default-src 'none'" in text
-    assert len(data["components"]) == 7 and data["leaves"] == ["in", "out"] and data["panel"] is None
+    assert (
+        len(data["components"]) == 7 and data["leaves"] == ["in", "out"] and data["panel"] is None
+    )
     close(array(data["matrices"][0]["values"])[3], d.component(3)["in"])
     norm = float(jnp.linalg.norm(d.component(3)["in"]) / jnp.linalg.norm(d.problem.params["in"]))
     close(data["components"][3]["norms"][0], norm)
     close(data["components"][3]["firing_rate"], d.mask(x).mean(axis=0)[3])
     without = d.problem.apply_fn(
-        jax.tree.map(lambda a, b: a - b, jax.tree.map(lambda *a: sum(a), *map(d.component, range(7))), d.component(3)), x
+        jax.tree.map(
+            lambda a, b: a - b,
+            jax.tree.map(lambda *a: sum(a), *map(d.component, range(7))),
+            d.component(3),
+        ),
+        x,
     )
     close(data["components"][3]["damage"], jnp.mean((without - d.ablate([], x)) ** 2), 1e-4)
-    close(array(data["map"]["values"]), np.asarray(d.attributions(x))[np.ix_(data["map"]["rows"], data["map"]["columns"])], 1e-4)
+    close(
+        array(data["map"]["values"]),
+        np.asarray(d.attributions(x))[np.ix_(data["map"]["rows"], data["map"]["columns"])],
+        1e-4,
+    )
 
 
 def test_without_inputs_the_weights_are_shown(tmp_path):
@@ -86,7 +113,9 @@ INPUTS = {
 @pytest.mark.parametrize("kind", INPUTS)
 def test_inputs_are_shown_as_what_they_are(kind, tmp_path):
     def apply_fn(p, x):
-        flat = jnp.concatenate([x["a"], x["b"]], axis=1) if kind == "other" else x.reshape(len(x), -1)
+        flat = (
+            jnp.concatenate([x["a"], x["b"]], axis=1) if kind == "other" else x.reshape(len(x), -1)
+        )
         return jnp.tanh(p["in"][flat].sum(1) if kind == "tokens" else flat @ p["in"]) @ p["out"]
 
     data = embedded(small(apply_fn).report(tmp_path / "report.html", INPUTS[kind]))
@@ -98,7 +127,11 @@ def test_inputs_are_shown_as_what_they_are(kind, tmp_path):
 
 
 def test_positions_are_pointed_at(tmp_path):
-    d = small(lambda p, tokens: jnp.tanh(p["in"][tokens].cumsum(1)) @ p["out"], mask_per="position", attribution_mode="reverse")
+    d = small(
+        lambda p, tokens: jnp.tanh(p["in"][tokens].cumsum(1)) @ p["out"],
+        mask_per="position",
+        attribution_mode="reverse",
+    )
     tokens = jax.random.randint(jax.random.key(3), (8, 5), 0, 6)
     behaviour = embedded(d.report(tmp_path / "report.html", tokens))["behaviour"]
     attributions = np.asarray(d.attributions(tokens))  # [8, 5, 7]
@@ -109,14 +142,28 @@ def test_positions_are_pointed_at(tmp_path):
 
 
 def test_whatever_is_named_is_escaped(tmp_path, x):
-    source = html.Source(HOSTILE, small(), x, settings={"target": {"weights_path": HOSTILE}}, metrics={"step": 3, "mmcs": 0.5})
+    source = html.Source(
+        HOSTILE,
+        small(),
+        x,
+        settings={"target": {"weights_path": HOSTILE}},
+        metrics={"step": 3, "mmcs": 0.5},
+    )
     text = html.write(tmp_path / "report.html", source).read_text()
     assert "window.hacked" in text and HOSTILE not in text and "<script>window" not in text
 
 
 def check(number, title, passed, **said):
     empty = {"values": {}, "text": "", "why": "", "budget": ""}
-    return {"number": number, "name": title.lower(), "title": title, "passed": passed, "bar": "≤ 1", **empty, **said}
+    return {
+        "number": number,
+        "name": title.lower(),
+        "title": title,
+        "passed": passed,
+        "bar": "≤ 1",
+        **empty,
+        **said,
+    }
 
 
 EVIDENCE = {
@@ -132,29 +179,51 @@ EVIDENCE = {
 
 @pytest.mark.parametrize("instances", [False, True])
 def test_the_evidence_comes_first_and_failures_before_the_rest(instances, tmp_path):
-    evidence = {"instances": [{**EVIDENCE, "verdict": "Another."}, EVIDENCE]} if instances else EVIDENCE
+    evidence = (
+        {"instances": [{**EVIDENCE, "verdict": "Another."}, EVIDENCE]} if instances else EVIDENCE
+    )
     source = html.Source(
-        "run", small(), evidence=evidence, instance=int(instances), instances=[("0", "a.html"), ("1", "b.html")] * instances
+        "run",
+        small(),
+        evidence=evidence,
+        instance=int(instances),
+        instances=[("0", "a.html"), ("1", "b.html")] * instances,
     )
     text = html.write(tmp_path / "report.html", source).read_text()
     body = text[text.index("<body>") :]
     order = [
         body.index(words)
-        for words in ("Needed up to this budget.", "✓ 1 passed", "✗ 1 failed", "Third", "First", "Not here.", "<h2>Components")
+        for words in (
+            "Needed up to this budget.",
+            "✓ 1 passed",
+            "✗ 1 failed",
+            "Third",
+            "First",
+            "Not here.",
+            "<h2>Components",
+        )
     ]
     assert order == sorted(order) and "Another." not in text
     assert ('<a href="a.html">0</a>' in text) == instances
 
 
 def test_without_evidence_the_command_is_named(tmp_path):
-    source = html.Source("run", small(), evidence_command="python -m apd_jax.evidence --workdir=runs/a")
-    assert "python -m apd_jax.evidence --workdir=runs/a" in html.write(tmp_path / "report.html", source).read_text()
+    source = html.Source(
+        "run", small(), evidence_command="python -m apd_jax.evidence --workdir=runs/a"
+    )
+    assert (
+        "python -m apd_jax.evidence --workdir=runs/a"
+        in html.write(tmp_path / "report.html", source).read_text()
+    )
 
 
 def test_a_page_that_would_be_too_large_goes_without_its_panel(tmp_path, monkeypatch):
     golden = load_golden("tms_5_2")
     d = Decomposition(
-        golden.target.problem(golden.params), golden.components, make_config(num_components=golden.components.num_components), []
+        golden.target.problem(golden.params),
+        golden.components,
+        make_config(num_components=golden.components.num_components),
+        [],
     )
     source = html.Source("run", d, golden.x, target=golden.target)
     path = html.write(tmp_path / "report.html", source)

@@ -20,7 +20,13 @@ def row(text, start):
 
 
 def test_results_table():
-    metrics = {"mmcs": 0.99612, "minimality_topk": 1.2345e-4, "num_alive_components": 41, "num_components": 50, "not_shown": 1.0}
+    metrics = {
+        "mmcs": 0.99612,
+        "minimality_topk": 1.2345e-4,
+        "num_alive_components": 41,
+        "num_components": 50,
+        "not_shown": 1.0,
+    }
     text = render(tables.results_table(metrics, minutes=3.26))
     assert "0.9961" in row(text, "MMCS") and "0.0001234" in row(text, "mask of training")
     assert "41 of 50" in row(text, "alive") and "3.3" in row(text, "minutes")
@@ -39,7 +45,19 @@ def test_components_table():
 
 
 def test_tree_table():
-    text = render(tables.tree_table({"layer": {"kernel": jnp.zeros((30, 50)), "bias": jnp.zeros(50)}, "step": jnp.zeros((), jnp.int32)}))
-    assert row(text, "layer.kernel").replace("│", " ").split() == ["layer.kernel", "30x50", "float32", "1,500"]
+    text = render(
+        tables.tree_table(
+            {
+                "layer": {"kernel": jnp.zeros((30, 50)), "bias": jnp.zeros(50)},
+                "step": jnp.zeros((), jnp.int32),
+            }
+        )
+    )
+    assert row(text, "layer.kernel").replace("│", " ").split() == [
+        "layer.kernel",
+        "30x50",
+        "float32",
+        "1,500",
+    ]
     assert row(text, "step").replace("│", " ").split() == ["step", "scalar", "int32", "1"]
     assert "1,551" in row(text, "total")  # 1500 + 50 + 1

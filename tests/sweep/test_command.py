@@ -7,12 +7,17 @@ import re
 import pytest
 from conftest import ROOT
 
-from apd_jax import parallel
 from apd_jax.sweep import halving
 from apd_jax.sweep.grid import parse
+from apd_jax.train import parallel
 
 TMS = "--config=configs/tms.py:5-2,smoke"
-SMALL = (TMS, "--config.apd.num_steps=8", "--config.apd.steps_per_call=2", "--config.target.pretrain.num_steps=5")
+SMALL = (
+    TMS,
+    "--config.apd.num_steps=8",
+    "--config.apd.steps_per_call=2",
+    "--config.target.pretrain.num_steps=5",
+)
 
 
 @pytest.fixture
@@ -21,7 +26,12 @@ def sweep_here(main_here):
 
 
 def test_a_grid_of_two_by_two_by_two(sweep_here, tmp_path, monkeypatch):
-    command = (*SMALL, f"--workdir={tmp_path}", "--sweep=seed=0:2;topk=0.3,0.6;learning_rate=1e-2,1e30", "--halve=2")
+    command = (
+        *SMALL,
+        f"--workdir={tmp_path}",
+        "--sweep=seed=0:2;topk=0.3,0.6;learning_rate=1e-2,1e30",
+        "--halve=2",
+    )
     # Killed after the first part of training: 4 settings for 2 steps, then 2 for 2 more, then 1 for the last 4.
     judged = halving._judged
 
@@ -50,7 +60,11 @@ def test_a_grid_of_two_by_two_by_two(sweep_here, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "pmap_steps", counted)
     result = sweep_here(*command)
     assert result.returncode == 0, result.stderr
-    assert steps == [(4, 2), (2, 2), (2, 2)]  # 8 runs are not trained again; 4 for two steps, 2 for two and two
+    assert steps == [
+        (4, 2),
+        (2, 2),
+        (2, 2),
+    ]  # 8 runs are not trained again; 4 for two steps, 2 for two and two
     assert first == (tmp_path / "rungs" / "0" / "metrics.jsonl").read_bytes()
     assert target == (tmp_path / "target" / "params.npz").read_bytes()
 
@@ -58,22 +72,42 @@ def test_a_grid_of_two_by_two_by_two(sweep_here, tmp_path, monkeypatch):
     assert len(there["runs"]) == 8 and len(there["settings"]) == 4
     for run in there["runs"]:  # the second learning rate diverges: a failure, not an end
         assert run["diverged"] == (run["learning_rate"] == 1e30)
-        assert (run["sparse_error"] is None) == run["diverged"] and (run["success"] == 0 or not run["diverged"])
+        assert (run["sparse_error"] is None) == run["diverged"] and (
+            run["success"] == 0 or not run["diverged"]
+        )
     assert [row["num_diverged"] for row in there["settings"]] == [0, 2, 0, 2]
     assert [row["step"] for row in there["settings"]].count(2) == 2  # given up early ...
-    assert sorted(row["step"] for row in there["settings"] if row["learning_rate"] == 1e-2) == [4, 8]  # ... those that diverge
+    assert sorted(row["step"] for row in there["settings"] if row["learning_rate"] == 1e-2) == [
+        4,
+        8,
+    ]  # ... those that diverge
     figures = {path.stem for path in (tmp_path / "figures").glob("*.png")}
-    assert figures == {"sweep_topk_learning_rate", "sweep_criteria", "sweep_picks", "sweep_picks_by_setting"}
+    assert figures == {
+        "sweep_topk_learning_rate",
+        "sweep_criteria",
+        "sweep_picks",
+        "sweep_picks_by_setting",
+    }
 
     best = there["runs"][there["best_run"]]
-    assert best["step"] == 8 and f"--config.apd.seed={best['seed']} --config.apd.topk={best['topk']}" in result.stdout
+    assert (
+        best["step"] == 8
+        and f"--config.apd.seed={best['seed']} --config.apd.topk={best['topk']}" in result.stdout
+    )
 
     steps.clear()
     again = sweep_here(*command)
-    assert again.returncode == 0 and not steps and json.loads((tmp_path / "sweep.json").read_text()) == there
+    assert (
+        again.returncode == 0
+        and not steps
+        and json.loads((tmp_path / "sweep.json").read_text()) == there
+    )
 
     other = sweep_here(*[arg.replace("0.3,0.6", "0.3,0.7") for arg in command])
-    assert other.returncode == 2 and "sweep.axes.topk is [0.3, 0.6] there and [0.3, 0.7] here" in other.stderr
+    assert (
+        other.returncode == 2
+        and "sweep.axes.topk is [0.3, 0.6] there and [0.3, 0.7] here" in other.stderr
+    )
 
 
 @pytest.mark.parametrize(

@@ -12,23 +12,37 @@ def test_axes_seeds_and_settings():
     assert grid.seeds == (0, 1, 2)
     assert grid.axes == {"topk": (0.5, 1.0, 2.0), "learning_rate": (1e-3, 3e-3)}
     # The last axis changes fastest.
-    assert [tuple(setting.values()) for setting in grid.settings] == [(k, rate) for k in (0.5, 1.0, 2.0) for rate in (1e-3, 3e-3)]
+    assert [tuple(setting.values()) for setting in grid.settings] == [
+        (k, rate) for k in (0.5, 1.0, 2.0) for rate in (1e-3, 3e-3)
+    ]
 
 
 def test_log_has_equal_ratios():
     # From 1 to 100 in five: 10^0, 10^0.5 = 3.16228, 10, 31.6228, 100.
-    assert parse("simplicity_coeff=log(1, 100, 5)", make_config()).axes["simplicity_coeff"] == (1.0, 3.16228, 10.0, 31.6228, 100.0)
+    assert parse("simplicity_coeff=log(1, 100, 5)", make_config()).axes["simplicity_coeff"] == (
+        1.0,
+        3.16228,
+        10.0,
+        31.6228,
+        100.0,
+    )
 
 
 def test_seeds_alone_or_not_at_all():
-    assert parse("seed=4,2", make_config()).settings == [{}] and parse("seed=4,2", make_config()).seeds == (4, 2)
+    assert parse("seed=4,2", make_config()).settings == [{}] and parse(
+        "seed=4,2", make_config()
+    ).seeds == (4, 2)
     assert parse("topk=2", make_config(seed=9)).seeds == (9,)
 
 
 def test_the_ceiling_has_every_axis_at_its_largest():
     config = make_config(hidden_reconstruction_coeff=0.0)
     ceiling = parse("topk=3,0.5;hidden_reconstruction_coeff=0,2", config).ceiling(config)
-    assert (ceiling.topk, ceiling.hidden_reconstruction_coeff, ceiling.simplicity_coeff) == (3.0, 2.0, config.simplicity_coeff)
+    assert (ceiling.topk, ceiling.hidden_reconstruction_coeff, ceiling.simplicity_coeff) == (
+        3.0,
+        2.0,
+        config.simplicity_coeff,
+    )
     assert config.topk == 1.0  # a copy
 
 

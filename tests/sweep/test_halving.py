@@ -6,14 +6,30 @@ import pytest
 from conftest import close, make_config
 from ml_collections import ConfigDict
 
-from apd_jax import targets, train
+from apd_jax import targets
 from apd_jax.errors import InputError
 from apd_jax.sweep import halving, judge
 from apd_jax.sweep.grid import parse
 from apd_jax.sweep.halving import Rung, best, rungs
+from apd_jax.train import loop as train
 
-TARGET = {"name": "tms", "num_features": 5, "d_hidden": 2, "hidden": "none", "feature_probability": 0.2, "seed": 0, "weights_path": ""}
-PRETRAIN = {"num_steps": 20, "batch_size": 64, "learning_rate": 5e-3, "schedule": "linear", "warmup_fraction": 0.0, "weight_decay": 0.01}
+TARGET = {
+    "name": "tms",
+    "num_features": 5,
+    "d_hidden": 2,
+    "hidden": "none",
+    "feature_probability": 0.2,
+    "seed": 0,
+    "weights_path": "",
+}
+PRETRAIN = {
+    "num_steps": 20,
+    "batch_size": 64,
+    "learning_rate": 5e-3,
+    "schedule": "linear",
+    "warmup_fraction": 0.0,
+    "weight_decay": 0.01,
+}
 
 
 @pytest.mark.parametrize(
@@ -50,12 +66,16 @@ def test_the_best_by_the_mean_over_seeds():
 
 @pytest.fixture(scope="module")
 def problem(pentagon):
-    config = make_config(num_components=5, rank=2, batch_size=64, num_steps=8, steps_per_call=2, log_every_steps=2)
+    config = make_config(
+        num_components=5, rank=2, batch_size=64, num_steps=8, steps_per_call=2, log_every_steps=2
+    )
     target = targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64)
     return target, pentagon.params, config, parse("seed=0:2;topk=0.5,1,2", config)
 
 
-def test_planted_criteria_decide_and_the_survivors_are_the_runs_themselves(problem, monkeypatch, tmp_path):
+def test_planted_criteria_decide_and_the_survivors_are_the_runs_themselves(
+    problem, monkeypatch, tmp_path
+):
     target, params, config, grid = problem
     seen = []
 
@@ -79,5 +99,5 @@ def test_planted_criteria_decide_and_the_survivors_are_the_runs_themselves(probl
 
     # Nothing is computed again.
     monkeypatch.setattr(judge, "criteria", lambda *_: pytest.fail("judged again"))
-    monkeypatch.delattr("apd_jax.parallel.pmap_steps")
+    monkeypatch.delattr("apd_jax.train.parallel.pmap_steps")
     assert halving.train_all(target, params, config, grid, halve=2, workdir=tmp_path) == runs

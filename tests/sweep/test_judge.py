@@ -7,41 +7,82 @@ import pytest
 from conftest import close, make_config
 from ml_collections import ConfigDict
 
-from apd_jax import attributions, losses, masks, targets
+from apd_jax import attributions, losses, targets
 from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.evaluation.general import STREAM
+from apd_jax.gates import selection as masks
 from apd_jax.sweep import judge
 
-TARGET = {"name": "tms", "num_features": 5, "d_hidden": 2, "hidden": "none", "feature_probability": 0.2, "seed": 0, "weights_path": ""}
-PRETRAIN = {"num_steps": 20, "batch_size": 64, "learning_rate": 5e-3, "schedule": "linear", "warmup_fraction": 0.0, "weight_decay": 0.01}
-CONFIG = {"num_components": 5, "topk": 1.0, "batch_size": 64, "simplicity_coeff": 0.3, "faithfulness_coeff": 2.0, "unit_norm_U": False}
+TARGET = {
+    "name": "tms",
+    "num_features": 5,
+    "d_hidden": 2,
+    "hidden": "none",
+    "feature_probability": 0.2,
+    "seed": 0,
+    "weights_path": "",
+}
+PRETRAIN = {
+    "num_steps": 20,
+    "batch_size": 64,
+    "learning_rate": 5e-3,
+    "schedule": "linear",
+    "warmup_fraction": 0.0,
+    "weight_decay": 0.01,
+}
+CONFIG = {
+    "num_components": 5,
+    "topk": 1.0,
+    "batch_size": 64,
+    "simplicity_coeff": 0.3,
+    "faithfulness_coeff": 2.0,
+    "unit_norm_U": False,
+}
 
 
 def drawn(key, pentagon) -> Components:
-    return components_lib.init(key, pentagon.params, num_components=5, init_scale=3.0, uses={"W": 2})
+    return components_lib.init(
+        key, pentagon.params, num_components=5, init_scale=3.0, uses={"W": 2}
+    )
 
 
 @pytest.fixture(scope="module")
 def judged(pentagon):
     """The true components, random ones, and ones that are not finite."""
-    target, config = targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64), make_config(**CONFIG)
+    target, config = (
+        targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64),
+        make_config(**CONFIG),
+    )
     random = drawn(jax.random.key(3), pentagon)
     lost = jax.tree.map(lambda a: a * jnp.nan, random)
     runs = [pentagon.components, random, lost]
     stacked = jax.tree.map(lambda *a: jnp.stack(a), *runs)
     problem = target.problem(pentagon.params)
     x = target.sample_fn(jax.random.fold_in(jax.random.key(7), STREAM), 0)
-    return target, config, runs, judge.criteria(problem, config, stacked, 7), judge.truth(target, pentagon.params, stacked), x
+    return (
+        target,
+        config,
+        runs,
+        judge.criteria(problem, config, stacked, 7),
+        judge.truth(target, pentagon.params, stacked),
+        x,
+    )
 
 
 def test_the_truth_is_told_from_the_rest(judged):
     *_, criteria, truth, _ = judged
     assert truth["success"].tolist() == [1, 0, 0] and truth["num_features_owned"][0] == 5
-    assert truth["mmcs"][0] == pytest.approx(1) and truth["ml2r"][0] == pytest.approx(1) and np.isnan(truth["mmcs"][2])
+    assert (
+        truth["mmcs"][0] == pytest.approx(1)
+        and truth["ml2r"][0] == pytest.approx(1)
+        and np.isnan(truth["mmcs"][2])
+    )
     assert set(criteria) == set(judge.CRITERIA) and set(truth) == set(judge.TRUTH)
     for values in criteria.values():
-        assert values[0] < values[1] and np.isinf(values[2])  # random components never come within the error bar: also of infinite bits
+        assert values[0] < values[1] and np.isinf(
+            values[2]
+        )  # random components never come within the error bar: also of infinite bits
 
 
 def test_criteria_by_hand(judged, pentagon):
@@ -50,8 +91,12 @@ def test_criteria_by_hand(judged, pentagon):
     for i, components in enumerate(runs[:2]):
         A = attributions.gradient(target.apply_fn, pentagon.params, components, x)
         mask = masks.batch_topk(A, 1.0)
-        kept = jnp.einsum("bc,cfd->bfd", mask.astype(jnp.float32), components_lib.materialize(components)["W"])
-        out = jax.vmap(lambda W, x: pentagon.apply_fn(pentagon.params | {"W": W}, x[None])[0])(kept, x)
+        kept = jnp.einsum(
+            "bc,cfd->bfd", mask.astype(jnp.float32), components_lib.materialize(components)["W"]
+        )
+        out = jax.vmap(lambda W, x: pentagon.apply_fn(pentagon.params | {"W": W}, x[None])[0])(
+            kept, x
+        )
         target_out = pentagon.apply_fn(pentagon.params, x)
         error = np.mean((np.asarray(out) - np.asarray(target_out)) ** 2)
         faithfulness = losses.faithfulness(components, pentagon.params)
@@ -64,7 +109,10 @@ def test_criteria_by_hand(judged, pentagon):
         # Ablation does at least the damage of one corner: all inactive components on.
         everything = components_lib.total(components, pentagon.params)
         unmasked = np.mean((np.asarray(pentagon.apply_fn(everything, x)) - y) ** 2) / scale
-        assert criteria["worst_error"][i] >= (1 - 1e-4) * max(criteria["sparse_error"][i], unmasked) - 1e-9
+        assert (
+            criteria["worst_error"][i]
+            >= (1 - 1e-4) * max(criteria["sparse_error"][i], unmasked) - 1e-9
+        )
 
 
 def test_bits_of_the_truth(judged):

@@ -22,13 +22,26 @@ def make_results(truth=True, given_up=()):
     runs = []
     for s, j in np.ndindex(4, 3):
         loss = np.inf if (s, j) == (2, 1) else 2.0 - SUCCESS[s, j] + 0.1 * j
-        scores = {"reference_loss": loss, "sparse_error": 0.1, "bits": 1.0 + SUCCESS[s, j], "worst_error": 0.2}
-        known = {"success": float(SUCCESS[s, j]), "mmcs": 0.5 + 0.4 * SUCCESS[s, j], "ml2r": 0.9, "num_features_owned": 3.0}
+        scores = {
+            "reference_loss": loss,
+            "sparse_error": 0.1,
+            "bits": 1.0 + SUCCESS[s, j],
+            "worst_error": 0.2,
+        }
+        known = {
+            "success": float(SUCCESS[s, j]),
+            "mmcs": 0.5 + 0.4 * SUCCESS[s, j],
+            "ml2r": 0.9,
+            "num_features_owned": 3.0,
+        }
         runs.append(Run(s, j, 5 if s in given_up else 10, scores | (known if truth else {})))
     return Results(grid, runs, 10, "reference_loss")
 
 
-@pytest.mark.parametrize("criterion", [[3.0, 1.0, 2.0, 5.0, 4.0], [1.0, 1.0, 2.0, 2.0, 2.0], [np.inf, 1.0, np.inf, 0.5, np.inf]])
+@pytest.mark.parametrize(
+    "criterion",
+    [[3.0, 1.0, 2.0, 5.0, 4.0], [1.0, 1.0, 2.0, 2.0, 2.0], [np.inf, 1.0, np.inf, 0.5, np.inf]],
+)
 def test_chosen_against_all_subsets(criterion):
     criterion, success = np.array(criterion), np.array([1.0, 0.0, 1.0, 1.0, 0.0])
     for m, rate in enumerate(chosen(criterion, success), start=1):
@@ -45,7 +58,12 @@ def test_a_row_per_setting():
     rows = make_results().settings()
     assert [row["success_rate"] for row in rows] == pytest.approx([2 / 3, 1 / 3, 0, 1])
     assert [row["num_diverged"] for row in rows] == [0, 0, 1, 0]
-    assert [(row["topk"], row["learning_rate"]) for row in rows] == [(1, 1e-3), (1, 1e-2), (2, 1e-3), (2, 1e-2)]
+    assert [(row["topk"], row["learning_rate"]) for row in rows] == [
+        (1, 1e-3),
+        (1, 1e-2),
+        (2, 1e-3),
+        (2, 1e-2),
+    ]
     # The lowest loss: seed 0 of 1.0, 2.1, 1.2; seed 2 of 2.0, 2.1, 1.2; seed 0 of 2.0, inf, 2.2; seed 0.
     assert [row["best_seed"] for row in rows] == [0, 2, 0, 0]
     assert [row["best_seed_succeeds"] for row in rows] == [True, True, False, True]
@@ -55,7 +73,10 @@ def test_a_row_per_setting():
 def test_the_best_run_was_trained_to_the_end():
     # Losses of 1.0: seed 0 of settings 0 and 3, of which the first counts, unless it was given up.
     assert (make_results().best().setting, make_results().as_json()["best_run"]) == (0, 0)
-    assert (make_results(given_up=(0,)).best().setting, make_results(given_up=(0,)).as_json()["best_run"]) == (3, 9)
+    assert (
+        make_results(given_up=(0,)).best().setting,
+        make_results(given_up=(0,)).as_json()["best_run"],
+    ) == (3, 9)
 
 
 def test_what_criteria_pick():
@@ -72,11 +93,23 @@ def test_what_criteria_pick():
 def test_maps():
     panel = make_results()._map("topk", "learning_rate")
     np.testing.assert_allclose(panel.matrix, [[2 / 3, 1 / 3], [0, 1]])
-    assert (panel.rows, panel.columns, panel.xlabel, panel.ylabel) == (["1", "2"], ["0.001", "0.01"], "learning_rate", "topk")
+    assert (panel.rows, panel.columns, panel.xlabel, panel.ylabel) == (
+        ["1", "2"],
+        ["0.001", "0.01"],
+        "learning_rate",
+        "topk",
+    )
     np.testing.assert_allclose(make_results()._map("topk").matrix, [[1 / 2, 1 / 2]])
     # Settings that were given up say nothing of the end.
-    np.testing.assert_allclose(make_results(given_up=(0, 2))._map("topk", "learning_rate").matrix, [[np.nan, 1 / 3], [np.nan, 1]])
-    np.testing.assert_allclose(make_results(truth=False)._map("topk").matrix, [[(1.4 + 5.3 / 3) / 2, (2.1 + 1.1) / 2]], rtol=0.05)
+    np.testing.assert_allclose(
+        make_results(given_up=(0, 2))._map("topk", "learning_rate").matrix,
+        [[np.nan, 1 / 3], [np.nan, 1]],
+    )
+    np.testing.assert_allclose(
+        make_results(truth=False)._map("topk").matrix,
+        [[(1.4 + 5.3 / 3) / 2, (2.1 + 1.1) / 2]],
+        rtol=0.05,
+    )
 
 
 @pytest.mark.parametrize("truth", [True, False])
@@ -85,7 +118,11 @@ def test_json_table_and_figures(truth, tmp_path):
     there = json.loads(json.dumps(results.as_json(), allow_nan=False))
     assert len(there["runs"]) == 12 and len(there["settings"]) == 4
     lost = there["runs"][7]
-    assert lost["diverged"] and lost["reference_loss"] is None and (lost["topk"], lost["learning_rate"], lost["seed"]) == (2, 1e-3, 1)
+    assert (
+        lost["diverged"]
+        and lost["reference_loss"] is None
+        and (lost["topk"], lost["learning_rate"], lost["seed"]) == (2, 1e-3, 1)
+    )
     table = results.table("sweep")
     assert table.row_count == 4 and len(table.columns) == (10 if truth else 9)
     drawn = results.figures()

@@ -6,10 +6,17 @@ import pytest
 from conftest import close, get_config
 from ml_collections import ConfigDict
 
-from apd_jax import step, targets
+from apd_jax import targets
 from apd_jax.targets import chain
+from apd_jax.train import step
 
-SMOKE = (("tms", "5-2,smoke"), ("tms_coactive", "smoke"), ("linear", "smoke"), ("gated", "smoke"), ("resid_mlp", "2layer,smoke"))
+SMOKE = (
+    ("tms", "5-2,smoke"),
+    ("tms_coactive", "smoke"),
+    ("linear", "smoke"),
+    ("gated", "smoke"),
+    ("resid_mlp", "2layer,smoke"),
+)
 
 
 def given(config: ConfigDict):
@@ -36,7 +43,10 @@ def test_the_golden_networks_are_their_layers(golden):
     assert bool(sides) == golden.name.startswith("resid1")
     for name, (left, right) in sides.items():
         W = golden.params[name]
-        close(leaves[name], W if left is None and right is None else left @ W if right is None else W @ right)
+        close(
+            leaves[name],
+            W if left is None and right is None else left @ W if right is None else W @ right,
+        )
         assert leaves[name].size < W.size
 
 

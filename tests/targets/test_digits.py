@@ -14,11 +14,21 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.targets import digits, scoring
 from apd_jax.targets.pretrain import pretrain
 
-PRETRAIN = {"num_steps": 200, "batch_size": 64, "learning_rate": 1e-2, "schedule": "cosine", "warmup_fraction": 0.0, "weight_decay": 0.01}
+PRETRAIN = {
+    "num_steps": 200,
+    "batch_size": 64,
+    "learning_rate": 1e-2,
+    "schedule": "cosine",
+    "warmup_fraction": 0.0,
+    "weight_decay": 0.01,
+}
 
 
 def make_config(**changes):
-    return ConfigDict({"name": "digits", "seed": 0, "split_seed": 0, "channels": (8, 16), "pretrain": PRETRAIN} | changes)
+    return ConfigDict(
+        {"name": "digits", "seed": 0, "split_seed": 0, "channels": (8, 16), "pretrain": PRETRAIN}
+        | changes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +54,13 @@ def test_split_holds_every_image_once():
 def test_samples_are_pure_training_images_with_their_labels():
     target, (training, _) = targets.build(make_config(), 32), digits.load(0)
     batch = target.pretrain_sample_fn(jax.random.key(0), 5)
-    known = {image.tobytes(): label for image, label in zip(training["image"], training["label"], strict=True)}
-    assert [known[np.asarray(image).tobytes()] for image in batch["image"]] == batch["label"].tolist()
+    known = {
+        image.tobytes(): label
+        for image, label in zip(training["image"], training["label"], strict=True)
+    }
+    assert [known[np.asarray(image).tobytes()] for image in batch["image"]] == batch[
+        "label"
+    ].tolist()
     x = target.sample_fn(jax.random.key(0), 5)
     assert x.shape == (32, 8, 8, 1) and np.array_equal(x, target.sample_fn(jax.random.key(0), 5))
     assert not np.array_equal(x, target.sample_fn(jax.random.key(0), 6))
@@ -56,13 +71,24 @@ def test_forward_and_loss_are_plain_numpy():
     params = jax.jit(target.init_fn)(jax.random.key(0))
     params["conv_0"]["bias"] = jnp.array([0.1, -0.2, 0.3])
     x = np.asarray(target.sample_fn(jax.random.key(1), 0))
-    kernel, padded = np.asarray(params["conv_0"]["kernel"]), np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    kernel, padded = (
+        np.asarray(params["conv_0"]["kernel"]),
+        np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))),
+    )
     h = np.zeros((4, 8, 8, 3))
     for i, j in np.ndindex(8, 8):
         h[:, i, j] = np.einsum("bijc,ijco->bo", padded[:, i : i + 3, j : j + 3], kernel)
-    h = np.maximum(h + np.asarray(params["conv_0"]["bias"]), 0).reshape(4, 4, 2, 4, 2, 3).max(axis=(2, 4))
-    logits = h.reshape(4, -1) @ np.asarray(params["dense"]["kernel"]) + np.asarray(params["dense"]["bias"])
-    np.testing.assert_allclose(target.apply_fn(params, jnp.asarray(x))[0], logits, rtol=1e-4, atol=1e-5)
+    h = (
+        np.maximum(h + np.asarray(params["conv_0"]["bias"]), 0)
+        .reshape(4, 4, 2, 4, 2, 3)
+        .max(axis=(2, 4))
+    )
+    logits = h.reshape(4, -1) @ np.asarray(params["dense"]["kernel"]) + np.asarray(
+        params["dense"]["bias"]
+    )
+    np.testing.assert_allclose(
+        target.apply_fn(params, jnp.asarray(x))[0], logits, rtol=1e-4, atol=1e-5
+    )
     labels = np.array([3, 0, 9, 3])
     log_p = logits - np.log(np.exp(logits).sum(1, keepdims=True))
     loss = target.loss_fn(params, {"image": jnp.asarray(x), "label": jnp.asarray(labels)})
@@ -76,7 +102,11 @@ def by_output(params):
     def split(path, leaf):
         if path[-1].key != "kernel":
             return None
-        share = jnp.stack([first, 1 - first])[:, None] if path[0].key == "dense" else jnp.array([1.0, 0.0]).reshape(2, *[1] * leaf.ndim)
+        share = (
+            jnp.stack([first, 1 - first])[:, None]
+            if path[0].key == "dense"
+            else jnp.array([1.0, 0.0]).reshape(2, *[1] * leaf.ndim)
+        )
         return share * leaf[None]
 
     return components_lib.from_materialized(jax.tree_util.tree_map_with_path(split, params))
@@ -95,18 +125,31 @@ def test_score_of_a_known_decomposition(trained):
     m, test = score.metrics, digits.load(0)[1]
     images = jnp.asarray(test["image"])
     assert m["target_accuracy"] >= 0.97
-    assert m["all_accuracy"] == m["sparse_accuracy"] == m["target_accuracy"]  # k = C: both kept everywhere
+    assert (
+        m["all_accuracy"] == m["sparse_accuracy"] == m["target_accuracy"]
+    )  # k = C: both kept everywhere
     # Without the second component the logits of 5 to 9 are their biases; by class, against numpy.
-    ablated = {**params, "dense": {**params["dense"], "kernel": params["dense"]["kernel"] * (jnp.arange(10) < 5)[None]}}
+    ablated = {
+        **params,
+        "dense": {
+            **params["dense"],
+            "kernel": params["dense"]["kernel"] * (jnp.arange(10) < 5)[None],
+        },
+    }
     right = np.asarray(jnp.argmax(target.apply_fn(ablated, images)[0], axis=1)) == test["label"]
     whole = np.asarray(jnp.argmax(target.apply_fn(params, images)[0], axis=1)) == test["label"]
-    damage = [max(whole[test["label"] == k].mean() - right[test["label"] == k].mean(), 0) for k in range(10)]
+    damage = [
+        max(whole[test["label"] == k].mean() - right[test["label"] == k].mean(), 0)
+        for k in range(10)
+    ]
     panel = score.panels["damage_by_class"]
     np.testing.assert_allclose(panel.matrix[:, panel.columns.index("1")], damage, atol=1e-6)
     assert m["components_of_one_class"] == 0.0  # five digits each
     assert score.panels["firing_by_class"].matrix.min() > 0.9
     assert score.panels["filters"].matrix.shape == (3 * 4, 8 * 4)
-    np.testing.assert_allclose(score.panels["filters"].matrix[:3, :3], params["conv_0"]["kernel"][:, :, 0, 0], atol=1e-6)
+    np.testing.assert_allclose(
+        score.panels["filters"].matrix[:3, :3], params["conv_0"]["kernel"][:, :, 0, 0], atol=1e-6
+    )
     assert set(score.labels) <= set(m)
 
 
@@ -115,25 +158,41 @@ def test_rank_correlations_are_spearmans(trained):
     decomposition = decomposition_of(target, params, by_output(params), topk=2.0)
     x = target.sample_fn(jax.random.key(2), 0)
     found = scoring.rank_correlations(decomposition, x, np.array([True, True]))
-    truth = np.asarray(attributions.ablation(target.apply_fn, params, decomposition.components, x)).ravel()
-    given = np.asarray(attributions.gradient(target.apply_fn, params, decomposition.components, x)).ravel()
-    assert found["attribution_rank_correlation_gradient"] == pytest.approx(spearmanr(given, truth).statistic, abs=1e-3)
+    truth = np.asarray(
+        attributions.ablation(target.apply_fn, params, decomposition.components, x)
+    ).ravel()
+    given = np.asarray(
+        attributions.gradient(target.apply_fn, params, decomposition.components, x)
+    ).ravel()
+    assert found["attribution_rank_correlation_gradient"] == pytest.approx(
+        spearmanr(given, truth).statistic, abs=1e-3
+    )
     none = scoring.rank_correlations(decomposition, x, np.array([False, False]))
     assert set(none) == set(found) == set(digits.CORRELATION_LABELS) and set(none.values()) == {0.0}
 
 
 def test_what_is_never_kept_or_next_to_nothing_is_dead():
     firing_rates, norms = np.array([0.0, 1e-6, 0.5, 0.5]), np.array([3.0, 2.0, 0.029, 0.031])
-    assert scoring.alive_components(firing_rates, norms).tolist() == [False, True, False, True]  # the cut is 1 % of 3
+    assert scoring.alive_components(firing_rates, norms).tolist() == [
+        False,
+        True,
+        False,
+        True,
+    ]  # the cut is 1 % of 3
 
 
 def test_seed_decides_everything():
     config = make_config(pretrain={**PRETRAIN, "num_steps": 5})
     target = targets.build(config, 8)
     first, again = pretrain(target, config)[0], pretrain(target, config)[0]
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True)
+    )
     config.seed = 1
-    assert not np.array_equal(first["dense"]["kernel"], pretrain(target, config)[0]["dense"]["kernel"])
+    assert not np.array_equal(
+        first["dense"]["kernel"], pretrain(target, config)[0]["dense"]["kernel"]
+    )
 
 
 @pytest.mark.parametrize(
@@ -155,9 +214,16 @@ def test_config_builds(arg):
     config = get_config("digits", arg)
     assert config.is_locked
     target = targets.build(config.target, config.apd.batch_size)
-    assert jax.eval_shape(target.sample_fn, jax.random.key(0), 0).shape == (config.apd.batch_size, 8, 8, 1)
+    assert jax.eval_shape(target.sample_fn, jax.random.key(0), 0).shape == (
+        config.apd.batch_size,
+        8,
+        8,
+        1,
+    )
 
 
 def test_unknown_variant_is_refused():
-    with pytest.raises(ValueError, match=r"unknown digits variant 'smok'; known: smoke. Did you mean 'smoke'"):
+    with pytest.raises(
+        ValueError, match=r"unknown digits variant 'smok'; known: smoke. Did you mean 'smoke'"
+    ):
         get_config("digits", "smok")

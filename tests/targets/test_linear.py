@@ -12,7 +12,9 @@ from apd_jax.errors import InputError
 
 
 def make(num_blocks, block_size):
-    target = targets.build(ConfigDict({"name": "linear", "num_blocks": num_blocks, "block_size": block_size}), 64)
+    target = targets.build(
+        ConfigDict({"name": "linear", "num_blocks": num_blocks, "block_size": block_size}), 64
+    )
     return target, target.init_fn(jax.random.key(0))
 
 
@@ -31,18 +33,29 @@ def test_a_block_diagonal_rotation_on_one_block_at_a_time():
 def scored(P, target, params):
     config = default_config()
     cs = components.from_materialized({"W": jnp.asarray(P, jnp.float32)})
-    return target.score_fn(Decomposition(target.problem(params), cs, config, []), jax.random.key(0), np.ones(len(P), bool)).metrics
+    return target.score_fn(
+        Decomposition(target.problem(params), cs, config, []),
+        jax.random.key(0),
+        np.ones(len(P), bool),
+    ).metrics
 
 
 def test_the_truth_scores_as_such_and_halves_do_not():
     target, params = make(2, 3)
     W = np.asarray(params["W"])
-    first, second = np.where(np.arange(6)[:, None] < 3, W, 0), np.where(np.arange(6)[:, None] >= 3, W, 0)
+    first, second = (
+        np.where(np.arange(6)[:, None] < 3, W, 0),
+        np.where(np.arange(6)[:, None] >= 3, W, 0),
+    )
     whole = scored([second, 0 * W, first], target, params)
     assert whole["num_blocks_found"] == 2 and whole["share_of_largest"] == pytest.approx(1)
-    assert whole["block_cosine"] == pytest.approx(1, abs=1e-5) and whole["block_norm_ratio"] == pytest.approx(1, abs=1e-5)
+    assert whole["block_cosine"] == pytest.approx(1, abs=1e-5) and whole[
+        "block_norm_ratio"
+    ] == pytest.approx(1, abs=1e-5)
     split = scored([second / 2, second / 2, first], target, params)
-    assert split["num_blocks_found"] == 1 and split["block_norm_ratio"] == pytest.approx(0.75, abs=1e-5)
+    assert split["num_blocks_found"] == 1 and split["block_norm_ratio"] == pytest.approx(
+        0.75, abs=1e-5
+    )
     merged = scored([first + second, 0 * W, 0 * W], target, params)
     assert merged["num_blocks_found"] == 0 and merged["block_cosine"] < 0.75
 

@@ -10,7 +10,14 @@ from apd_jax.targets.pretrain import pretrain
 
 
 def make_config(hidden="none", **changes):
-    config = {"name": "tms", "seed": 3, "num_features": 5, "d_hidden": 2, "hidden": hidden, "feature_probability": 0.05}
+    config = {
+        "name": "tms",
+        "seed": 3,
+        "num_features": 5,
+        "d_hidden": 2,
+        "hidden": hidden,
+        "feature_probability": 0.05,
+    }
     settings = {
         "num_steps": 20,
         "batch_size": 64,
@@ -32,7 +39,9 @@ def test_first_step_is_adamw():
     params, history = pretrain(target, config)
     key_init, key_data = jax.random.split(jax.random.key(3))
     start = target.init_fn(key_init)
-    loss, gradient = jax.value_and_grad(target.loss_fn)(start, target.pretrain_sample_fn(key_data, 0))
+    loss, gradient = jax.value_and_grad(target.loss_fn)(
+        start, target.pretrain_sample_fn(key_data, 0)
+    )
     # Adam's first step is lr·g/(|g| + 1e-8); decoupled decay adds lr·0.2·θ.
     for name in start:
         g = np.asarray(gradient[name])
@@ -54,7 +63,9 @@ def test_frozen_leaves_stay_as_drawn(hidden):
     config = make_config(hidden)
     start = targets.build(config, 8).init_fn(jax.random.split(jax.random.key(3))[0])
     params, _ = run(config)
-    np.testing.assert_allclose(params["hidden"], start["hidden"], atol=1e-6)  # compiled and plain `expm` round differently
+    np.testing.assert_allclose(
+        params["hidden"], start["hidden"], atol=1e-6
+    )  # compiled and plain `expm` round differently
     assert not np.array_equal(params["W"], start["W"])
     if hidden == "identity":
         assert np.array_equal(params["hidden"], np.eye(2))
@@ -62,7 +73,10 @@ def test_frozen_leaves_stay_as_drawn(hidden):
 
 def test_history_and_progress_every_hundred_steps():
     calls = []
-    _, history = run(make_config(num_steps=250), progress=lambda step, num_steps, scalars: calls.append((step, num_steps, scalars["loss"])))
+    _, history = run(
+        make_config(num_steps=250),
+        progress=lambda step, num_steps, scalars: calls.append((step, num_steps, scalars["loss"])),
+    )
     assert [entry["step"] for entry in history] == [100, 200, 250]
     assert calls == [(entry["step"], 250, entry["loss"]) for entry in history]
     assert history[-1]["loss"] < history[0]["loss"]
@@ -83,7 +97,15 @@ def test_tms_5_2_learns_the_pentagon():
 
 def test_resid_mlp_keeps_its_embedding_and_learns():
     config = ConfigDict(
-        {"name": "resid_mlp", "seed": 0, "num_features": 8, "d_resid": 16, "num_layers": 2, "d_mlp": 4, "activation": "relu"}
+        {
+            "name": "resid_mlp",
+            "seed": 0,
+            "num_features": 8,
+            "d_resid": 16,
+            "num_layers": 2,
+            "d_mlp": 4,
+            "activation": "relu",
+        }
     )
     config.update({"use_bias": False, "embedding": "random", "feature_probability": 0.2})
     config.pretrain = make_config(num_steps=200, learning_rate=1e-2).pretrain
@@ -98,7 +120,10 @@ def test_resid_mlp_keeps_its_embedding_and_learns():
 
 def test_divergence_names_the_step():
     # A step of 1e30 makes the outputs, of order W², overflow in the next step.
-    with pytest.raises(ValueError, match=r"no longer finite at step 1; lower config.target.pretrain.learning_rate \(now 1e\+30\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"no longer finite at step 1; lower config.target.pretrain.learning_rate \(now 1e\+30\)",
+    ):
         run(make_config(learning_rate=1e30))
 
 

@@ -16,30 +16,60 @@ BIASES = {"bias1_0": "bias_in_0", "bias2_0": "bias_out_0"}  # name there -> name
 
 
 def make_config(**changes):
-    config = {"name": "resid_mlp", "num_features": 6, "d_resid": 12, "num_layers": 2, "d_mlp": 4, "activation": "relu", "use_bias": False}
+    config = {
+        "name": "resid_mlp",
+        "num_features": 6,
+        "d_resid": 12,
+        "num_layers": 2,
+        "d_mlp": 4,
+        "activation": "relu",
+        "use_bias": False,
+    }
     config |= {"embedding": "random", "feature_probability": 0.3, "pretrain": {"batch_size": 8}}
     return ConfigDict(config | changes)
 
 
 def load(file, activation="relu"):
     golden = {name: jnp.asarray(array) for name, array in np.load(GOLDEN / f"{file}.npz").items()}
-    params = {key.removeprefix("target/"): golden[key] for key in golden if key.startswith("target/")}
+    params = {
+        key.removeprefix("target/"): golden[key] for key in golden if key.startswith("target/")
+    }
     params = {BIASES.get(name, name): leaf for name, leaf in params.items()}
     F, D = params["W_E"].shape
     num_layers = sum(name.startswith("mlp_in") for name in params)
-    sizes = {"num_features": F, "d_resid": D, "num_layers": num_layers, "d_mlp": params["mlp_in_0"].shape[1]}
-    return golden, params, targets.build(make_config(**sizes, activation=activation, use_bias="bias_in_0" in params), 8)
+    sizes = {
+        "num_features": F,
+        "d_resid": D,
+        "num_layers": num_layers,
+        "d_mlp": params["mlp_in_0"].shape[1],
+    }
+    return (
+        golden,
+        params,
+        targets.build(
+            make_config(**sizes, activation=activation, use_bias="bias_in_0" in params), 8
+        ),
+    )
 
 
-@pytest.mark.parametrize(("file", "activation"), [("resid1_small", "relu"), ("resid2_small", "relu"), ("resid1_bias_gelu", "gelu")])
+@pytest.mark.parametrize(
+    ("file", "activation"),
+    [("resid1_small", "relu"), ("resid2_small", "relu"), ("resid1_bias_gelu", "gelu")],
+)
 def test_forward_is_the_released_one(file, activation):
     golden, params, target = load(file, activation)
     out, hidden = target.apply_fn(params, golden["x"])
     np.testing.assert_allclose(out, golden["target_out"], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(target.attribution_fn(params, golden["x"]), golden["target_out"], rtol=1e-5, atol=1e-5)
-    assert {f"act_recon_inputs/target/{name}" for name in hidden} == {k for k in golden if k.startswith("act_recon_inputs/target/")}
+    np.testing.assert_allclose(
+        target.attribution_fn(params, golden["x"]), golden["target_out"], rtol=1e-5, atol=1e-5
+    )
+    assert {f"act_recon_inputs/target/{name}" for name in hidden} == {
+        k for k in golden if k.startswith("act_recon_inputs/target/")
+    }
     for name, activations in hidden.items():
-        np.testing.assert_allclose(activations, golden[f"act_recon_inputs/target/{name}"], rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(
+            activations, golden[f"act_recon_inputs/target/{name}"], rtol=1e-5, atol=1e-5
+        )
 
 
 def test_monosemantic_baseline_is_the_released_one():
@@ -53,16 +83,28 @@ def test_monosemantic_baseline_is_the_released_one():
 def test_monosemantic_baseline_by_hand():
     # 2 layers of 1 neuron: the first two features get x + ReLU(x), the third stays x.
     target = targets.build(make_config(num_features=3, d_mlp=1), 8)
-    np.testing.assert_allclose(target.monosemantic_fn(jnp.array([[1.0, -1.0, 0.5]])), [[2.0, -1.0, 0.5]])
+    np.testing.assert_allclose(
+        target.monosemantic_fn(jnp.array([[1.0, -1.0, 0.5]])), [[2.0, -1.0, 0.5]]
+    )
     np.testing.assert_allclose(target.label_fn(jnp.array([[1.0, -1.0, 0.5]])), [[2.0, -1.0, 1.0]])
 
 
 def test_forward_by_hand():
     # One feature, two residual dimensions: r = 2·(1, 0) = (2, 0);  pre = 2·3 = 6, with bias -1: 5;  r += 5·(0.1, 0.2) + (1, 0) = (3.5, 1);
     # out = r·(1, 1) = 4.5. The hidden activation is ReLU(6) = 6: before the bias.
-    params = {"W_E": jnp.array([[1.0, 0.0]]), "W_U": jnp.array([[1.0], [1.0]]), "mlp_in_0": jnp.array([[3.0], [7.0]])}
-    params |= {"bias_in_0": jnp.array([-1.0]), "mlp_out_0": jnp.array([[0.1, 0.2]]), "bias_out_0": jnp.array([1.0, 0.0])}
-    target = targets.build(make_config(num_features=1, d_resid=2, num_layers=1, d_mlp=1, use_bias=True), 8)
+    params = {
+        "W_E": jnp.array([[1.0, 0.0]]),
+        "W_U": jnp.array([[1.0], [1.0]]),
+        "mlp_in_0": jnp.array([[3.0], [7.0]]),
+    }
+    params |= {
+        "bias_in_0": jnp.array([-1.0]),
+        "mlp_out_0": jnp.array([[0.1, 0.2]]),
+        "bias_out_0": jnp.array([1.0, 0.0]),
+    }
+    target = targets.build(
+        make_config(num_features=1, d_resid=2, num_layers=1, d_mlp=1, use_bias=True), 8
+    )
     out, hidden = target.apply_fn(params, jnp.array([[2.0]]))
     np.testing.assert_allclose(out, [[4.5]], rtol=1e-6)
     np.testing.assert_allclose(hidden["mlp_in_0"], [[6.0]])
@@ -73,13 +115,23 @@ def test_forward_by_hand():
 @pytest.mark.parametrize("use_bias", [False, True])
 @pytest.mark.parametrize("num_layers", [1, 3])
 def test_contracted_form_has_the_same_value_and_tangents(num_layers, use_bias):
-    target = targets.build(make_config(num_layers=num_layers, use_bias=use_bias, activation="gelu"), 16)
+    target = targets.build(
+        make_config(num_layers=num_layers, use_bias=use_bias, activation="gelu"), 16
+    )
     params = jax.jit(target.init_fn)(jax.random.key(0))
-    direction = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
-    params = jax.tree.map(lambda leaf, d: leaf + 0.1 * d, params, direction)  # also away from zero biases and W_U = W_Eᵀ
+    direction = jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params
+    )
+    params = jax.tree.map(
+        lambda leaf, d: leaf + 0.1 * d, params, direction
+    )  # also away from zero biases and W_U = W_Eᵀ
     x = target.sample_fn(jax.random.key(1), 0)
-    natural = jax.jit(lambda p, d: jax.jvp(lambda p: target.apply_fn(p, x)[0], (p,), (d,)))(params, direction)
-    contracted = jax.jit(lambda p, d: jax.jvp(lambda p: target.attribution_fn(p, x), (p,), (d,)))(params, direction)
+    natural = jax.jit(lambda p, d: jax.jvp(lambda p: target.apply_fn(p, x)[0], (p,), (d,)))(
+        params, direction
+    )
+    contracted = jax.jit(lambda p, d: jax.jvp(lambda p: target.attribution_fn(p, x), (p,), (d,)))(
+        params, direction
+    )
     for a, b in zip(natural, contracted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(a).max())
 
@@ -105,8 +157,15 @@ def test_init():
     }
     np.testing.assert_allclose(jnp.linalg.norm(params["W_E"], axis=1), np.ones(6), rtol=1e-6)
     assert np.array_equal(params["W_U"], params["W_E"].T)
-    assert components.selected_paths(params, target.select) == ["mlp_in_0", "mlp_in_1", "mlp_out_0", "mlp_out_1"]
-    clean = targets.build(make_config(d_resid=6, embedding="identity", use_bias=True), 8).init_fn(jax.random.key(0))
+    assert components.selected_paths(params, target.select) == [
+        "mlp_in_0",
+        "mlp_in_1",
+        "mlp_out_0",
+        "mlp_out_1",
+    ]
+    clean = targets.build(make_config(d_resid=6, embedding="identity", use_bias=True), 8).init_fn(
+        jax.random.key(0)
+    )
     assert np.array_equal(clean["W_E"], np.eye(6)) and np.array_equal(clean["W_U"], np.eye(6))
     assert clean["bias_in_1"].shape == (4,) and clean["bias_out_1"].shape == (6,)
 
@@ -128,7 +187,9 @@ def test_neuron_contributions_by_hand():
     weights = {"W_E": None, "W_U": None}  # as in a materialised component
     weights |= {"mlp_in_0": jnp.array([[1.0], [2.0]]), "mlp_out_0": jnp.array([[3.0, 4.0]])}
     weights |= {"mlp_in_1": jnp.array([[5.0], [0.0]]), "mlp_out_1": jnp.array([[-1.0, 6.0]])}
-    np.testing.assert_allclose(resid_mlp.neuron_contributions(params, weights, 2), [[3.0, -5.0], [8.0, 0.0]])
+    np.testing.assert_allclose(
+        resid_mlp.neuron_contributions(params, weights, 2), [[3.0, -5.0], [8.0, 0.0]]
+    )
 
 
 def test_feature_weights_of_every_component():
@@ -148,9 +209,18 @@ def test_feature_weights_of_every_component():
     ("change", "message"),
     [
         ({"d_mlp": 0}, "d_mlp must be at least 1; got 0"),
-        ({"activation": "rleu"}, "unknown target.activation 'rleu'; known: relu, gelu. Did you mean 'relu'?"),
-        ({"embedding": "ident"}, "unknown target.embedding 'ident'; known: random, identity. Did you mean 'identity'?"),
-        ({"embedding": "identity"}, "needs d_resid = num_features; got d_resid = 12 and num_features = 6"),
+        (
+            {"activation": "rleu"},
+            "unknown target.activation 'rleu'; known: relu, gelu. Did you mean 'relu'?",
+        ),
+        (
+            {"embedding": "ident"},
+            "unknown target.embedding 'ident'; known: random, identity. Did you mean 'identity'?",
+        ),
+        (
+            {"embedding": "identity"},
+            "needs d_resid = num_features; got d_resid = 12 and num_features = 6",
+        ),
         ({"pretrain": {"batch_size": 0}}, "batch_size must be at least 1; got 0"),
     ],
 )

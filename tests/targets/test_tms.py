@@ -28,7 +28,9 @@ def make_config(num_features=5, d_hidden=2, hidden="none", probability=0.05):
     )
 
 
-@pytest.mark.parametrize(("file", "hidden"), [("tms_small", "none"), ("tms_id", "identity"), ("tms_5_2", "none")])
+@pytest.mark.parametrize(
+    ("file", "hidden"), [("tms_small", "none"), ("tms_id", "identity"), ("tms_5_2", "none")]
+)
 def test_forward_is_the_released_one(file, hidden):
     golden = {name: jnp.asarray(array) for name, array in np.load(GOLDEN / f"{file}.npz").items()}
     params = {"W": golden["target/linear1"], "b": golden["target/b_final"]}
@@ -37,10 +39,16 @@ def test_forward_is_the_released_one(file, hidden):
     target = targets.build(make_config(*params["W"].shape, hidden), 8)
     out, products = target.apply_fn(params, golden["x"])
     np.testing.assert_allclose(out, golden["target_out"], rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(target.attribution_fn(params, golden["x"]), golden["target_out"], rtol=1e-5, atol=1e-6)
-    assert {f"act_recon_inputs/target/{name}" for name in products} == {k for k in golden if k.startswith("act_recon_inputs/target/")}
+    np.testing.assert_allclose(
+        target.attribution_fn(params, golden["x"]), golden["target_out"], rtol=1e-5, atol=1e-6
+    )
+    assert {f"act_recon_inputs/target/{name}" for name in products} == {
+        k for k in golden if k.startswith("act_recon_inputs/target/")
+    }
     for name, product in products.items():
-        np.testing.assert_allclose(product, golden[f"act_recon_inputs/target/{name}"], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            product, golden[f"act_recon_inputs/target/{name}"], rtol=1e-5, atol=1e-6
+        )
 
 
 def test_forward_by_hand():
@@ -58,9 +66,15 @@ def test_contracted_form_has_the_same_value_and_tangents(hidden):
     target = targets.build(make_config(6, 3, hidden, probability=0.5), 16)
     params = jax.jit(target.init_fn)(jax.random.key(0)) | {"b": jnp.full(6, -0.1)}
     x = target.sample_fn(jax.random.key(1), 0)
-    direction = jax.tree.map(lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params)
-    natural = jax.jit(lambda p, d: jax.jvp(lambda p: target.apply_fn(p, x)[0], (p,), (d,)))(params, direction)
-    contracted = jax.jit(lambda p, d: jax.jvp(lambda p: target.attribution_fn(p, x), (p,), (d,)))(params, direction)
+    direction = jax.tree.map(
+        lambda leaf: jnp.cos(jnp.arange(leaf.size, dtype=leaf.dtype)).reshape(leaf.shape), params
+    )
+    natural = jax.jit(lambda p, d: jax.jvp(lambda p: target.apply_fn(p, x)[0], (p,), (d,)))(
+        params, direction
+    )
+    contracted = jax.jit(lambda p, d: jax.jvp(lambda p: target.attribution_fn(p, x), (p,), (d,)))(
+        params, direction
+    )
     for a, b in zip(natural, contracted, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -119,7 +133,9 @@ def test_probes_and_labels():
 def test_feature_weights_of_every_component():
     target = targets.build(make_config(4, 2, "identity"), 8)
     params = jax.jit(target.init_fn)(jax.random.key(0))
-    parts = components.init(jax.random.key(1), params, num_components=3, select=target.select, uses=target.uses)
+    parts = components.init(
+        jax.random.key(1), params, num_components=3, select=target.select, uses=target.uses
+    )
     weights = components.materialize(parts)
     rows = jax.vmap(lambda one: target.feature_weights(params, one))(weights)
     assert np.array_equal(rows, weights["W"])
@@ -131,7 +147,10 @@ def test_feature_weights_of_every_component():
     [
         ({"num_features": 0}, "num_features must be at least 1; got 0"),
         ({"d_hidden": 0}, "d_hidden must be at least 1; got 0"),
-        ({"hidden": "rotatoin"}, "unknown target.hidden 'rotatoin'; known: none, identity, rotation. Did you mean 'rotation'?"),
+        (
+            {"hidden": "rotatoin"},
+            "unknown target.hidden 'rotatoin'; known: none, identity, rotation. Did you mean 'rotation'?",
+        ),
         ({"probability": 0.0}, r"feature_probability must lie in \(0, 1\]; got 0.0"),
         ({"probability": 1.5}, r"feature_probability must lie in \(0, 1\]; got 1.5"),
     ],
@@ -142,5 +161,7 @@ def test_refused(change, message):
 
 
 def test_unknown_target_is_refused_with_the_nearest():
-    with pytest.raises(ValueError, match=r"unknown target.name 'tsm'; known: .*. Did you mean 'tms'\?"):
+    with pytest.raises(
+        ValueError, match=r"unknown target.name 'tsm'; known: .*. Did you mean 'tms'\?"
+    ):
         targets.build(ConfigDict({"name": "tsm"}), 8)

@@ -10,13 +10,20 @@ from conftest import ROOT, make_config
 from ml_collections import ConfigDict
 
 from apd_jax import components, evaluation, targets
-from apd_jax.config import default_config, validate
 from apd_jax.decomposition import Decomposition
+from apd_jax.methods.config import default_config, validate
 from apd_jax.targets import pretrain
 
 
 def build(num_groups=3, group_size=2, d_hidden=3, probability=0.2, batch_size=8):
-    config = ConfigDict({"name": "tms_coactive", "num_groups": num_groups, "group_size": group_size, "d_hidden": d_hidden})
+    config = ConfigDict(
+        {
+            "name": "tms_coactive",
+            "num_groups": num_groups,
+            "group_size": group_size,
+            "d_hidden": d_hidden,
+        }
+    )
     config.update({"group_probability": probability, "pretrain": {"batch_size": 8}})
     return targets.build(config, batch_size)
 
@@ -40,8 +47,17 @@ def test_groups_are_active_together_and_values_are_independent():
 def test_samples_are_pure():
     target = build()
     first, again, next_one = (target.sample_fn(jax.random.key(0), step) for step in (3, 3, 4))
-    assert np.array_equal(first, again) and not np.array_equal(first, next_one) and first.shape == (8, 6)
-    assert np.array_equal(target.num_active_fn(jnp.array([[0, 0, 0.1, 0.2, 0, 0], [0.3, 0, 0.1, 0.2, 1, 1], [0] * 6])), [1, 3, 0])
+    assert (
+        np.array_equal(first, again)
+        and not np.array_equal(first, next_one)
+        and first.shape == (8, 6)
+    )
+    assert np.array_equal(
+        target.num_active_fn(
+            jnp.array([[0, 0, 0.1, 0.2, 0, 0], [0.3, 0, 0.1, 0.2, 1, 1], [0] * 6])
+        ),
+        [1, 3, 0],
+    )
 
 
 def test_the_network_is_that_of_tms():
@@ -50,8 +66,12 @@ def test_the_network_is_that_of_tms():
     x = target.sample_fn(jax.random.key(1), 0)
     W = np.asarray(params["W"])
     np.testing.assert_allclose(target.apply_fn(params, x)[0], np.maximum(x @ W @ W.T, 0), atol=1e-6)
-    np.testing.assert_allclose(target.attribution_fn(params, x), np.maximum(x @ W @ W.T, 0), atol=1e-6)
-    np.testing.assert_allclose(target.loss_fn(params, x), np.mean((np.maximum(x @ W @ W.T, 0) - x) ** 2), rtol=1e-5)
+    np.testing.assert_allclose(
+        target.attribution_fn(params, x), np.maximum(x @ W @ W.T, 0), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        target.loss_fn(params, x), np.mean((np.maximum(x @ W @ W.T, 0) - x) ** 2), rtol=1e-5
+    )
     assert (target.select, target.uses) == (("W",), {"W": 2})
 
 
@@ -70,7 +90,11 @@ def score(*parts, k=1.0):
     params = {"W": jnp.asarray(W), "b": jnp.zeros(6)}
     found = components.from_materialized({"W": jnp.stack(parts), "b": None}, uses={"W": 2})
     config = make_config(num_components=len(parts), topk=k, batch_size=8)
-    return target.score_fn(Decomposition(target.problem(params), found, config, []), jax.random.key(0), np.ones(len(parts), bool))
+    return target.score_fn(
+        Decomposition(target.problem(params), found, config, []),
+        jax.random.key(0),
+        np.ones(len(parts), bool),
+    )
 
 
 def check(found, **expected):
@@ -81,7 +105,16 @@ def check(found, **expected):
 def test_the_true_components_score_best():
     # In another order, with two components left over: an empty one, and a tiny one that points the way of group 0.
     best = score(rows(4, 5), rows(factor=0.0), rows(0, 1), rows(0, 1, factor=1e-3), rows(2, 3))
-    check(best, num_groups=3, groups_found=3, mmcs_groups=1, ml2r_groups=1, purity=1, mean_rank=2, true_rank=2)
+    check(
+        best,
+        num_groups=3,
+        groups_found=3,
+        mmcs_groups=1,
+        ml2r_groups=1,
+        purity=1,
+        mean_rank=2,
+        true_rank=2,
+    )
     np.testing.assert_allclose(best.panels["groups"].matrix[:, :3], np.eye(3), atol=1e-5)
     assert list(best.panels["groups"].columns) == ["2", "4", "0", "3", "1"]
     assert best.panels["ranks"].lines["component"].tolist() == [2, 2, 2]
@@ -89,7 +122,12 @@ def test_the_true_components_score_best():
 
 
 def test_half_the_norm_is_the_limit():
-    check(score(rows(0, 1, factor=0.6), rows(2, 3, factor=0.4), rows(4, 5)), groups_found=2, mmcs_groups=1, ml2r_groups=2 / 3)
+    check(
+        score(rows(0, 1, factor=0.6), rows(2, 3, factor=0.4), rows(4, 5)),
+        groups_found=2,
+        mmcs_groups=1,
+        ml2r_groups=2 / 3,
+    )
 
 
 def test_one_component_per_feature_finds_no_group():
@@ -107,8 +145,12 @@ def test_one_component_for_everything_finds_no_group():
 def test_of_the_true_components_each_answers_for_its_group():
     target = build()
     params = {"W": jnp.asarray(W), "b": jnp.zeros(6)}
-    found = components.from_materialized({"W": jnp.stack([rows(0, 1), rows(2, 3), rows(4, 5)]), "b": None}, uses={"W": 2})
-    decomposition = Decomposition(target.problem(params), found, make_config(num_components=3, topk=1.0), [])
+    found = components.from_materialized(
+        {"W": jnp.stack([rows(0, 1), rows(2, 3), rows(4, 5)]), "b": None}, uses={"W": 2}
+    )
+    decomposition = Decomposition(
+        target.problem(params), found, make_config(num_components=3, topk=1.0), []
+    )
     x = jnp.repeat(jnp.eye(3), 2, axis=1)
     np.testing.assert_array_equal(decomposition.mask(x), np.eye(3, dtype=bool))
 
@@ -117,7 +159,9 @@ def test_of_the_true_components_each_answers_for_its_group():
 
 
 def get_config(*args):
-    spec = importlib.util.spec_from_file_location("config_tms_coactive", ROOT / "configs" / "tms_coactive.py")
+    spec = importlib.util.spec_from_file_location(
+        "config_tms_coactive", ROOT / "configs" / "tms_coactive.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config(*args)
@@ -130,13 +174,23 @@ def test_every_variant_is_valid(arg):
     validate(config.apd)
     target = targets.build(config.target, config.apd.batch_size)
     params = jax.eval_shape(target.init_fn, jax.random.key(0))
-    assert params["W"].shape == (config.target.num_groups * config.target.group_size, config.target.d_hidden)
-    assert jax.eval_shape(target.sample_fn, jax.random.key(0), 0).shape == (config.apd.batch_size, params["W"].shape[0])
+    assert params["W"].shape == (
+        config.target.num_groups * config.target.group_size,
+        config.target.d_hidden,
+    )
+    assert jax.eval_shape(target.sample_fn, jax.random.key(0), 0).shape == (
+        config.apd.batch_size,
+        params["W"].shape[0],
+    )
 
 
 def test_sizes_and_seeds():
     config = get_config("8x3-10")
-    assert (config.target.num_groups, config.target.group_size, config.target.d_hidden) == (8, 3, 10)
+    assert (config.target.num_groups, config.target.group_size, config.target.d_hidden) == (
+        8,
+        3,
+        10,
+    )
     assert get_config().to_json() == get_config("6x2-5").to_json()
     config.seed = 3
     assert (config.target.seed, config.apd.seed, config.evaluation.seed) == (3, 3, 3)
@@ -146,7 +200,10 @@ def test_sizes_and_seeds():
     ("arg", "message"),
     [
         ("6x2-5,8x3-10", "names 6x2-5 and 8x3-10; give one of them"),
-        ("6x2", r"unknown co-active TMS variant .* '6x2'; known: 6x2-5, 8x3-10, smoke. Did you mean '6x2-5'\?"),
+        (
+            "6x2",
+            r"unknown co-active TMS variant .* '6x2'; known: 6x2-5, 8x3-10, smoke. Did you mean '6x2-5'\?",
+        ),
         ("0x2-5", "unknown co-active TMS variant"),
     ],
 )
@@ -177,11 +234,17 @@ def test_a_trained_target_has_every_feature_and_is_evaluated():
     target = targets.build(config.target, 64)
     params, _ = pretrain.pretrain(target, config.target)
     assert np.linalg.norm(params["W"], axis=1).min() > 0.9
-    assert np.linalg.svd(params["W"].reshape(2, 2, 3), compute_uv=False).min() > 0.5  # two directions in each group
+    assert (
+        np.linalg.svd(params["W"].reshape(2, 2, 3), compute_uv=False).min() > 0.5
+    )  # two directions in each group
     parts = jnp.stack([params["W"] * (jnp.arange(4)[:, None] // 2 == g) for g in range(2)])
     true = components.from_materialized({"W": parts, "b": None}, uses={"W": 2})
     found = evaluation.evaluate(target, params, true, config)
-    assert (found.metrics["groups_found"], found.metrics["num_groups"], found.metrics["num_alive_components"]) == (2, 2, 2)
+    assert (
+        found.metrics["groups_found"],
+        found.metrics["num_groups"],
+        found.metrics["num_alive_components"],
+    ) == (2, 2, 2)
     assert found.metrics["relative_parameter_error"] < 1e-9
     # k is the expected number of active groups: little is lost, only where a small batch has more of them.
     assert found.metrics["minimality_topk"] < 0.3 * found.metrics["minimality_none"]

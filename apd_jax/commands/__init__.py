@@ -1,0 +1,1 @@
+"""Readers and writers of workdirs, behind the command line."""

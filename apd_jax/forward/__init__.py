@@ -1,0 +1,1 @@
+"""The masked forward pass of any function."""

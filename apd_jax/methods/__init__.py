@@ -1,0 +1,1 @@
+"""Compositions of components, gates, ablations and terms; one file per method."""

@@ -1,0 +1,151 @@
+"""What is to be decomposed: a function, its parameters, its data. All that the method knows of a network."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from apd_jax import components as components_lib
+from apd_jax.components import Select, layout
+from apd_jax.errors import InputError
+from apd_jax.network import data
+from apd_jax.train import step as step_lib
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+    """See `apd_jax.decompose` for the fields."""
+
+    apply_fn: Callable
+    params: PyTree
+    sample_fn: Any  # a sampler or None as it was given, an iterable as `data.Batches`
+    attribution_fn: Callable | None = None
+    num_active_fn: Callable | None = None
+    select: Select = None
+    uses: Mapping[str, int] | None = None
+    valid_fn: Callable | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "sample_fn", data.source(self.sample_fn))
+
+    @functools.cached_property
+    def layouts(self) -> dict[str, layout.Layout]:
+        """How the network uses the axes of its weights."""
+        return layout.infer(self.apply_fn, self.params, data.shapes(self.sample_fn))
+
+
+def check_function(problem: Problem) -> None:
+    """Checks that apply_fn returns what the method can work with, by shapes alone: nothing is computed.
+
+    Raises:
+      InputError: apply_fn fails on params and a batch; its output is not a floating array (or (array, {name: array})) with the
+        batch's leading size; or it does not depend on a leaf that is to be decomposed, or has no derivative by it.
+    """
+    x = data.shapes(problem.sample_fn)
+    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
+    try:
+        jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
+    except Exception as error:
+        raise InputError(
+            f"apply_fn fails on params and a batch of sample_fn: {_first_line(error)}"
+        ) from error
+    out, hidden = step_lib.split_result(result)
+    if not isinstance(hidden, Mapping):
+        raise InputError(
+            f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}."
+        )
+    for what, array in {
+        "its output": out,
+        **{f"activation {name!r}": h for name, h in hidden.items()},
+    }.items():
+        if not isinstance(array, jax.ShapeDtypeStruct) or not jnp.issubdtype(
+            array.dtype, jnp.floating
+        ):
+            raise InputError(
+                f"apply_fn must return a floating array, or (array, {{name: array}}); {what} is {array}."
+            )
+        if sizes != {array.shape[:1]}:
+            raise InputError(
+                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the inputs lead with {sorted(sizes)}."
+            )
+    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
+    leaf_names = [
+        components_lib.path_name(path)
+        for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]
+    ]
+    reaching = _reaching_outputs(jaxpr.jaxpr)
+    unused = [
+        name
+        for name, var in zip(leaf_names, jaxpr.jaxpr.invars, strict=False)
+        if name in names and var not in reaching
+    ]
+    if unused:
+        raise InputError(
+            f"the output of apply_fn does not depend on params leaf {unused[0]!r}; pass the weights as its first argument, "
+            "not by closure, or leave that leaf out of `select`."
+        )
+    leaves = {
+        name: leaf
+        for name, leaf in zip(leaf_names, jax.tree.leaves(problem.params), strict=True)
+        if name in names
+    }
+
+    def summed(leaves, params, x):
+        return jnp.sum(
+            step_lib.split_result(
+                problem.apply_fn(components_lib.replace_leaves(params, leaves), x)
+            )[0]
+        )
+
+    try:
+        jax.eval_shape(jax.grad(summed), leaves, problem.params, x)
+    except Exception as error:
+        raise InputError(
+            f"apply_fn has no derivative by its weights: {_first_line(error)}"
+        ) from error
+
+
+def check_examples(problem: Problem) -> None:
+    """Checks that an example's output is its own affair: the first one alone must give what it gives among others.
+
+    Raises:
+      InputError: apply_fn cannot take one example, or mixes examples (batch statistics, dropout, attention over the batch).
+    Cost: apply_fn on one batch.
+    """
+    if isinstance(problem.sample_fn, data.Batches):
+        x = problem.sample_fn.first
+    else:
+        x = jax.jit(problem.sample_fn)(jax.random.key(0), jnp.zeros((), jnp.int32))
+    whole = jax.jit(problem.apply_fn)(problem.params, x)
+    try:
+        alone = jax.jit(problem.apply_fn)(problem.params, jax.tree.map(lambda a: a[:1], x))
+    except Exception as error:
+        raise InputError(
+            f"apply_fn must take any number of examples; with a batch of one it fails: {_first_line(error)}"
+        ) from error
+    for there, here in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
+        if not np.allclose(there[0], here[0], rtol=1e-2, atol=1e-2 * float(jnp.abs(there).max())):
+            raise InputError(
+                "apply_fn gives the first example another output without the others in its batch; it must treat examples one by one: "
+                "use the inference mode of batch normalisation and dropout."
+            )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def _reaching_outputs(jaxpr: Any) -> set[Any]:
+    """The variables that some output may depend on; an inner jaxpr counts as needing all its inputs."""
+    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return needed

@@ -1,0 +1,1 @@
+"""From a network to components without tuning: beginnings, stages, restructuring."""

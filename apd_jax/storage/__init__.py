@@ -1,0 +1,1 @@
+"""A decomposition as a folder, with its card."""

@@ -1,0 +1,347 @@
+"""A decomposition as a folder: what was found, without the data and the checkpoints of the search. No pickle.
+
+  params.safetensors       all of the target's params, by dotted path (`params.Dense_0.kernel`)
+  components.safetensors   the factors of every decomposed leaf (`params.Dense_0.kernel.U` [C, d_in, m] and `.V` [C, m, d_out]);
+                           log_thresholds [C] of a learned mask
+  README.md                a card for a model hub
+  decomposition.json       what the leaves and containers are, the config, the logged rows; written last
+
+The folder may lie on cloud storage (gs://). The network's function is code, which `load` is given.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from etils import epath
+from jaxtyping import PyTree
+from ml_collections import ConfigDict
+
+from apd_jax import components as components_lib
+from apd_jax import decomposition as decomposition_lib
+from apd_jax.components import Components, Factors, path_name
+from apd_jax.errors import InputError
+from apd_jax.methods.config import default_config
+from apd_jax.network.problem import Problem
+from apd_jax.storage import card
+from apd_jax.train import parallel
+
+FORMAT = 1  # raised with every change after which older versions would misread a folder
+
+_PARAMS, _COMPONENTS, _ABOUT, _CARD = (
+    "params.safetensors",
+    "components.safetensors",
+    "decomposition.json",
+    "README.md",
+)
+_THRESHOLDS = "log_thresholds"  # in the file of components, where their mask was learned
+_DTYPES = {
+    "BOOL": "bool",
+    "F16": "float16",
+    "BF16": "bfloat16",
+    "F32": "float32",
+    "F64": "float64",
+    "C64": "complex64",
+}
+_DTYPES |= {
+    f"{letter}{bits}": f"{name}{bits}"
+    for letter, name in (("I", "int"), ("U", "uint"))
+    for bits in (8, 16, 32, 64)
+}
+# What of a decomposed leaf goes into the file of arrays, and what into decomposition.json.
+_ARRAYS = [field.name for field in dataclasses.fields(Factors) if not field.metadata.get("static")]
+_STATIC = [field.name for field in dataclasses.fields(Factors) if field.metadata.get("static")]
+
+
+def save(
+    decomposition: decomposition_lib.Decomposition,
+    path: epath.PathLike,
+    *,
+    metrics: Mapping[str, Any] | None = None,
+    evidence: Mapping[str, Any] | None = None,
+) -> None:
+    """Writes a decomposition into the folder `path`, over one that is there. Of several processes, every one must call it; 0 writes.
+
+    Args:
+      metrics, evidence: what evaluation.json and evidence.json hold; for the card only.
+    Raises:
+      InputError: params hold something else than numbers, or two leaves of the same dotted path.
+    """
+    params, components = decomposition.problem.params, decomposition.components
+    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(
+            f"params have two leaves of the dotted path {min(twice)!r}; rename a key that holds a dot."
+        )
+    about = {
+        "format": FORMAT,
+        "apd_jax": _version(),
+        "num_components": components.num_components,
+        "leaves": {
+            name: {field: getattr(f, field) for field in _STATIC}
+            for name, f in components.factors.items()
+        },
+        "select": decomposition.problem.select,
+        "containers": _containers(
+            jax.tree_util.tree_map_with_path(lambda p, _: path_name(p), params)
+        ),
+        "config": decomposition.config.to_dict(),
+        "history": list(decomposition.history),
+        "recipe": None if decomposition.recipe is None else decomposition.recipe.to_dict(),
+    }
+    factors = {
+        f"{name}.{field}": getattr(f, field)
+        for name, f in components.factors.items()
+        for field in _ARRAYS
+    }
+    if components.log_thresholds is not None:
+        factors[_THRESHOLDS] = components.log_thresholds
+    text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
+    contents = {
+        _PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
+        _COMPONENTS: _encode(factors),
+        _CARD: text.encode(),
+    }
+    parallel.from_primary(lambda: _write(epath.Path(path), contents, about))
+
+
+def load(
+    path: epath.PathLike,
+    apply_fn: Callable,
+    params: PyTree = None,
+    sample_fn: Callable | Iterable | None = None,
+    *,
+    attribution_fn: Callable | None = None,
+    num_active_fn: Callable | None = None,
+    valid_fn: Callable | None = None,
+) -> decomposition_lib.Decomposition:
+    """The decomposition that `save` wrote, bit for bit.
+
+    Args:
+      apply_fn: the function that was decomposed. This, sample_fn and the functions of x: see `apd_jax.decompose`.
+      params: a pytree with the structure and shapes of the network's params (arrays, or the shapes that `jax.eval_shape` gives), for
+        an NNX state, a NamedTuple or another class. None: nested dicts, lists and tuples, as they were. The values are always those
+        of the file.
+      sample_fn: not needed to use the components, only to train more.
+    Raises:
+      InputError: one sentence naming file and leaf: no such folder, a save that was cut short, a damaged file, another network's
+        params, or a folder of a newer version.
+    """
+    folder = epath.Path(path)
+    about = _read_about(folder)
+    saved, factors = _decode(folder / _PARAMS), _decode(folder / _COMPONENTS)
+    params = (
+        _refilled(about["containers"], saved, folder)
+        if params is None
+        else _like(params, saved, folder)
+    )
+
+    def slot(leaf_path: tuple[Any, ...], leaf: Any) -> Factors | None:
+        name = path_name(leaf_path)
+        if name not in about["leaves"]:
+            return None
+        hints = typing.get_type_hints(Factors)
+        static = {
+            field: _typed(hints[field], value) for field, value in about["leaves"][name].items()
+        }
+        return Factors(
+            **{
+                field: jnp.asarray(_taken(factors, f"{name}.{field}", folder / _COMPONENTS))
+                for field in _ARRAYS
+            },
+            **static,
+        )
+
+    components = Components(
+        jax.tree_util.tree_map_with_path(slot, params),
+        jnp.asarray(factors[_THRESHOLDS]) if _THRESHOLDS in factors else None,
+    )
+    components_lib.decomposed_leaves(components, params)  # their shapes agree
+    uses = {name: f.uses for name, f in components.factors.items() if f.uses != 1}
+    problem = Problem(
+        apply_fn, params, sample_fn, attribution_fn, num_active_fn, about["select"], uses, valid_fn
+    )
+    config = default_config()
+    if unknown := sorted(set(about["config"]) - set(config)):
+        raise InputError(
+            f"{folder} was written by apd_jax {about['apd_jax']} with a setting {unknown[0]!r} that this one lacks; update it."
+        )
+    config.update(about["config"])
+    recipe = None if about["recipe"] is None else ConfigDict(about["recipe"]).lock()
+    return decomposition_lib.Decomposition(problem, components, config, about["history"], recipe)
+
+
+def _version() -> str:
+    try:
+        return metadata.version("apd_jax")
+    except metadata.PackageNotFoundError:  # run from a copy of the sources
+        return "unknown"
+
+
+# Files
+
+
+def _write(folder: epath.Path, contents: Mapping[str, bytes], about: Mapping[str, Any]) -> None:
+    """A folder without decomposition.json is one that was not finished."""
+    text = json.dumps(about, indent=1, default=_plain)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _ABOUT).unlink(missing_ok=True)
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        unfinished = folder / f".{_ABOUT}.unfinished"
+        unfinished.write_text(text)
+        unfinished.rename(folder / _ABOUT)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); choose another folder."
+        ) from error
+
+
+def _read_about(folder: epath.Path) -> dict[str, Any]:
+    file = folder / _ABOUT
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; give the folder of a saved decomposition.")
+    if not file.exists():
+        raise InputError(
+            f"{folder} holds no {_ABOUT}: it is not a saved decomposition, or its saving was cut short; save it again."
+        )
+    try:
+        about = json.loads(file.read_text())
+        written, version = about["format"], about["apd_jax"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(
+            f"{file} is damaged ({_sentence(error)}); save the decomposition again."
+        ) from error
+    if written > FORMAT:
+        raise InputError(
+            f"{folder} was written in format {written} by apd_jax {version}; this one reads up to {FORMAT}, so update it."
+        )
+    return about
+
+
+def _encode(arrays: Mapping[str, Any]) -> bytes:
+    converted = {}
+    for name, leaf in arrays.items():
+        dtype = str(leaf.dtype)
+        if dtype not in _DTYPES.values():
+            raise InputError(
+                f"params leaf {name!r} has dtype {dtype}, which a file cannot hold; leave it out of params."
+            )
+        converted[name] = np.asarray(
+            leaf, order="C"
+        )  # safetensors writes memory as it lies, whatever the strides
+    return safetensors.numpy.save(converted)
+
+
+def _decode(file: epath.Path) -> dict[str, np.ndarray]:
+    """The arrays of a file. safetensors' own function for it does not know bfloat16."""
+    try:
+        tensors = safetensors.deserialize(file.read_bytes())
+        return {
+            name: np.frombuffer(t["data"], np.dtype(_DTYPES[t["dtype"]])).reshape(t["shape"])
+            for name, t in tensors
+        }
+    except FileNotFoundError:
+        raise InputError(f"{file} is missing; save the decomposition again.") from None
+    except (
+        Exception
+    ) as error:  # whatever is wrong in header, offsets or dtypes: for the user all are one
+        raise InputError(
+            f"{file} cannot be read ({_sentence(error)}); save the decomposition again."
+        ) from error
+
+
+def _taken(arrays: Mapping[str, np.ndarray], name: str, file: epath.Path) -> np.ndarray:
+    if name not in arrays:
+        raise InputError(f"{file} lacks {name!r}; it holds {', '.join(sorted(arrays))}.")
+    return arrays[name]
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
+
+
+# Pytrees
+
+
+def _containers(named: PyTree) -> Any:
+    """Nested dicts, lists and tuples as JSON: [kind, children], a leaf its name; another container is [its class's name, None]."""
+    if named is None or isinstance(named, str):
+        return named
+    if isinstance(named, Mapping) and all(isinstance(key, str) for key in named):
+        return ["dict", {key: _containers(child) for key, child in named.items()}]
+    kind = type(named).__name__
+    return [kind, [_containers(child) for child in named] if type(named) in (list, tuple) else None]
+
+
+def _refilled(containers: Any, arrays: Mapping[str, np.ndarray], folder: epath.Path) -> PyTree:
+    """The pytree that `_containers` described, with the arrays for leaves.
+
+    Raises:
+      InputError: it has a container of another kind.
+    """
+    if containers is None:
+        return None
+    if isinstance(containers, str):
+        return jnp.asarray(_taken(arrays, containers, folder / _PARAMS))
+    kind, children = containers
+    if children is None:
+        raise InputError(
+            f"{folder}: the params were held in a {kind}, which the file cannot make; give params, a pytree like them."
+        )
+    if kind == "dict":
+        return {key: _refilled(child, arrays, folder) for key, child in children.items()}
+    return {"list": list, "tuple": tuple}[kind](
+        _refilled(child, arrays, folder) for child in children
+    )
+
+
+def _like(params: PyTree, arrays: Mapping[str, np.ndarray], folder: epath.Path) -> PyTree:
+    """The arrays in the structure of params.
+
+    Raises:
+      InputError: another leaf, or another shape of one.
+    """
+    flat, structure = jax.tree_util.tree_flatten_with_path(params)
+    given = {path_name(p): tuple(leaf.shape) for p, leaf in flat}
+    if other := sorted(set(given) ^ set(arrays)):
+        where = "params" if other[0] in given else folder
+        raise InputError(
+            f"params do not belong to {folder}: only {where} has a leaf {other[0]!r}; give that network's params."
+        )
+    if bad := [name for name, shape in given.items() if shape != arrays[name].shape]:
+        name = bad[0]
+        raise InputError(
+            f"params do not belong to {folder}: {name!r} has shape {given[name]} here and {arrays[name].shape} there."
+        )
+    return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in given])
+
+
+def _plain(value: Any) -> Any:
+    """What json does not know: dataclasses and other mappings as dicts, other sequences as lists."""
+    if dataclasses.is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return dict(value) if isinstance(value, Mapping) else list(value)
+
+
+def _typed(hint: Any, value: Any) -> Any:
+    """A static field again from its JSON: lists are tuples there, and objects the dataclass that the annotation names."""
+    if isinstance(value, list):
+        return tuple(_typed(None, item) for item in value)
+    if isinstance(value, dict):
+        options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        cls: Any = next(option for option in options if dataclasses.is_dataclass(option))
+        return cls(**{name: _typed(None, item) for name, item in value.items()})
+    return value

@@ -1,0 +1,1 @@
+"""The train step and the host loop around it."""

@@ -1,0 +1,171 @@
+"""Orbax checkpoints of a TrainState: asynchronous, atomic, a few kept, and a torn one skipped.
+
+What is on disk is the whole state as plain arrays, so a run goes on with any number of devices and component shards. A state of
+which every device has a copy is written and read by one process alone; one that is split over devices by all of them together,
+each with its own part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from etils import epath
+from jaxtyping import PyTree
+
+from apd_jax.errors import InputError
+from apd_jax.train import parallel
+
+log = logging.getLogger(__name__)
+log.setLevel(logging.WARNING)  # whatever level the root logger is set to
+
+
+def open_manager(
+    folder: epath.PathLike, keep: int = 2, *, together: bool = False
+) -> ocp.CheckpointManager:
+    """The checkpoints of one run; `keep` newest ones are kept. `together`: all processes have opened it and use it alike."""
+    folder = epath.Path(folder).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    return _manager(
+        folder,
+        together,
+        max_to_keep=keep,
+        enable_async_checkpointing=True,
+        cleanup_tmp_directories=True,
+    )
+
+
+def _manager(folder: epath.Path, together: bool, **options: Any) -> ocp.CheckpointManager:
+    """One that this process uses alone, whether or not there are others, or that all of them use."""
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(), active_processes={jax.process_index()}
+    )
+    who = ocp.options.MultiprocessingOptions() if together else alone
+    return ocp.CheckpointManager(
+        folder,
+        options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=who, **options),
+        item_handlers=ocp.StandardCheckpointHandler(),  # else orbax guesses the layout from the newest step, which may be torn
+    )
+
+
+def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
+    """Starts writing `state`; returns before it is on disk. `manager.wait_until_finished()` waits."""
+    if step not in manager.all_steps():
+        manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def restore_latest(
+    manager: ocp.CheckpointManager, like: PyTree, *, together: bool = False
+) -> tuple[int, PyTree] | None:
+    """The newest checkpoint that can be read, as (step, state); None where there is none at all.
+
+    A torn one is skipped, with a warning, and deleted once an older one was read, so that training can write its step anew.
+
+    Args:
+      like: a state of the same structure, shapes and dtypes (abstract or not); what is read is placed as it is.
+      together: as the manager was opened; a checkpoint counts if every process could read its part.
+    Raises:
+      InputError: there are checkpoints, but none can be read.
+    """
+    found = _newest_readable(manager, like, together=together)
+    if found is not None:
+        for torn in [step for step in manager.all_steps() if step > found[0]]:
+            manager.delete(torn)
+    return found
+
+
+def read(
+    folder: epath.PathLike, like: PyTree = None, *, until: int | None = None
+) -> tuple[dict[int, int], int, Any]:
+    """What a checkpoint folder holds: {step: bytes on disk}, the newest readable step, its state. Changes nothing: a run may be writing.
+
+    Args:
+      like: as in `restore_latest`; None gives nested dicts of arrays, without knowing the network.
+      until: checkpoints of later steps are passed over.
+
+    Raises:
+      InputError: no such folder, no checkpoint in it, or none that can be read.
+    """
+    folder = epath.Path(folder).absolute()
+    if not folder.is_dir():
+        raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
+    with contextlib.closing(_manager(folder, together=False, read_only=True)) as manager:
+        found = _newest_readable(manager, like, until)
+        if found is None:
+            raise InputError(f"{folder} holds no checkpoint yet; let the run write its first one.")
+        sizes = {step: _bytes(folder / str(step)) for step in manager.all_steps()}
+    return dict(sorted(sizes.items())), *found
+
+
+def _abstract(like: PyTree) -> PyTree:
+    """Shapes, dtypes and places; what has no place of its own goes to this process's first device, wherever it was when it was saved."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+    def one(a: Any) -> jax.ShapeDtypeStruct:
+        placed = isinstance(a, jax.Array | jax.ShapeDtypeStruct) and a.sharding is not None
+        return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding if placed else here)
+
+    return jax.tree.map(one, like)
+
+
+def _newest_readable(
+    manager: ocp.CheckpointManager,
+    like: PyTree,
+    until: int | None = None,
+    *,
+    together: bool = False,
+) -> tuple[int, Any] | None:
+    steps = sorted(
+        [step for step in manager.all_steps() if until is None or step <= until], reverse=True
+    )
+    for step in steps:
+        state, reason = None, ""
+        try:
+            with _abandoned_reads_unheard():
+                wanted = manager.item_metadata(step).tree if like is None else like
+                state = manager.restore(step, args=ocp.args.StandardRestore(_abstract(wanted)))
+        except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+        unread = bool(reason)
+        if together:
+            unread = bool(parallel.largest(unread))
+        if not unread:
+            return step, state
+        if reason:
+            log.warning(
+                "checkpoint %d in %s cannot be read (%s); trying the one before.",
+                step,
+                manager.directory,
+                reason,
+            )
+    if steps:
+        raise InputError(
+            f"none of the checkpoints {steps} in {manager.directory} can be read; delete that folder to start the decomposition again."
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _abandoned_reads_unheard() -> Iterator[None]:
+    """When one of orbax's parallel reads fails, the others report to an event loop that is gone, each with a traceback."""
+    hook = sys.unraisablehook
+    sys.unraisablehook = lambda args: (
+        None if "Event loop is closed" in str(args.exc_value) else hook(args)
+    )
+    try:
+        yield
+    except Exception:
+        time.sleep(0.2)  # for the last of them
+        raise
+    finally:
+        sys.unraisablehook = hook
+
+
+def _bytes(path: epath.Path) -> int:
+    return sum(_bytes(child) for child in path.iterdir()) if path.is_dir() else path.stat().length

@@ -1,0 +1,123 @@
+"""What a running decomposition tells: a progress display, `metrics.jsonl` and TensorBoard scalars."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import tensorboardX
+from etils import epath
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+_SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
+
+
+class ProgressDisplay:
+    """A progress bar with rate, time left and the latest values; plain lines now and then where the output is a file."""
+
+    def __init__(self, title: str, total: int, *, console: Console | None = None):
+        self._console = console or Console(stderr=True)
+        self._title, self._total = title, total
+        self._last_line = self._start = time.monotonic()
+        self._first_step: int | None = None
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[rate]}"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[values]}"),
+        )
+        self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
+        self._task = self._bar.add_task(title, total=total, rate="", values="")
+
+    def __enter__(self) -> ProgressDisplay:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bar.stop()
+
+    def update(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows `step` of the total and a few named values."""
+        now = time.monotonic()
+        if (
+            self._first_step is None
+        ):  # the first call carries the compilation: the rate counts from its end
+            self._first_step, self._start = step, now
+        seconds = now - self._start
+        rate = (step - self._first_step) / seconds if seconds > 0 else 0.0
+        shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
+        speed = f"{rate:.3g} steps/s" if rate else ""
+        self._bar.update(self._task, completed=step, rate=speed, values=shown)
+        if not self._console.is_terminal and (
+            now - self._last_line > _SECONDS_BETWEEN_LINES or step >= self._total
+        ):
+            self._last_line = now
+            left = (
+                f", {(self._total - step) / rate:.0f} s left" if rate and step < self._total else ""
+            )
+            self._console.print(
+                f"{self._title}: step {step}/{self._total}  {speed}{left}  {shown}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+class MetricsLog:
+    """Appends rows to `metrics.jsonl` and TensorBoard. Rows past the step resumed from are dropped: they come again."""
+
+    def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
+        folder = epath.Path(workdir)
+        self._path = folder / "metrics.jsonl"
+        self.rows = [row for row in read_rows(self._path) if row["step"] <= resume_step]
+        self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        self._board = tensorboardX.SummaryWriter(
+            str(folder / "tensorboard"), purge_step=resume_step or None
+        )
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        self.rows.append(dict(row))
+        if "://" in str(self._path):  # cloud storage cannot append
+            self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+        else:
+            with self._path.open("a") as file:
+                file.write(json.dumps(dict(row)) + "\n")
+        for name, value in row.items():
+            if name != "step":
+                named = (
+                    {f"{name}/{i}": v for i, v in enumerate(value)}
+                    if isinstance(value, list)
+                    else {name: value}
+                )  # by instance
+                for tag, scalar in named.items():
+                    if math.isfinite(
+                        scalar
+                    ):  # TensorBoard has no place for others, and warns of each
+                        self._board.add_scalar(tag, scalar, row["step"])
+
+    def close(self) -> None:
+        self._board.close()
+
+
+def read_rows(path: epath.Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file; a last line cut short by a kill is ignored."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows

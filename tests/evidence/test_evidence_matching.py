@@ -1,0 +1,144 @@
+"""Matching, the audit of attributions, purity and the parts of leaves, each against numpy."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import load_golden, make_config
+from scipy import stats
+
+from apd_jax import attributions as attributions_lib
+from apd_jax import components as components_lib
+from apd_jax.errors import InputError
+from apd_jax.evidence import audit, truth
+from apd_jax.evidence.matching import agreement
+from apd_jax.evidence.subject import Setting, make
+from apd_jax.network.problem import Problem
+
+
+def drawn(seed, C=4):
+    rng = np.random.default_rng(seed)
+    return {
+        "a": rng.normal(size=(C, 3, 2)).astype(np.float32),
+        "b": rng.normal(size=(C, 2, 5)).astype(np.float32),
+    }
+
+
+def as_components(weights):
+    return components_lib.from_materialized({name: jnp.asarray(P) for name, P in weights.items()})
+
+
+def test_agreement_is_the_best_of_all_matchings():
+    first, second = drawn(0), drawn(1)
+    flat = [
+        np.concatenate([w["a"].reshape(4, -1), w["b"].reshape(4, -1)], axis=1)
+        for w in (first, second)
+    ]
+    unit = [f / np.linalg.norm(f, axis=1, keepdims=True) for f in flat]
+    cosine = unit[0] @ unit[1].T
+    best = max(itertools.permutations(range(4)), key=lambda p: cosine[range(4), p].sum())
+    found = agreement(as_components(first), as_components(second))
+    np.testing.assert_array_equal(found.match, best)
+    np.testing.assert_allclose(found.cosine, cosine[range(4), best], atol=1e-5)
+
+
+def test_agreement_of_the_same_in_another_order_among_more():
+    first, order = drawn(0), [2, 0, 3, 1]
+    other = {
+        name: np.concatenate([2 * P[order], 0 * P[:2]]) for name, P in first.items()
+    }  # twice as long, and two dead ones
+    found = agreement(as_components(first), as_components(other))
+    np.testing.assert_array_equal(found.match, np.argsort(order))
+    assert (found.mean_cosine, found.share) == pytest.approx((1, 1), abs=1e-5)
+    back = agreement(as_components(other), as_components(first))
+    assert (
+        (back.match[4:] == -1).all() and back.share == 1 and not back.large[4:].any()
+    )  # the dead do not count
+    with pytest.raises(InputError, match="differ in leaf 'b'"):
+        agreement(as_components(first), as_components({"a": first["a"]}))
+
+
+def test_audit_by_leaf():
+    weights, rng = drawn(0), np.random.default_rng(2)
+    components, params = (
+        as_components(weights),
+        {name: jnp.asarray(P.sum(axis=0)) for name, P in weights.items()},
+    )
+
+    def apply_fn(params, x):
+        return jnp.tanh(x @ params["a"]) @ params["b"]
+
+    x = jnp.asarray(rng.normal(size=(32, 3)), jnp.float32)
+    subject = make(
+        Setting(Problem(apply_fn, params, None), make_config(num_components=4, topk=2.0)),
+        params,
+        components,
+        x,
+    )
+    found, failed = audit.correlations(subject, "b")
+    assert not failed and set(found) == set(audit.KINDS)
+    # The outputs are linear in b, so ablating its part alone, exactly what the gradient says, moves them by tanh(x a) P_cb.
+    assert found["gradient_forward"] == pytest.approx(1) and found[
+        "gradient_reverse"
+    ] == pytest.approx(1)
+    # In a: true ablation by numpy, gradients by the method's own forward mode on the whole network with b held.
+    found, _ = audit.correlations(subject, "a")
+    a, b = weights["a"], weights["b"].sum(axis=0)
+    whole = np.tanh(x @ a.sum(axis=0)) @ b
+    true = np.stack(
+        [np.sqrt(np.mean((np.tanh(x @ (a.sum(axis=0) - P)) @ b - whole) ** 2, axis=1)) for P in a],
+        axis=1,
+    )
+    only_a = components_lib.from_materialized({"a": jnp.asarray(a), "b": None})
+    gradient = attributions_lib.gradient(apply_fn, params, only_a, x, mode="forward")
+    assert found["gradient_forward"] == pytest.approx(
+        stats.spearmanr(true.ravel(), np.ravel(gradient)).statistic, abs=1e-3
+    )
+
+
+def test_purity():
+    # Feature 0: component 0 alone. Feature 1: component 1, which holds 3 of feature 2's squared norm beside its own 1.
+    P = np.zeros((2, 3, 2))
+    P[0, 0], P[1, 1], P[1, 2] = (1, 0), (1, 0), (0, 3**0.5)
+    np.testing.assert_allclose(
+        truth.purity(P, np.array([[1, 0], [1, 0], [1, 0]], float)), [1, 0.25, 0]
+    )  # none is left for feature 2
+
+
+def test_leaf_parts_of_faithful_components_sum_to_the_whole():
+    golden = load_golden("resid2_small")
+    names = [name for name in golden.components.factors]
+    parts = {name: 0.5 * jnp.stack([golden.params[name], golden.params[name]]) for name in names}
+    tree = {name: parts.get(name) for name in golden.params}
+    components = components_lib.from_materialized(tree)
+    problem = golden.target.problem(golden.params)
+    subject = make(
+        Setting(problem, make_config(num_components=2, topk=1.0)),
+        golden.params,
+        components,
+        golden.x,
+    )
+    found = truth.leaf_parts(golden.target, subject)
+    assert set(found) == set(names)
+    for of_components, whole in found.values():
+        np.testing.assert_allclose(of_components.sum(axis=0), whole, atol=1e-5)
+    # Each component has a quarter of every leaf's squared norm: of four leaves, three quarters of it lie outside any one.
+    assert truth.cross_leaf_share(subject) == pytest.approx(0.75, abs=1e-4)
+
+
+def test_audit_sees_where_first_order_breaks():
+    """A saturated softmax, softmax(10 s·e_0) for s from 0.4 to 2: with s the cost of ablation rises, p(10 s) - 1/4, and the gradient falls,
+    10 s·p(1 - p), so their ranks are opposed. Integrated gradients add up to the ablation exactly."""
+    W = 10 * jnp.eye(4)[:1]
+    x = jnp.linspace(0.4, 2.0, 32)[:, None]
+    setting = Setting(
+        Problem(lambda p, x: jax.nn.softmax(x @ p["W"]), {"W": W}, None),
+        make_config(num_components=1, topk=1.0),
+    )
+    found, _ = audit.correlations(make(setting, {"W": W}, as_components({"W": W[None]}), x))
+    assert found["gradient_forward"] == pytest.approx(-1, abs=0.01) and found[
+        "gradient_reverse"
+    ] == pytest.approx(-1, abs=0.01)
+    assert found["integrated_gradient"] > 0.99

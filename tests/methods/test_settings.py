@@ -1,0 +1,119 @@
+"""Instances that differ in settings: each is the run that has these values in its config."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import close, make_config
+
+from apd_jax.errors import NonFiniteError
+from apd_jax.methods import config as config_lib
+from apd_jax.network.problem import Problem
+from apd_jax.train import loop as train
+
+PARAMS = {
+    "w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32),
+    "v": jnp.asarray(np.random.default_rng(1).normal(size=(3, 4)), jnp.float32),
+}
+SMALL = {
+    "num_components": 5,
+    "num_steps": 6,
+    "batch_size": 8,
+    "init_scale": 3.0,
+    "learning_rate": 1e-2,
+    "warmup_fraction": 0.4,
+}
+SMALL |= {"steps_per_call": 3, "log_every_steps": 1}
+BASES = {
+    "topk": {
+        "topk": 1.3,
+        "simplicity_coeff_final": 0.5,
+        "hidden_reconstruction_coeff": 0.5,
+        "optimizer": "adamw",
+        "weight_decay": 0.1,
+    },
+    "whole": {"mask": "topk", "topk": 2.0, "sparse_route": "dispatch", "schedule": "linear"},
+    "threshold": {
+        "mask": "threshold",
+        "threshold": 0.4,
+        "attribution_lp_coeff": 0.2,
+        "optimizer": "sgd",
+        "schedule": "constant",
+    },
+    "learned": {"mask": "learned", "threshold": 0.4, "importance_coeff": 0.1},
+}
+CHANGES = {
+    "topk": {
+        "seed": 7,
+        "init_scale": 2.0,
+        "topk": 2.7,
+        "faithfulness_coeff": 0.3,
+        "minimality_coeff": 4.0,
+        "hidden_reconstruction_coeff": 3.0,
+        "simplicity_coeff": 2.0,
+        "simplicity_coeff_final": 0.1,
+        "schatten_p": 0.6,
+        "learning_rate": 3e-2,
+        "weight_decay": 0.7,
+    },
+    "whole": {"topk": 3.0},
+    "threshold": {"threshold": 0.8, "attribution_lp_coeff": 0.7, "attribution_lp_p": 0.5},
+    "learned": {"threshold": 0.8, "importance_coeff": 0.3},
+}
+
+
+def make_problem():
+    def apply_fn(params, x):
+        h = jax.nn.relu(x @ params["w"])
+        return h @ params["v"], {"h": h}
+
+    return Problem(
+        apply_fn, PARAMS, lambda key, step: jax.random.normal(jax.random.fold_in(key, step), (8, 4))
+    )
+
+
+def by_instance(config, runs):
+    """{field: its value in every run}."""
+    fields = {field for run in runs for field in run}
+    return {
+        field: np.array([run[field] if field in run else config[field] for run in runs])
+        for field in fields
+    }
+
+
+def test_every_field_is_tried():
+    assert {field for changes in CHANGES.values() for field in changes} == {
+        "seed",
+        *config_lib.TRACEABLE,
+    }
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_an_instance_is_the_run_with_its_values_in_the_config(base):
+    problem, config = make_problem(), make_config(**SMALL | BASES[base])
+    runs = [{}, CHANGES[base]]
+    config.num_instances = len(runs)
+    state, rows = train.advance(problem, config, settings=by_instance(config, runs))
+    config.num_instances = 1
+    config.update(CHANGES[base])
+    components, alone_rows = train.fit(problem, config)
+    for name in ("total", "faithfulness", "minimality", "simplicity", "mean_active"):
+        close([row[name][1] for row in rows], [row[name] for row in alone_rows], 2e-5, name)
+    for name, f in components.factors.items():
+        close(state.components.factors[name].U[1], f.U, 5e-5, name)
+
+
+def test_an_instance_that_diverges_harms_no_other():
+    problem, config = (
+        make_problem(),
+        make_config(**SMALL, optimizer="sgd", schedule="constant", num_instances=2),
+    )
+    state, rows = train.advance(problem, config, settings={"learning_rate": np.array([1e-2, 1e30])})
+    assert np.isfinite([row["total"][0] for row in rows]).all() and not np.isfinite(
+        rows[-1]["total"][1]
+    )
+    alone, _ = train.advance(problem, config, settings={"learning_rate": np.array([1e-2, 1e-2])})
+    close(state.components.factors["w"].U[0], alone.components.factors["w"].U[0])
+    with pytest.raises(NonFiniteError):  # without settings nothing of it is wanted
+        config.learning_rate = 1e30
+        train.fit(problem, config)

@@ -1,0 +1,228 @@
+"""Modes, on directions and networks whose mechanisms are known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from apd_jax import components
+from apd_jax.errors import InputError
+from apd_jax.forward import sparse
+from apd_jax.network.problem import Problem
+from apd_jax.recipe import modes
+from apd_jax.recipe.modes import Modes
+
+W = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0], [1.0, 1.0, 0.0], [0.5, -1.0, 1.0]], np.float32)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def fewer_examples():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modes, "NUM_EXAMPLES", 4096)
+        yield
+
+
+def mixtures(key, step, num_features=4, batch=512):
+    """Every feature is on with probability 0.08, then uniform in [0, 1]."""
+    on, size = jax.random.split(jax.random.fold_in(key, step))
+    return jax.random.uniform(size, (batch, num_features)) * jax.random.bernoulli(
+        on, 0.08, (batch, num_features)
+    )
+
+
+def fresh(params, C, rank, **options):
+    return components.init(jax.random.key(1), params, num_components=C, rank=rank, **options)
+
+
+def rows_of(ins):
+    """Which standard direction each mode reads, and how well."""
+    cosine = np.abs(ins)
+    return cosine.argmax(-1).tolist(), cosine.max(-1)
+
+
+@pytest.fixture(scope="module")
+def two_layers():
+    """x W W2 with W2 of 3 x 4: four features read W apart, and share the three hidden dimensions."""
+    params = {"first": jnp.asarray(W), "second": jnp.asarray(W.T * 0.5)}
+    return Problem(lambda p, x: jnp.tanh(x @ p["first"] @ p["second"]), params, mixtures)
+
+
+@pytest.fixture(scope="module")
+def found(two_layers):
+    return modes.find(two_layers, 512, jax.random.key(0))
+
+
+def test_modes_are_the_single_features(found):
+    which, cosine = rows_of(found.ins["first"][:, 0])
+    assert sorted(which) == [0, 1, 2, 3] and cosine.min() > 0.99
+    assert (np.diff(found.density) <= 0).all()
+
+
+def test_components_sum_to_the_target_and_each_does_its_own_mode(two_layers, found):
+    """Component i is W's row i and no other, up to how pure examples are. The second leaf has rank 3 for 4 modes: gain 3/4."""
+    C, gains = modes.components(two_layers, found, fresh(two_layers.params, 6, 2)), found.gains
+    for name, leaf in two_layers.params.items():
+        np.testing.assert_allclose(components.total(C, two_layers.params)[name], leaf, atol=1e-5)
+    assert gains["first"] == pytest.approx(1) and gains["second"] == pytest.approx(0.75)
+    which, P = rows_of(found.ins["first"][:, 0])[0], np.asarray(C.factors["first"].weights)
+    np.testing.assert_allclose(P[:4], np.eye(4)[which][:, :, None] * W[None], atol=1e-3)
+    assert (np.linalg.matrix_rank(P[:4], tol=1e-4) == 1).all()
+
+
+def test_what_no_mode_reads_goes_to_the_other_components():
+    """Feature 3 is never on: its row, of rank 1, is held by a component without a mode."""
+    problem = Problem(
+        lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, lambda k, s: mixtures(k, s).at[:, 3].set(0)
+    )
+    m = modes.find(problem, 512, jax.random.key(0))
+    assert len(m) == 3 and m.unexplained < 1e-6
+    C = modes.components(problem, m, fresh(problem.params, 5, 1))
+    P = np.asarray(C.factors["W"].weights)
+    np.testing.assert_allclose(P[3], np.eye(4)[:, 3:] * W[3], atol=1e-4)
+    assert not P[4].any()
+    alone = np.asarray(
+        components.weighted_sum(C, problem.params, jnp.array([1.0, 1, 1, 0, 0]))["W"]
+    )
+    np.testing.assert_allclose(alone, np.diag([1.0, 1, 1, 0]) @ W, atol=1e-4)
+
+
+def test_a_leaf_that_modes_share_is_held_by_what_is_always_on():
+    """x W H with H of 3 x 3 for six features: its gain is 3/6."""
+    tall = np.concatenate([W, [[2.0, -1, 0], [0, 0, -1.5]]]).astype(np.float32)
+    params = {"W": jnp.asarray(tall), "hidden": jnp.eye(3)}
+    problem = Problem(lambda p, x: x @ p["W"] @ p["hidden"], params, lambda k, s: mixtures(k, s, 6))
+    m = modes.find(problem, 512, jax.random.key(0))
+    assert len(m) == 6
+    C = modes.components(problem, m, fresh(params, 8, 3), num_always_on=1)
+    assert m.gains == {"hidden": pytest.approx(0.5), "W": pytest.approx(1)}
+    P = components.materialize(C)
+    np.testing.assert_allclose(P["hidden"][0], np.eye(3), atol=1e-6)
+    assert not np.any(P["hidden"][1:]) and not np.any(P["W"][0])
+    assert [modes.num_to_hold(problem, "hidden", fresh(params, 8, m)) for m in (1, 2, 3)] == [
+        3,
+        2,
+        1,
+    ]
+    two = modes.components(problem, m, fresh(params, 8, 2), num_always_on=2)  # rank 2 each
+    np.testing.assert_allclose(components.materialize(two)["hidden"].sum(0), np.eye(3), atol=1e-6)
+    with pytest.raises(InputError, match="num_always_on to at least 2, or the rank to at least 3"):
+        modes.components(problem, m, fresh(params, 8, 2), num_always_on=1)
+
+
+def test_a_component_does_its_part_whatever_else_is_on_or_ablated():
+    """A layer that reads what another has written, in superposition: no sum of what it reads of single features. With W_out apart, and what
+    the second layer makes of that always on, features that are not there can be ablated in any combination, and no output changes."""
+    F, D, M = 5, 16, 3
+    keys = jax.random.split(jax.random.key(3), 5)
+    shapes = {"in_0": (D, M), "out_0": (M, D), "in_1": (D, M), "out_1": (M, D)}
+    params = {
+        name: jax.random.normal(k, shape) / 2
+        for k, (name, shape) in zip(keys, shapes.items(), strict=False)
+    }
+    embed = jax.random.normal(keys[4], (F, D)) / 4
+
+    def fn(p, x):
+        r = x @ embed
+        for i in range(2):
+            r += jax.nn.relu(r @ p[f"in_{i}"]) @ p[f"out_{i}"]
+        return r
+
+    problem = Problem(fn, params, lambda k, s: mixtures(k, s, F), select=("in_*",))
+    m = modes.find(problem, 512, jax.random.key(0))
+    assert len(m) == F
+    C = modes.components(
+        problem, m, fresh(params, F + 3, 2, select=problem.select), num_always_on=2
+    )
+    assert m.gains == {"in_0": pytest.approx(1), "in_1": pytest.approx(1)}
+    which = rows_of(m.ins["in_0"][:, 0] @ np.linalg.pinv(embed))[0]
+    x = jnp.zeros((64, F)).at[:, which[:2]].set(jax.random.uniform(jax.random.key(5), (64, 2)))
+    factors = (
+        jax.random.uniform(jax.random.key(6), (64, F + 3)).at[:, :4].set(1.0)
+    )  # always on, always on, the two that are there
+    expected = fn(params, x)
+    error = (
+        jnp.abs(sparse.apply(fn, params, C, factors, x) - expected).max() / jnp.abs(expected).max()
+    )
+    assert error < 0.01
+    duals = modes.Modes(
+        m.ins,
+        {name: np.linalg.pinv(e[:, 0].T)[:, None] for name, e in m.ins.items()},
+        m.seen,
+        m.density,
+    )
+    worse = modes.components(
+        problem, duals, fresh(params, F + 3, 2, select=problem.select), num_always_on=2
+    )
+    assert (
+        jnp.abs(sparse.apply(fn, params, worse, factors, x) - expected).max()
+        / jnp.abs(expected).max()
+        > 5 * error
+    )
+
+
+def test_stacked_weights_and_selected_components():
+    """Two matrices under one name, chosen by a scan; the second leaf has only components 0 and 1."""
+    params = {"stack": jnp.asarray(np.stack([np.eye(3), 2 * np.eye(3)])), "out": jnp.eye(3)}
+
+    def fn(p, x):
+        return jax.lax.scan(lambda h, w: (h @ w, None), x, p["stack"])[0] @ p["out"]
+
+    problem = Problem(
+        fn,
+        params,
+        lambda k, s: mixtures(k, s, 3),
+        select={"stack": {}, "out": {"components": [0, 1]}},
+    )
+    m = modes.find(problem, 512, jax.random.key(0))
+    C = modes.components(
+        problem, m, fresh(params, 4, 1, select=problem.select, layouts=problem.layouts)
+    )
+    P = components.materialize(C)
+    np.testing.assert_allclose(P["stack"].sum(0), params["stack"], atol=1e-5)
+    which, _ = rows_of(m.ins["stack"][:, 0])
+    for c, row in enumerate(which):
+        np.testing.assert_allclose(
+            P["stack"][c], np.diag(np.eye(3)[row]) * np.array([1, 2])[:, None, None], atol=0.05
+        )
+    assert not np.any(P["out"][2:])
+
+
+def test_batches_from_the_host_give_the_modes_of_one_batch():
+    x = np.asarray(mixtures(jax.random.key(3), 0))
+    problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, [x])
+    assert len(modes.find(problem, 512, jax.random.key(0))) == 4
+
+
+def test_scattered_examples_have_no_modes():
+    """300 directions in 200 dimensions: none has another one near."""
+    e = np.random.default_rng(0).normal(size=(300, 1, 200)).astype(np.float32)
+    e /= np.linalg.norm(e, axis=-1, keepdims=True)
+    assert (
+        len(
+            modes.densest(
+                {"W": e}, np.ones(300, np.float32), {"W": np.eye(200, dtype=np.float32)[None]}
+            )
+        )
+        == 0
+    )
+
+
+def test_a_mode_far_below_the_usual_density_is_none():
+    """40 examples each of three directions, 10 of a fourth (below 0.35 · 40), 20 of a fifth."""
+    e = np.repeat(np.eye(5, dtype=np.float32), [40, 40, 40, 10, 20], axis=0)[:, None]
+    m = modes.densest(
+        {"W": e}, np.ones(len(e), np.float32), {"W": np.eye(5, dtype=np.float32)[None]}
+    )
+    assert m.unexplained == pytest.approx(10 / 150, rel=1e-4) and m.active == pytest.approx(
+        140 / 150
+    )
+    assert (
+        m.density.tolist() == [40, 40, 40, 20]
+        and isinstance(m.first(2), Modes)
+        and len(m.first(2)) == 2
+    )
+    weak = np.where(np.arange(len(e)) < 40, 0.01, 1.0).astype(
+        np.float32
+    )  # the first 40 hardly move the outputs
+    without = modes.densest({"W": e}, weak, {"W": np.eye(5, dtype=np.float32)[None]})
+    assert len(without) == 3 and without.active == pytest.approx(100 / 150)  # no mode is theirs

@@ -1,0 +1,484 @@
+"""Components split over devices: the masks, losses, gradients and checkpoints of one device.
+
+Steps are compared under plain gradient descent: Adam would hide a gradient that is too large by the number of devices.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import ROOT, close, make_config
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+from networks import NETWORKS
+
+from apd_jax import components as components_lib
+from apd_jax.errors import InputError, Interrupted
+from apd_jax.forward import sparse
+from apd_jax.gates import selection as masks
+from apd_jax.methods import config as config_lib
+from apd_jax.network.problem import Problem
+from apd_jax.train import loop as train
+from apd_jax.train import parallel, placement
+from apd_jax.train import step as step_lib
+from apd_jax.train.workdir import claim
+
+RNG = np.random.default_rng(0)
+PARAMS = {
+    name: jnp.asarray(RNG.normal(size=shape), jnp.float32)
+    for name, shape in {"W": (6, 5), "V": (5, 4), "b": (5,)}.items()
+}
+MESHES = [(2, 2), (1, 4), (1, 2)]
+
+
+def apply_fn(params, x):
+    """Two layers: the cotangent of h comes from the components of V on every device."""
+    h = jax.nn.relu(x @ params["W"] + params["b"][None, :])
+    return h @ params["V"], {"h": h}
+
+
+def sample_fn(key, step):
+    """Mostly zeros, so that whole examples tie at attribution 0."""
+    value, on = jax.random.split(jax.random.fold_in(key, step))
+    return jax.random.uniform(value, (16, 6)) * jax.random.bernoulli(on, 0.2, (16, 6))
+
+
+def per_position(params, x):
+    out, _ = apply_fn(params, x.reshape(-1, 6))
+    return out.reshape(*x.shape[:2], -1)
+
+
+def sequences(key, step):
+    return jnp.concatenate(
+        [sample_fn(key, 2 * step), sample_fn(key, 2 * step + 1)], axis=1
+    ).reshape(16, 2, 6)
+
+
+def mapped(fn, D, M, in_specs, out_specs):
+    mesh = jax.sharding.Mesh(
+        np.asarray(jax.devices()[: D * M]).reshape(D, M), ("data", "component")
+    )
+    return jax.jit(
+        jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    )
+
+
+# Masks
+
+
+def scores_with_ties():
+    scores = (
+        np.random.default_rng(1).integers(0, 3, (8, 12)).astype(np.float32)
+    )  # three values: every cut lies among ties
+    return jnp.asarray(scores)
+
+
+AXES = {"axis_name": "data", "component_axis": "component"}
+BOTH = P("data", "component")
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=str)
+def test_masks_are_those_of_one_device_also_on_ties(mesh):
+    scores, valid = scores_with_ties(), jnp.arange(8) % 3 > 0
+    config = make_config(num_components=12, num_always_on=4, topk=1.5)
+    kinds = {
+        "batch_topk": (lambda a, v, **axes: masks.batch_topk(a, 1.4, **axes)),
+        "valid": (lambda a, v, **axes: masks.batch_topk(a, 1.4, valid=v, **axes)),
+        "batch_largest": (lambda a, v, **axes: masks.batch_largest(a, jnp.int32(31), **axes)),
+        "topk": (
+            lambda a, v, component_axis=None, **_: masks.topk(a, 3, component_axis=component_axis)
+        ),
+        "always_on": (lambda a, v, **axes: step_lib.make_mask_fn(config, **axes)(a, a)),
+    }
+
+    def all_kinds(a, v, **axes):
+        return {name: fn(a, v, **axes) for name, fn in kinds.items()}
+
+    found = mapped(functools.partial(all_kinds, **AXES), *mesh, (BOTH, P("data")), BOTH)(
+        scores, valid
+    )
+    for name, expected in all_kinds(scores, valid).items():
+        np.testing.assert_array_equal(found[name], expected, err_msg=name)
+    # By a stable sort: lower examples, then lower components first. 8 · 1.4 = 11.2.
+    order = np.argsort(-np.asarray(scores).ravel(), kind="stable")
+    np.testing.assert_array_equal(np.flatnonzero(found["batch_topk"]), np.sort(order[:11]))
+    rows = np.argsort(-np.asarray(scores), axis=1, kind="stable")[:, :3]
+    np.testing.assert_array_equal(np.nonzero(found["topk"])[1].reshape(8, 3), np.sort(rows, axis=1))
+    # The first 4 on every input, and 8 · 1.5 = 12 of the other 8.
+    assert found["always_on"][:, :4].all() and found["always_on"][:, 4:].sum() == 12
+
+
+# The sparse pass, on networks that use their weights in different ways
+
+
+@pytest.mark.parametrize(
+    "name, route",
+    [
+        ("attention_tied_embedding", "auto"),
+        ("scanned_layers", "auto"),
+        ("normalised_weights", "auto"),
+        ("normalised_weights", "materialize"),
+    ],
+)
+def test_sparse_pass_and_its_gradient_on_any_network(name, route):
+    fn, params, x = NETWORKS[name]()
+    problem = Problem(fn, params, lambda key, step: x)
+    components = components_lib.init(
+        jax.random.key(0), params, num_components=4, rank=2, init_scale=9.0, layouts=problem.layouts
+    )
+    mask = jax.random.bernoulli(jax.random.key(1), 0.5, (x.shape[0], 4)).at[:, 0].set(True)
+    direction = jax.random.normal(jax.random.key(2), jax.eval_shape(fn, params, x).shape)
+
+    def loss(components, mask, axis=None):
+        out = sparse.apply(
+            fn, params, components_lib.split_over(components, axis), mask, x, route=route, slots=3
+        )
+        return jnp.sum(out * direction), out
+
+    value = functools.partial(jax.value_and_grad(loss, has_aux=True))
+    (_, out), gradient = jax.jit(value)(components, mask)
+    specs = placement._specs(components)
+    split = mapped(
+        lambda c, m: value(c, m, "component"),
+        1,
+        4,
+        (specs, P(None, "component")),
+        ((P(), P()), specs),
+    )
+    (_, found), found_gradient = split(components, mask)
+    close(found, out, 1e-5)
+    for a, b in zip(jax.tree.leaves(found_gradient), jax.tree.leaves(gradient), strict=True):
+        assert np.abs(b).max() > 0
+        close(a, b, 2e-5)
+
+
+# The step
+
+
+def run(D, M, config, *, fn=apply_fn, sample=sample_fn, num_steps=2, **options):
+    config = config.copy_and_resolve_references()
+    config.num_component_shards = M
+    placed = placement.arrange(config, jax.devices()[: D * M])
+    step = step_lib.make_step(fn, sample, config, **options, **placed.axes)
+    state = placed.put(
+        placed.make(
+            lambda key: step_lib.init_state(key, PARAMS, config, select=["W", "V"]),
+            jax.random.key(0),
+        )
+    )
+    if M > 1:
+        factors = state.components.factors["W"]
+        assert factors.U.shape[0] == 8 and factors.U.addressable_shards[0].data.shape[0] == 8 // M
+    params, key = placed.share((PARAMS, jax.random.key(1)))
+    state, metrics = placed.steps(step, num_steps)(state, params, key)
+    return placed.get(state).components, jax.device_get(metrics)
+
+
+def check_same(found, expected):
+    (components, metrics), (expected_components, expected_metrics) = found, expected
+    assert set(metrics) == set(expected_metrics)
+    np.testing.assert_allclose(
+        metrics["mean_active"], expected_metrics["mean_active"], rtol=1e-6
+    )  # one pair more would be 1e-2
+    for name in expected_metrics:
+        np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
+    for a, b in zip(jax.tree.leaves(components), jax.tree.leaves(expected_components), strict=True):
+        close(a, b, 1e-5)
+
+
+def sgd(**fields):
+    common = {
+        "num_components": 8,
+        "num_steps": 20,
+        "batch_size": 16,
+        "init_scale": 4.0,
+        "warmup_fraction": 0.0,
+    }
+    return make_config(**common | {"learning_rate": 0.3, "optimizer": "sgd", "topk": 1.7} | fields)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"hidden_reconstruction_coeff": 0.5, "sparse_route": "dispatch"},
+        {
+            "mask": "topk",
+            "topk": 2.0,
+            "unit_norm_U": True,
+            "sparse_route": "masked",
+            "num_always_on": 3,
+        },
+        {
+            "mask": "exact",
+            "attributions_at": "components",
+            "minimality_loss": "kl",
+            "attribution_metric": "kl",
+        },
+        {
+            "mask": "none",
+            "attribution_lp_coeff": 0.1,
+            "minimality_coeff": 0.5,
+            "attribution_mode": "reverse",
+        },
+        {"mask": "threshold", "threshold": 0.05, "attribution": "ablation", "inactive": "uniform"},
+        {
+            "mask": "learned",
+            "threshold": 0.05,
+            "importance_coeff": 0.1,
+            "threshold_learning_rate": 0.02,
+            "inactive": "uniform",
+            "num_always_on": 3,
+            "unit_norm_U": True,
+        },
+        {"attribution": "integrated_gradient", "optimizer": "adamw", "weight_decay": 0.1},
+        {"attribution": "activation", "simplicity_coeff_final": 0.1},
+        {"attribution_mode": "probe"},
+    ],
+    ids=str,
+)
+def test_steps_are_those_of_one_device(fields):
+    options = {"num_active_fn": lambda x: jnp.sum(x != 0, axis=1)}
+    expected = run(1, 1, sgd(**fields), **options)
+    assert (
+        max(np.abs(metric).max() for metric in expected[1].values()) < 1e3
+    )  # nothing diverges: agreement means something
+    check_same(run(2, 2, sgd(**fields), **options), expected)
+
+
+def test_steps_per_position_with_padding():
+    config = sgd(mask_per="position")
+    options = {
+        "fn": per_position,
+        "sample": sequences,
+        "valid_fn": lambda x: x.sum((1, 2))[:, None] * jnp.array([[1.0, 0.5]]) > 0.3,
+    }
+    expected = run(1, 1, config, **options)
+    check_same(run(2, 2, config, **options), expected)
+
+
+def test_gradient_is_that_of_a_hand_written_loss():
+    """One step of gradient descent, against autodiff of the loss with every P_c formed, on one device, and the mask by sorting."""
+    config = sgd(topk=2.0, schatten_p=1.0, schedule="constant", simplicity_coeff=0.2)
+    before, _ = run(1, 1, config, num_steps=0)
+    after, _ = run(1, 4, config, num_steps=1)
+    x = sample_fn(jax.random.key(1), 0)
+    factors = {name: (f.U, f.V) for name, f in before.factors.items()}
+
+    def form(factors):
+        return {name: jnp.einsum("cim,cmo->cio", U, V) for name, (U, V) in factors.items()}
+
+    weights = form(factors)
+    h = jax.nn.relu(x @ PARAMS["W"] + PARAMS["b"][None])
+    moved = jnp.einsum("bh,cho->bco", h, weights["V"]) + jnp.einsum(
+        "bi,cih,bh,ho->bco", x, weights["W"], 1.0 * (h > 0), PARAMS["V"]
+    )
+    scores = np.asarray(jnp.mean(moved**2, axis=-1))
+    mask = np.zeros(scores.size)
+    mask[np.argsort(-scores.ravel(), kind="stable")[:32]] = 1
+    mask = jnp.asarray(mask.reshape(scores.shape), jnp.float32)
+
+    def loss(factors):
+        weights = form(factors)
+        faithfulness = (
+            sum(jnp.sum((PARAMS[name] - w.sum(0)) ** 2) for name, w in weights.items()) / 50
+        )
+        h_sparse = jax.nn.relu(
+            jnp.einsum("bi,bc,cih->bh", x, mask, weights["W"]) + PARAMS["b"][None]
+        )
+        out = jnp.einsum("bh,bc,cho->bo", h_sparse, mask, weights["V"])
+        minimality = jnp.mean((out - h @ PARAMS["V"]) ** 2)
+        norms = sum(
+            jnp.sqrt(jnp.sum(U**2, 1) * jnp.sum(V**2, 2)).sum(1) for U, V in factors.values()
+        )
+        return faithfulness + minimality + 0.2 * jnp.sum(mask * norms[None]) / (50 * 16)
+
+    for name, (dU, dV) in jax.grad(loss)(factors).items():
+        U, V = factors[name]
+        for new, old, d in ((after.factors[name].U, U, dU), (after.factors[name].V, V, dV)):
+            assert np.abs(d).max() > 1e-3
+            np.testing.assert_allclose((old - new) / 0.3, d, atol=1e-4 * np.abs(d).max())
+
+
+# Training
+
+
+def make_problem(M=1, **fields):
+    common = {
+        "num_components": 4,
+        "steps_per_call": 4,
+        "log_every_steps": 1,
+        "checkpoint_every_steps": 4,
+        "num_component_shards": M,
+    }
+    return Problem(apply_fn, PARAMS, fields.pop("sample", sample_fn), select=["W", "V"]), sgd(
+        **common | fields
+    )
+
+
+def fit(monkeypatch, D, M, *, stop=None, workdir=None, **fields):
+    with monkeypatch.context() as patch:
+        patch.setattr(parallel, "global_devices", lambda: jax.devices()[: D * M])
+        if stop:
+            patch.setattr(
+                train.parallel, "largest", lambda value: 15
+            )  # as if a signal had come, after the first call
+        return train.fit(*make_problem(M, **fields), workdir=workdir)
+
+
+def test_resume_is_bit_for_bit_and_on_other_meshes_close(tmp_path, monkeypatch):
+    components, rows = fit(monkeypatch, 2, 2)
+    alone, alone_rows = fit(monkeypatch, 1, 1)
+    for D, M in ((2, 2), (1, 1)):
+        workdir = tmp_path / f"{D}x{M}"
+        with pytest.raises(Interrupted, match="step 4"):
+            fit(monkeypatch, 2, 2, stop=True, workdir=workdir)
+        resumed, resumed_rows = fit(monkeypatch, D, M, workdir=workdir)
+        assert [row["step"] for row in resumed_rows] == list(range(1, 21))
+        for a, b, c in zip(*map(jax.tree.leaves, (resumed, components, alone)), strict=True):
+            if (D, M) == (2, 2):
+                np.testing.assert_array_equal(a, b)
+            close(a, c, 1e-4)
+        problem, config = make_problem(M)
+        step, restored = train.restore_components(problem, config, workdir)
+        assert step == 20
+        jax.tree.map(np.testing.assert_array_equal, restored, resumed)
+    for row, other in zip(rows, alone_rows, strict=True):
+        assert row["mean_active"] == other["mean_active"] and row["total"] == pytest.approx(
+            other["total"], rel=1e-4
+        )
+    with pytest.raises(Interrupted):
+        fit(monkeypatch, 1, 1, stop=True, workdir=tmp_path / "alone")
+    jax.tree.map(
+        lambda a, b: close(a, b, 1e-4), fit(monkeypatch, 2, 2, workdir=tmp_path / "alone")[0], alone
+    )
+
+
+def test_a_machine_with_one_device_reads_it(tmp_path, monkeypatch):
+    expected, _ = fit(monkeypatch, 2, 2, num_steps=4, workdir=tmp_path)
+    read = "import sys; from apd_jax import checkpoint; state = checkpoint.read(sys.argv[1])[2]"
+    show = "print(float(state['components']['tree']['W']['U'].sum()))"
+    env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
+    command = [sys.executable, "-c", f"{read}; {show}", tmp_path / "checkpoints"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(float(expected.factors["W"].U.sum()), rel=1e-5)
+
+
+def test_a_torn_checkpoint_is_skipped(tmp_path, monkeypatch):
+    expected, _ = fit(monkeypatch, 2, 2, workdir=tmp_path)
+    for file in (tmp_path / "checkpoints" / "20").rglob("*"):
+        if file.is_file() and "/d/" in str(file):
+            file.write_bytes(b"")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("apd_jax.train.checkpoint.log.warning", lambda *args: None)
+        resumed, _ = fit(monkeypatch, 2, 2, workdir=tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, resumed, expected)
+
+
+def test_instances_settings_and_batches_from_the_host(monkeypatch):
+    batches = [np.asarray(sample_fn(jax.random.key(5), i)) for i in range(6)]
+    settings = {
+        "seed": np.array([3, 4]),
+        "topk": np.array([1.0, 1.7]),
+        "simplicity_coeff": np.array([0.1, 1.0]),
+    }
+
+    def advance(D, M):
+        monkeypatch.setattr(parallel, "global_devices", lambda: jax.devices()[: D * M])
+        problem, config = make_problem(
+            M, num_instances=2, num_steps=6, steps_per_call=3, sample=batches
+        )
+        half, _ = train.advance(problem, config, settings=settings, until=3)
+        return train.advance(problem, config, half, settings=settings)
+
+    (found, rows), (expected, expected_rows) = advance(2, 2), advance(1, 1)
+    assert found.components.factors["W"].U.shape == (2, 4, 6, 5)
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), found.components, expected.components)
+    np.testing.assert_array_equal(found.step, [6, 6])
+    assert [row["mean_active"] for row in rows] == [row["mean_active"] for row in expected_rows]
+
+
+def test_a_workdir_goes_on_with_other_shards_but_no_other_setting(tmp_path):
+    claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=4)}))
+    claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2)}))
+    with pytest.raises(InputError, match=r"apd\.topk is 1\.7 there and 1\.0 here\. Use another"):
+        claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2, topk=1.0)}))
+
+
+def test_initial_components_are_those_of_one_device():
+    config = sgd()
+    init = lambda key: step_lib.init_state(key, PARAMS, config, select=["W"])  # noqa: E731
+    placed = placement.arrange(sgd(num_component_shards=4), jax.devices())
+    made = placed.make(init, jax.random.key(7))
+    jax.tree.map(np.testing.assert_array_equal, placed.get(made), jax.jit(init)(jax.random.key(7)))
+
+
+def test_gathering_as_several_processes_do_it():
+    placed = placement.arrange(sgd(num_component_shards=4), jax.devices())
+    state = jax.tree.map(
+        np.asarray,
+        jax.vmap(lambda key: step_lib.init_state(key, PARAMS, sgd(), select=["W"]))(
+            jax.random.split(jax.random.key(0))
+        ),
+    )
+    on_devices = placed.put(state)
+    gathered = jax.tree.map(placed._gathered, on_devices, placement._specs(on_devices))
+    jax.tree.map(np.testing.assert_array_equal, gathered, state)
+
+
+# Eight devices, in a process of their own
+
+
+def test_eight_devices():
+    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+
+    more = "import conftest, os; os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'"
+    command = [sys.executable, "-c", f"{more}; import test_mesh; test_mesh.print_errors()"]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    errors = json.loads(done.stdout.splitlines()[-1])
+    assert set(errors) == {"8x1", "4x2", "1x8"} and max(errors.values()) < 1e-5, errors
+
+
+def print_errors():
+    expected = run(1, 1, sgd())
+    errors = {}
+    for D, M in ((8, 1), (4, 2), (1, 8)):
+        found = run(D, M, sgd())
+        check_same(found, expected)
+        errors[f"{D}x{M}"] = max(
+            float(np.abs(a - b).max() / np.abs(b).max())
+            for a, b in zip(*map(jax.tree.leaves, (found, expected)), strict=True)
+        )
+    print(json.dumps(errors))
+
+
+# Refusals
+
+
+def test_refusals():
+
+    with pytest.raises(
+        InputError, match="num_components = 8 is not divisible by num_component_shards = 3"
+    ):
+        config_lib.validate(sgd(num_component_shards=3))
+    with pytest.raises(InputError, match="num_component_shards must be at least 1; got 0"):
+        config_lib.validate(sgd(num_component_shards=0))
+    with pytest.raises(
+        InputError,
+        match="num_component_shards = 8 does not divide the 4 devices; choose a divisor of 4",
+    ):
+        placement.arrange(sgd(num_component_shards=8), jax.devices())
+    with pytest.raises(InputError, match="batch_size = 15 is not divisible by the 2 devices"):
+        placement.arrange(sgd(num_component_shards=2, batch_size=15), jax.devices())
+    placement.arrange(
+        sgd(num_component_shards=4, batch_size=15), jax.devices()
+    )  # the batch is not split
