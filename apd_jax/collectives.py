@@ -51,3 +51,20 @@ def _shared(axis, x):
 
 
 _shared.defvjp(lambda axis, x: (x, None), lambda axis, _, g: (lax.psum(g, axis),))
+
+
+def mean_over_batch(x: PyTree, axis: str | None) -> PyTree:
+    """The mean over the devices of the batch's axis, of means that each took over its own examples.
+
+    Derivative: the cotangent as it is. Gradients are averaged over devices afterwards, and the mean
+    of what each device's own examples contribute is the gradient of the whole.
+    """
+    return x if axis is None else _averaged(axis, x)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _averaged(axis, x):
+    return lax.pmean(x, axis)
+
+
+_averaged.defvjp(lambda axis, x: (lax.pmean(x, axis), None), lambda axis, _, g: (g,))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
@@ -16,217 +18,263 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components, Select
 from apd_jax.errors import InputError
 from apd_jax.forward import sparse
-from apd_jax.methods import config as config_lib
-from apd_jax.methods.config import Config
-from apd_jax.network import data
+from apd_jax.gates.base import Activity
+from apd_jax.methods import observe, registry
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
 from apd_jax.network.problem import Problem, check_examples, check_function
-from apd_jax.recipe import stages as recipe_lib
-from apd_jax.train import loop as train
-from apd_jax.train import parallel
-from apd_jax.train import step as step_lib
+from apd_jax.recipe import stages
+from apd_jax.train import loop, parallel
 from apd_jax.train.workdir import claim
+
+_HOOKS: dict[str, Callable] = {}  # what rooms above this one do with a decomposition
+
+
+def register(**hooks: Callable) -> None:
+    """Makes functions of rooms above this one callable as methods: save, load, report, evidence."""
+    _HOOKS.update(hooks)
 
 
 @dataclasses.dataclass(frozen=True)
 class Decomposition:
-    """A network's components, with what is needed to run them. Several instances: see `instance`."""
+    """A network's components with their gate: what is needed to run them.
+
+    method: the settings of the training (with a recipe, of its last stage). history: the logged
+    rows: step, losses. gate: the arrays of a learned gate. Several instances: see `instance`.
+    """
 
     problem: Problem
     components: Components
-    config: Config
-    history: Sequence[Mapping[str, Any]]  # the logged rows: step, losses
-    recipe: Config | None = None  # in whose stages it was trained; `config` is then the last one's
+    method: Method
+    history: Sequence[Mapping[str, Any]] = ()
+    recipe: Any = None
+    gate: PyTree = ()
+
+    def __post_init__(self):
+        object.__setattr__(self, "method", registry.of(self.method))
+
+    @property
+    def config(self) -> Method:
+        """The same as `method`."""
+        return self.method
+
+    @property
+    def trained(self) -> Trained:
+        return Trained(self.components, self.gate)
+
+    @functools.cached_property
+    def _observed(self) -> Callable[..., tuple[Array, Activity]]:
+        """(components, gate, params, x) -> attributions where they are read, activity; jitted."""
+
+        def fn(components: Components, gate: PyTree, params: PyTree, x: PyTree) -> Any:
+            return activity_of(self.method, self.problem, Trained(components, gate), params, x)
+
+        return jax.jit(fn)
+
+    @functools.cached_property
+    def _attributed(self) -> Callable[..., Array]:
+        method, problem = self.method, self.problem
+
+        def fn(components: Components, params: PyTree, x: PyTree) -> Array:
+            rng = jax.random.key(method.seed)
+            return jnp.sqrt(method.attribute(problem)(components, params, x, rng))
+
+        return jax.jit(fn)
+
+    def activity(self, x: PyTree) -> Activity:
+        """Which components the gate says are active on x, and by how much."""
+        return self._observed(self.components, self.gate, self.problem.params, x)
 
     def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
-        """A_c(x), in units of the output, of the kind that the config names; per position if it says so."""
-        p = self.problem
-        attribute = step_lib.make_attribution_fn(
-            p.apply_fn, self.config, attribution_fn=p.attribution_fn, valid_fn=p.valid_fn
-        )
-        return jnp.sqrt(attribute(self.components, p.params, x, jax.random.key(self.config.seed)))
+        """A_c(x), in units of the output, as the method takes them; per position if it says so."""
+        return self._attributed(self.components, self.problem.params, x)
 
     def mask(self, x: PyTree) -> Bool[Array, "B *T C"]:
-        """Which components are kept on each example (or position) of this batch, as in training."""
-        return self.mask_of(self.attributions(x), x)
+        """Which components are active on each example (or position) of this batch, as in training.
 
-    def mask_of(self, attributions: Float[Array, "B *T C"], x: PyTree) -> Bool[Array, "B *T C"]:
-        """The same, from attributions that are known already."""
-        options = {"num_active_fn": self.problem.num_active_fn, "valid_fn": self.problem.valid_fn}
-        choose = step_lib.make_mask_fn(
-            self.config, thresholds=self.components.thresholds, **options
-        )
-        return choose(attributions, x)
+        Batch top-k depends on the whole batch: an example alone may keep others.
+        """
+        return self.activity(x).active
 
     def sparse_output(
         self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None
     ) -> Any:
-        """What apply_fn returns with only the kept components (or those of a given mask)."""
-        mask = self.mask(x) if mask is None else mask
-        return sparse.apply(self.problem.apply_fn, self.problem.params, self.components, mask, x)
+        """What apply_fn returns with only the active components (or those of a given mask)."""
+        mask = self.mask(x) if mask is None else jnp.asarray(mask)
+        p = self.problem
+        return sparse.apply(p.apply_fn, p.params, self.components, mask, x)
 
-    def ablate(self, components: Sequence[int], x: PyTree) -> Any:
-        """What apply_fn returns with all components but the given ones."""
-        weights = (
-            jnp.ones(self.components.num_components).at[jnp.asarray(components, jnp.int32)].set(0.0)
+    def ablate(self, components: Sequence[int] | Bool[Array, " C"], x: PyTree) -> Any:
+        """What apply_fn returns with all components but the given ones: numbers, or a bool mask."""
+        on = ~self._chosen(components)
+        params = components_lib.weighted_sum(
+            self.components, self.problem.params, jnp.asarray(on, jnp.float32)
         )
-        return self.problem.apply_fn(
-            components_lib.weighted_sum(self.components, self.problem.params, weights), x
-        )
+        return self.problem.apply_fn(params, x)
 
     def component(self, i: int) -> PyTree:
         """P_i as a pytree like params; zeros where params are not decomposed."""
         zeros = jax.tree.map(jnp.zeros_like, self.problem.params)
-        return components_lib.weighted_sum(
-            self.components, zeros, jnp.zeros(self.components.num_components).at[i].set(1.0)
-        )
+        only = jnp.asarray(self._chosen([i]), jnp.float32)
+        return components_lib.weighted_sum(self.components, zeros, only)
 
-    def save(
-        self,
-        path: epath.PathLike,
-        *,
-        metrics: Mapping[str, Any] | None = None,
-        evidence: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Writes this decomposition as a folder of safetensors and JSON, with a card for a model hub: see `apd_jax.storage`.
+    def _chosen(self, components: Any) -> np.ndarray:
+        """Which of the C components are meant, bool [C]."""
+        C, given = self.components.num_components, np.asarray(components)
+        if given.dtype == bool:
+            if given.shape != (C,):
+                raise InputError(f"a mask of components must have shape ({C},); got {given.shape}.")
+            return given
+        numbers = [int(c) for c in given.reshape(-1)]
+        if bad := [c for c in numbers if not 0 <= c < C]:
+            raise InputError(
+                f"component {bad[0]} does not exist; there are {C}, counted from 0 to {C - 1}."
+            )
+        chosen = np.zeros(C, bool)
+        chosen[numbers] = True
+        return chosen
 
-        Args:
-          metrics, evidence: what evaluation.json and evidence.json hold, for the card.
-        """
-        from apd_jax.storage import folder as storage  # which knows this class
-
-        storage.save(self, path, metrics=metrics, evidence=evidence)
+    def save(self, path: epath.PathLike, **options: Any) -> None:
+        """Writes a folder of safetensors and JSON: see `apd_jax.storage.folder.save`."""
+        _HOOKS["save"](self, path, **options)
 
     def report(self, path: epath.PathLike, x: PyTree = None) -> epath.Path:
-        """Writes one HTML file that shows every component: its weights, the inputs that need it, what it changes.
-
-        Args:
-          path: the file, e.g. "report.html".
-          x: inputs [B, ...] on which that is measured. None: one batch of the data that was decomposed on, if it is there.
-        Raises:
-          InputError: this holds several instances; choose one by `instance`.
-        Cost: the attributions of x, and a forward pass for every component.
-        """
-        from apd_jax.report import html  # which knows this class
-
-        if self.config.num_instances > 1:
-            raise InputError(
-                f"this holds {self.config.num_instances} decompositions; report one of them, e.g. .instance(0).report(path)."
-            )
-        path, sample_fn = epath.Path(path), self.problem.sample_fn
-        if x is None and sample_fn is not None:
-            x = (
-                sample_fn.first
-                if isinstance(sample_fn, data.Batches)
-                else sample_fn(jax.random.key(self.config.seed), 0)
-            )
-        metrics = {"seed": self.config.seed} | (
-            {"step": self.history[-1]["step"]} if self.history else {}
-        )
-        settings = {"apd": self.config.to_dict()}
-        name = path.resolve().parent.name if path.stem == "report" else path.stem
-        return html.write(path, html.Source(name, self, x, settings=settings, metrics=metrics))
+        """Writes one HTML file that shows every component: see `apd_jax.report.html.report`."""
+        return _HOOKS["report"](self, path, x)
 
     def evidence(self, **options: Any) -> Any:
-        """What can be said for these components, and what not: see `apd_jax.evidence.evidence` for the options."""
-        from apd_jax.evidence import evidence
-
-        return evidence(self, **options)
+        """What can be said for these components, and what not: see `apd_jax.evidence.evidence`."""
+        return _HOOKS["evidence"](self, **options)
 
     @staticmethod
     def load(
         path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any
     ) -> Decomposition:
-        """The decomposition that `save` wrote: see `apd_jax.storage.load` for the arguments."""
-        from apd_jax.storage import folder as storage
+        """The decomposition that `save` wrote: see `apd_jax.storage.folder.load`."""
+        return _HOOKS["load"](path, apply_fn, params, **more)
 
-        return storage.load(path, apply_fn, params, **more)
-
-    def train_again(self, problem: Problem, **changes: Any) -> Components:
-        """The components of another run by the same settings (and recipe), but for `changes` of the config."""
-        config = (
-            self.config if self.recipe is None else recipe_lib.base_config(self.config)
-        ).copy_and_resolve_references()
-        config.update(changes)
-        components = (
-            train.fit(problem, config)
-            if self.recipe is None
-            else recipe_lib.fit(problem, config, self.recipe)
-        )[0]
-        return jax.tree.map(jnp.asarray, components)
+    def train_again(self, problem: Problem, **changes: Any) -> Trained:
+        """Another run by the same settings (and recipe), but for `changes` of the method's."""
+        if self.recipe is None:
+            trained = loop.fit(problem, self.method.replace(**changes))[0]
+        else:
+            base = stages.base_method(self.method).replace(**changes)
+            trained = stages.fit(problem, base, self.recipe)[0]
+        return jax.tree.map(jnp.asarray, trained)
 
     def instance(self, i: int) -> Decomposition:
         """One of several decompositions that were trained side by side."""
-        if not 0 <= i < self.config.num_instances:
-            raise InputError(f"instance {i} does not exist; there are {self.config.num_instances}.")
-        if self.config.num_instances == 1:
+        count = self.method.num_instances
+        if not 0 <= i < count:
+            raise InputError(f"instance {i} does not exist; there are {count}.")
+        if count == 1:
             return self
-        config = self.config.copy_and_resolve_references()
-        config.num_instances = 1
+        one = one_instance(self.trained, i)
         return dataclasses.replace(
-            self, components=jax.tree.map(lambda a: a[i], self.components), config=config
+            self,
+            components=one.components,
+            gate=one.gate,
+            method=self.method.replace(num_instances=1),
         )
+
+
+def one_instance(tree: PyTree, i: int) -> PyTree:
+    """Instance i of arrays with a leading axis of instances."""
+    return jax.tree.map(lambda a: a[i], tree)
+
+
+def instances(tree: PyTree, method: Method) -> list[PyTree]:
+    """Without an axis of instances: one, or as many as were trained side by side."""
+    count = method.num_instances
+    return [tree] if count == 1 else [one_instance(tree, i) for i in range(count)]
+
+
+def activity_of(
+    method: Method, problem: Problem, trained: Trained, params: PyTree, x: PyTree
+) -> Activity:
+    """What the method's gate says of x: the one definition of the mask of training."""
+    gate = method.gate(trained.gate, problem)
+    rng = jax.random.key(method.seed)
+    scene = observe.scene(method, problem, gate, trained.components, params, x, rng)
+    return gate(scene.seen)
 
 
 def decompose(
     apply_fn: Callable,
     params: PyTree,
     sample_fn: Callable | Iterable,
-    config: Config,
+    config: Any = None,
     *,
+    method: str | Method | None = None,
     select: Select = None,
     uses: Mapping[str, int] | None = None,
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,
     valid_fn: Callable | None = None,
-    recipe: Config | None = None,
+    elsewhere: Callable | Iterable | None = None,
+    recipe: Any = None,
     workdir: epath.PathLike | None = None,
 ) -> Decomposition:
-    """Splits a trained network's parameters into components that sum to them, few of which are needed on any input.
+    """Splits a trained network's parameters into components that sum to them.
+
+    Few of them are needed on any input.
 
     Args:
-      apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden) with hidden a dict of named activations. Example b
-        of the output depends on example b of the input alone. `model.apply` of a Flax Linen module is one.
+      apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden) with hidden a dict of named
+        activations. Example b of the output depends on example b of the input alone. `model.apply`
+        of a Flax Linen module is one.
       params: pytree of arrays: a dict, Flax Linen variables, an NNX state.
-      sample_fn: the data, in batches x of `config.batch_size` examples. A function (rng, step) -> x that draws one on the device,
-        pure, since a resumed run calls it again with the same arguments; `apd_jax.data.from_arrays` makes one of arrays in memory.
-        Or any iterable of batches; where it ends it is begun again. A resumed run begins it from its start and drops the batches
-        that were used before, so it is bit-identical if the same batches come again.
-      config: from `apd_jax.default_config()`.
-      select: glob patterns over dotted leaf paths; None decomposes every floating leaf of two or more axes.
-      uses: {leaf path: times the forward pass multiplies with it}, for tied weights; 1 where absent.
-      attribution_fn: the same function as apply_fn (outputs only), with products of weights associated so that its
-        tangents are cheaper. None: apply_fn.
+      sample_fn: the data, in batches x of `batch_size` examples. A function (rng, step) -> x that
+        draws one on the device, pure, since a resumed run calls it again with the same arguments;
+        `apd_jax.data.from_arrays` makes one of arrays in memory. Or any iterable of batches; where
+        it ends it is begun again. A resumed run begins it from its start and drops the batches that
+        were used before, so it is bit-identical if the same batches come again.
+      config: settings: from `apd_jax.default_config()`, or a method's own settings object, e.g.
+        `apd_jax.SPD(num_components=20)`.
+      method: instead of config, a method's name for its defaults: "apd", "spd", "vpd", "whole",
+        "targeted"; or its settings.
+      select: glob patterns over dotted leaf paths; None decomposes every floating leaf of two or
+        more axes.
+      uses: {leaf path: times the forward pass multiplies with it}, for tied weights; 1 where
+        absent.
+      attribution_fn: the same function as apply_fn (outputs only), with products of weights
+        associated so that its tangents are cheaper. None: apply_fn.
       num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
-      valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding; the others count in no loss, no
-        attribution and no mask.
-      recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the coefficients of `config`. `config.topk` = 0
-        then leaves k to the modes. The returned decomposition has the settings of the last stage, and what was found.
-      workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same call then resumes. None: nothing
-        is written.
+      valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding;
+        the others count in no loss, no attribution and no mask.
+      elsewhere: data of the second stream, as sample_fn; for method "targeted".
+      recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the
+        coefficients of `config`. `topk` = 0 then leaves k to the modes. The returned decomposition
+        has the settings of the last stage, and what was found.
+      workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same
+        call then resumes. None: nothing is written.
     Raises:
       InputError: anything that does not fit, in one sentence.
     """
+    if config is not None and method is not None:
+        raise InputError("give config or method, not both: each holds a method's settings.")
+    chosen = registry.of(config if config is not None else method or "apd")
     params = jax.tree_util.tree_map_with_path(_array, params)
     problem = Problem(
-        apply_fn, params, sample_fn, attribution_fn, num_active_fn, select, uses, valid_fn
+        *(apply_fn, params, sample_fn, attribution_fn, num_active_fn),
+        *(select, uses, valid_fn, elsewhere),
     )
     check_function(problem)
     check_examples(problem)
     if workdir is not None:
         if recipe is None:
-            config_lib.validate(config)
+            chosen.check()
         else:
-            recipe_lib.check(config, recipe)
-        parallel.from_primary(
-            lambda: claim(
-                workdir, config if recipe is None else ConfigDict({"apd": config, "recipe": recipe})
-            )
-        )
+            stages.check(chosen, recipe)
+        settings = registry.settings(chosen)
+        asked = settings if recipe is None else ConfigDict({"apd": settings, "recipe": recipe})
+        parallel.from_primary(lambda: claim(workdir, asked))
     if recipe is None:
-        components, history = train.fit(problem, config, workdir=workdir)
+        trained, history = loop.fit(problem, chosen, workdir=workdir)
     else:
-        components, history, config = recipe_lib.fit(problem, config, recipe, workdir=workdir)
-    return Decomposition(problem, jax.tree.map(jnp.asarray, components), config, history, recipe)
+        trained, history, chosen = stages.fit(problem, chosen, recipe, workdir=workdir)
+    trained = jax.tree.map(jnp.asarray, trained)
+    return Decomposition(problem, trained.components, chosen, history, recipe, trained.gate)
 
 
 def _array(path: tuple[Any, ...], leaf: Any) -> Array:
@@ -234,6 +282,6 @@ def _array(path: tuple[Any, ...], leaf: Any) -> Array:
         return jnp.asarray(leaf)
     except TypeError:
         raise InputError(
-            f"params leaf {components_lib.path_name(path)!r} is a {type(leaf).__name__}, not an array; "
-            "keep what is not a weight in apply_fn, not in params."
+            f"params leaf {components_lib.path_name(path)!r} is a {type(leaf).__name__}, not an "
+            "array; keep what is not a weight in apply_fn, not in params."
         ) from None

@@ -10,7 +10,7 @@ About 20 s of CPU time for the target and 80 s for the decomposition.
 from ml_collections import ConfigDict
 
 from apd_jax.errors import one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 VARIANTS = ("smoke",)
 

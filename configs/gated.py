@@ -13,7 +13,7 @@ that find all functions, a rate over seeds; `instances` lists them one by one.
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 SETTINGS = ("paper", "short")
 GATES = ("bias", "weights")

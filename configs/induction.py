@@ -11,7 +11,7 @@ About 45 s of CPU time for the target and 150 s for the decomposition.
 from ml_collections import ConfigDict
 
 from apd_jax.errors import one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 VARIANTS = ("position", "smoke")
 

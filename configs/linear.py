@@ -14,7 +14,7 @@ import re
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 
 def get_config(arg: str = "1x8") -> ConfigDict:

@@ -19,8 +19,8 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from apd_jax.errors import one_of
-from apd_jax.methods.config import default_config
-from apd_jax.recipe.stages import STAGES, default_recipe
+from apd_jax.methods.registry import default_config
+from apd_jax.recipe.numbers import STAGES, default_recipe
 
 # (mechanisms, probability of each), from the target's own fields
 SIZES = {

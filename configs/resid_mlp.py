@@ -17,7 +17,7 @@ import re
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 LAYERS = {"1layer": 1, "2layer": 2, "3layer": 3}
 MODIFIERS = ("long", "clean", "smoke")

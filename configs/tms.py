@@ -14,7 +14,7 @@ import re
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 MODIFIERS = {"id": "identity", "rotation": "rotation", "smoke": None}
 SIZES = ("40-10", "5-2")  # any other F-H is derived from the first

@@ -15,7 +15,7 @@ import re
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.config import default_config
+from apd_jax.methods.registry import default_config
 
 SIZES = ("6x2-5", "8x3-10")  # any other GxS-H has the same settings
 

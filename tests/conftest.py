@@ -68,13 +68,25 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
-from apd_jax import default_config, targets
+from apd_jax import targets
+from apd_jax.ablations.adversary import Kept
+from apd_jax.ablations.base import Sources
 from apd_jax.commands import cli as cli_lib
 from apd_jax.components import Components, Factors
-from apd_jax.train.step import TrainState
+from apd_jax.forward.capture import Reading
+from apd_jax.forward.sparse import SiteWeights
+from apd_jax.gates.base import Activity, Observation
+from apd_jax.methods import registry
+from apd_jax.methods.apd import APD
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
+from apd_jax.network.problem import Problem
+from apd_jax.train.state import TrainState
 
-# jax also builds these pytree nodes from stand-ins (abstract shapes, one copy per device): what their fields hold is not checked.
-for node in (Factors, Components, TrainState):
+# jax also builds these pytree nodes from stand-ins (abstract shapes, one copy per device): what
+# their fields hold is not checked. Numbers of methods may be traced.
+NODES = (Factors, Components, Trained, TrainState, Sources, Kept, Reading, SiteWeights)
+for node in (*NODES, Activity, Observation, *registry.METHODS.values()):
     node.__init__ = inspect.unwrap(node.__init__)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -104,11 +116,19 @@ def close(actual: Any, expected: Any, tolerance: float = 1e-5, err_msg: str = ""
     )
 
 
-def make_config(**fields: Any) -> ConfigDict:
-    """The default settings with some fields changed."""
-    config = default_config()
-    config.update(fields)
-    return config
+def make_method(**fields: Any) -> APD:
+    """The default settings of APD with some fields changed."""
+    return APD().replace(**fields)
+
+
+def make_problem(apply_fn: Callable, params: Any, sample_fn: Any, **fields: Any) -> Problem:
+    """A problem of a function, its params and its data."""
+    return Problem(apply_fn, params, sample_fn, **fields)
+
+
+def method_of(config: ConfigDict) -> Method:
+    """The settings that an experiment's config (or its `apd`) holds."""
+    return registry.of(config.apd if "apd" in config else config)
 
 
 def get_config(file: str, *args: str) -> ConfigDict:

@@ -24,6 +24,7 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.errors import InputError, one_of
 from apd_jax.forward import sparse
+from apd_jax.network.outputs import outputs
 
 KINDS = ("gradient", "integrated_gradient", "ablation", "activation")
 MODES = ("auto", "forward", "reverse", "probe")
@@ -35,11 +36,6 @@ _TWO_PRODUCTS = 4
 # (TMS 40-10, batch 2048: a step takes 5.8 ms of processor time with 4 MiB, 8.0 ms with 16), an accelerator when it is busy.
 _CHUNK_BYTES = {"cpu": 4 * 2**20}
 _CHUNK_BYTES_ELSEWHERE = 512 * 2**20
-
-
-def outputs(result: Any) -> Array:
-    """The outputs of an `apply_fn` result, which may be `outputs` or `(outputs, hidden)`."""
-    return result[0] if isinstance(result, tuple) else result
 
 
 def squared(

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
-from jaxtyping import PyTree
 
-from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import features, general
 from apd_jax.evaluation.general import Evaluation
-from apd_jax.methods.config import Config
 from apd_jax.targets.base import FeatureTarget, Target
 from apd_jax.targets.scoring import alive_components
 
 
-def evaluate(target: Target, params: PyTree, components: Components, config: Config) -> Evaluation:
-    """All that is known how to measure: see `features.evaluate` for targets made of features, `general.evaluate` for the others.
+def evaluate(
+    target: Target, decomposition: Decomposition, *, num_batches: int, seed: int
+) -> Evaluation:
+    """All that is known how to measure of one instance, on fresh batches of `target.sample_fn`.
 
-    A target that has a `score_fn` of its own is asked too.
+    `features.evaluate` for targets made of features, `general.evaluate` for the others; and a
+    target's own `score_fn` where it has one.
     """
-    measure = features.evaluate if isinstance(target, FeatureTarget) else general.evaluate
-    evaluation = measure(target, params, components, config)
+    features_known = isinstance(target, FeatureTarget)
+    measure: Any = features.evaluate if features_known else general.evaluate
+    evaluation = measure(target, decomposition, num_batches=num_batches, seed=seed)
     if target.score_fn is None:
         return evaluation
-    key = jax.random.fold_in(jax.random.key(config.evaluation.seed), general.STREAM + 1)
+    key = jax.random.fold_in(jax.random.key(seed), general.STREAM + 1)
     alive = alive_components(
         evaluation.arrays["firing_rates"], evaluation.arrays["component_norms"]
     )
-    score = target.score_fn(
-        Decomposition(target.problem(params), components, config.apd, []), key, alive
-    )
+    score = target.score_fn(decomposition, key, alive)
     return dataclasses.replace(
         evaluation,
         metrics=score.metrics | evaluation.metrics,

@@ -15,9 +15,14 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
+from apd_jax.components import Components
 from apd_jax.components.layout import unfold
-from apd_jax.decomposition import Decomposition
-from apd_jax.train import step as step_lib
+from apd_jax.decomposition import Decomposition, activity_of
+from apd_jax.evaluation.general import fired
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
+from apd_jax.network.outputs import outputs, position_weights
+from apd_jax.network.problem import Problem
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +31,9 @@ class Behaviour:
 
     attributions: Float[np.ndarray, "B *T C"]  # in units of the output
     mask: Bool[np.ndarray, "B *T C"]  # as in training
-    cut: float  # the smallest attribution above 0 that the mask kept; infinite if there is none
-    firing_rates: Float[
-        np.ndarray, " C"
-    ]  # share of examples (or positions) on which the component is kept with an attribution above 0
+    cut: float  # the smallest score above 0 that the mask kept; infinite if there is none
+    cuts: Float[np.ndarray, " C"]  # the same of every component
+    firing_rates: Float[np.ndarray, " C"]  # share of examples (or positions) on which it fires
     damage: Float[np.ndarray, " C"]  # in units of the minimality loss
     examples: Int[np.ndarray, "C n"]  # indices into the batch
     change: Float[np.ndarray, "C O"]  # in units of the output
@@ -39,65 +43,64 @@ def behaviour(decomposition: Decomposition, x: PyTree, *, num_examples: int = 6)
     """Attributions and mask of a batch, and what the outputs lose without each component.
 
     With f(ΣP) all components on and f(ΣP - P_c) all but one:
-      damage_c = D( f(ΣP, x), f(ΣP - P_c, x) ), D the minimality loss of the config, averaged over the batch.
-      examples_c: the n examples with the largest attribution (at their strongest position), largest first.
-      change_c = f(ΣP, x) - f(ΣP - P_c, x), averaged over those examples (and positions): what the component adds to every output.
+      damage_c = D( f(ΣP, x), f(ΣP - P_c, x) ), averaged over the batch, D the minimality loss.
+      examples_c: the n examples with the largest score (at their strongest position) first.
+      change_c = f(ΣP, x) - f(ΣP - P_c, x), averaged over those examples (and positions): what the
+        component adds to every output.
 
-    Cost: the attributions, and C forward passes of the batch, one after the other.
+    Cost: the gate, and C forward passes of the batch, one after the other.
     """
-    problem, kind = decomposition.problem, decomposition.config.minimality_loss
+    method, problem = decomposition.method, decomposition.problem
     C = decomposition.components.num_components
 
-    def measure(components, params, x):
-        here = dataclasses.replace(
-            decomposition,
-            components=components,
-            problem=dataclasses.replace(problem, params=params),
-        )
-        attributions = here.attributions(x)
-        mask = here.mask_of(attributions, x)
-        strongest = jnp.max(attributions.reshape(attributions.shape[0], -1, C), axis=1)
+    @jax.jit
+    def measure(trained: Trained, params: PyTree, x: PyTree) -> tuple[Array, ...]:
+        activity = activity_of(method, problem, trained, params, x)
+        scores = activity.scores
+        strongest = jnp.max(scores.reshape(scores.shape[0], -1, C), axis=1)
         _, examples = jax.lax.top_k(strongest.T, min(num_examples, strongest.shape[0]))
-        total = components_lib.total(components, params)
-        whole = _output(problem.apply_fn, total, x)
-        weights = None if problem.valid_fn is None else _mean_one(problem.valid_fn(x))
+        damage, change = _without_each(method, problem, trained.components, params, x, examples)
+        fires = fired(activity)
+        cut = jnp.min(jnp.where(fires, scores, jnp.inf))
+        cuts = jnp.min(jnp.where(fires, scores, jnp.inf).reshape(-1, C), axis=0)
+        rates = jnp.mean(fires, axis=range(fires.ndim - 1), dtype=jnp.float32)
+        return scores, activity.active, cut, cuts, rates, damage, examples, change
 
-        def one(c: Array) -> tuple[Array, Array]:
-            parts = {
-                name: jax.tree.map(lambda a: a[c], f).weights
-                for name, f in components.factors.items()
-            }
-            leaves = components_lib.decomposed_leaves(components, total)
-            without = _output(
-                problem.apply_fn,
-                components_lib.replace_leaves(
-                    total, {name: leaves[name] - parts[name] for name in leaves}
-                ),
-                x,
-            )
-            change = (whole - without)[examples[c]]
-            return losses.minimality(without, whole, kind, weights), jnp.mean(
-                change.reshape(-1, change.shape[-1]), axis=0
-            )
+    found = jax.device_get(measure(decomposition.trained, problem.params, x))
+    scores, mask, cut, *rest = found
+    return Behaviour(scores, mask, float(cut), *rest)
 
-        damage, change = jax.lax.map(one, jnp.arange(C))
-        fires = mask & (attributions > 0)
-        cut = jnp.min(jnp.where(fires, attributions, jnp.inf))
-        rates = jnp.mean(fires, axis=range(mask.ndim - 1), dtype=jnp.float32)
-        return attributions, mask, cut, rates, damage, examples, change
 
-    found = jax.device_get(jax.jit(measure)(decomposition.components, problem.params, x))
-    attributions, mask, cut, *rest = found
-    return Behaviour(attributions, mask, float(cut), *rest)
+def _without_each(
+    method: Method,
+    problem: Problem,
+    components: Components,
+    params: PyTree,
+    x: PyTree,
+    examples: Int[Array, "C n"],
+) -> tuple[Float[Array, " C"], Float[Array, "C O"]]:
+    """Damage and change of the outputs without each component; see `behaviour`."""
+    every, total = components_lib.aligned(components), components_lib.total(components, params)
+    leaves = components_lib.decomposed_leaves(components, total)
+    whole = _output(problem.apply_fn, total, x)
+    weights = position_weights(x, problem.valid_fn)[0]
+
+    def one(c: Array) -> tuple[Array, Array]:
+        parts = {n: jax.tree.map(lambda a: a[c], f).weights for n, f in every.factors.items()}
+        less = {
+            name: (leaves[name] - part).astype(leaves[name].dtype) for name, part in parts.items()
+        }
+        without = _output(problem.apply_fn, components_lib.replace_leaves(total, less), x)
+        change = (whole - without)[examples[c]].reshape(-1, whole.shape[-1])
+        damage = losses.minimality(without, whole, method.minimality_loss, weights)
+        return damage, jnp.mean(change, axis=0)
+
+    return jax.lax.map(one, jnp.arange(components.num_components))
 
 
 def _output(apply_fn: Callable, params: PyTree, x: PyTree) -> Float[Array, "B ..."]:
-    out = step_lib.split_result(apply_fn(params, x))[0]
+    out = outputs(apply_fn(params, x))
     return out.reshape(-1, 1) if out.ndim == 1 else out
-
-
-def _mean_one(valid: Bool[Array, "B T"]) -> Float[Array, "B T"]:
-    return valid / jnp.maximum(jnp.mean(valid, dtype=jnp.float32), 1e-12)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,8 @@ def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
 
     Cost: every P_c of one leaf is formed once, one after the other.
     """
-    components, params = decomposition.components, decomposition.problem.params
+    components = components_lib.aligned(decomposition.components)
+    params = decomposition.problem.params
     leaves = components_lib.decomposed_leaves(components, params)
     found = []
     for name, f in components.factors.items():
@@ -150,7 +154,10 @@ def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
 def shown(
     name: str, parts: PyTree, form: Callable, target: Array, total: Array, side: int
 ) -> Matrix:
-    """The strongest `side` rows and columns of a matrix. parts: arrays with a leading C, of which `form` makes one P_c [a, b]."""
+    """The strongest `side` rows and columns of a matrix.
+
+    parts: arrays with a leading C, of which `form` makes one P_c [a, b].
+    """
     cut_out = jax.jit(
         lambda parts, target: (
             jax.lax.map(lambda one: _strongest(form(one), side), parts),

@@ -14,21 +14,24 @@ from jaxtyping import Array, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
-from apd_jax.components import Components
-from apd_jax.decomposition import Decomposition
-from apd_jax.methods.config import Config
+from apd_jax.decomposition import Decomposition, activity_of
+from apd_jax.evaluation import masks
+from apd_jax.forward import sparse
+from apd_jax.gates.base import Activity
+from apd_jax.methods.optimizers import Trained
+from apd_jax.network.outputs import outputs, position_weights
 from apd_jax.targets.base import Panel, Target
 from apd_jax.targets.scoring import alive_components
-from apd_jax.train import step as step_lib
 
 STREAM = 0x7E57  # sets the draws of an evaluation apart from training with the same seed
 
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """metrics: flat and JSON-able. arrays: what `apd_jax.report.figures` reads. panels: further figures, by file name.
+    """metrics: flat and JSON-able. arrays: what `apd_jax.report.figures` reads.
 
-    labels: {metric: what it says and what is good}, for metrics that only this target has.
+    panels: further figures, by file name. labels: {metric: what it says and what is good}, for
+    metrics that only this target has.
     """
 
     metrics: dict[str, float | int]
@@ -37,57 +40,72 @@ class Evaluation:
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def evaluate(target: Target, params: PyTree, components: Components, config: Config) -> Evaluation:
-    """Measures a decomposition on fresh batches of `target.sample_fn`.
+def fired(activity: Activity) -> Array:
+    """Which components are active with a score above 0, like the mask."""
+    return activity.active & (activity.scores > 0)
+
+
+def chosen_masks(activity: Activity, key: Array) -> dict[str, Array]:
+    """The masks that every evaluation asks about, by name.
+
+    topk: that of training, on or off. For a gate that also knows degrees, gates: its values as they
+    are; stochastic: with the rest times U(0, 1).
+    """
+    mask = activity.active
+    found = {"topk": mask, "all": jnp.ones_like(mask), "none": jnp.zeros_like(mask)}
+    if activity.hard:
+        return found
+    return found | {"gates": activity.values, "stochastic": masks.stochastic(activity, key)}
+
+
+def evaluate(
+    target: Target, decomposition: Decomposition, *, num_batches: int, seed: int
+) -> Evaluation:
+    """Measures a decomposition of one instance on fresh batches of `target.sample_fn`.
 
     Metrics
-      faithfulness, simplicity: as trained. relative_parameter_error: Σ_l ‖θ*_l - Σ_c P_{c,l}‖² / Σ_l ‖θ*_l‖².
-      minimality_{topk,all,none}: distance to the target's output, in `apd.minimality_loss`, with the mask of training, with all
-        components, and with none.
-      num_alive_components: those that fire (are kept with an attribution above 0) and have more than ALIVE_NORM of the largest
-        component's norm; num_dead_components: the others. mean_active_components: firing per example.
+      faithfulness, simplicity: as trained. relative_parameter_error: see the components' algebra.
+      minimality_{topk,all,none}: distance to the target's output, in the method's
+        `minimality_loss`, with the mask of training, with all components, and with none; of gates
+        with degrees also with {gates,stochastic}, see `chosen_masks`.
+      num_alive_components: those that fire (are active with a score above 0) and have more than
+        ALIVE_NORM of the largest component's norm; num_dead_components: the others.
+        mean_active_components: firing per example.
       total_rank: effective ranks of the alive components, summed over components and leaves.
 
-    Args:
-      components: of one instance.
-      config: the experiment's; reads `apd` and `evaluation` (num_batches, seed). The batch size is that of `target.sample_fn`.
-    Cost: num_batches · four forward passes and the attributions, in one XLA program.
+    Cost: num_batches · four forward passes and the gate, in one XLA program.
     """
-    apd = config.apd
-    decomposition = Decomposition(target.problem(params), components, apd, [])
-    key = jax.random.fold_in(jax.random.key(config.evaluation.seed), STREAM)
+    method, problem = decomposition.method, decomposition.problem
+    key = jax.random.fold_in(jax.random.key(seed), STREAM)
 
-    def one(step: Array) -> dict[str, Array]:
+    def one(trained: Trained, params: PyTree, step: Array) -> dict[str, Array]:
         x = target.sample_fn(key, step)
-        target_out, _ = step_lib.split_result(target.apply_fn(params, x))
-        attributions = decomposition.attributions(x)
-        mask = decomposition.mask_of(attributions, x)
-        chosen = {"topk": mask, "all": jnp.ones_like(mask), "none": jnp.zeros_like(mask)}
-        outs = {
-            name: step_lib.split_result(decomposition.sparse_output(x, m))[0]
-            for name, m in chosen.items()
-        }
-        return {
+        target_out = outputs(problem.apply_fn(params, x))
+        activity = activity_of(method, problem, trained, params, x)
+        weights = position_weights(x, problem.valid_fn)[0]
+        chosen = chosen_masks(activity, jax.random.fold_in(key, step))
+        found = {
             "fired": jnp.mean(
-                mask & (attributions > 0), axis=range(mask.ndim - 1), dtype=jnp.float32
+                fired(activity), axis=range(activity.active.ndim - 1), dtype=jnp.float32
             ),
-            "simplicity": losses.simplicity(components, mask, apd.schatten_p),
-            **{
-                f"minimality_{name}": losses.minimality(out, target_out, apd.minimality_loss)
-                for name, out in outs.items()
-            },
+            "simplicity": losses.simplicity(trained.components, activity.active, method.norm_p),
         }
+        for name, mask in chosen.items():
+            result = sparse.apply(problem.apply_fn, params, trained.components, mask, x)
+            found[f"minimality_{name}"] = losses.minimality(
+                outputs(result), target_out, method.minimality_loss, weights
+            )
+        return found
 
-    drawn = jax.device_get(
-        jax.jit(lambda: jax.lax.map(one, jnp.arange(config.evaluation.num_batches)))()
-    )
+    @jax.jit
+    def measure(trained: Trained, params: PyTree) -> dict[str, Array]:
+        return jax.lax.map(lambda step: one(trained, params, step), jnp.arange(num_batches))
+
+    components, params = decomposition.components, problem.params
+    drawn = jax.device_get(measure(decomposition.trained, params))
     leaves = components_lib.decomposed_leaves(components, params)
-    errors = [
-        jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2)
-        for name, f in components.factors.items()
-    ]
     squares = jax.device_get(components_lib.squared_norms(components))
-    norms = np.sqrt(np.maximum(sum(squares.values(), np.zeros(())), 0))
+    norms = np.asarray(components_lib.norms(components))
     firing_rates = drawn["fired"].mean(axis=0)
     alive = alive_components(firing_rates, norms)
     ranks = jax.device_get(components_lib.effective_ranks(components))
@@ -98,8 +116,9 @@ def evaluate(target: Target, params: PyTree, components: Components, config: Con
 
     metrics = {
         "faithfulness": float(losses.faithfulness(components, params)),
-        "relative_parameter_error": float(sum(errors))
-        / float(sum(jnp.sum(leaf**2) for leaf in leaves.values())),
+        "relative_parameter_error": float(
+            components_lib.relative_parameter_error(components, params)
+        ),
         **{name: float(values.mean()) for name, values in drawn.items() if name != "fired"},
         "num_components": len(alive),
         "num_alive_components": int(alive.sum()),

@@ -5,7 +5,8 @@ Shapes: C components, F features, d the length of the vector W_f that serves fea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,11 @@ from apd_jax.components import Components
 
 OWNED_COSINE = 0.9  # a feature is owned if its component's vector points its way ...
 OWNED_NORM_RATIO = 0.5  # ... and holds at least this part of its length
+
+
+def all_owned(scores: Mapping[str, Any]) -> bool:
+    """Whether every feature has a component of its own: the definition of a run that succeeds."""
+    return bool(scores["num_features_owned"] == scores["num_features"])
 
 
 def of_components(

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
-from ml_collections import ConfigDict
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -26,6 +25,7 @@ from apd_jax.evidence import ablate, audit, controls, fit, length, retrain, trut
 from apd_jax.evidence.card import Evidence
 from apd_jax.evidence.check import Case, Check
 from apd_jax.evidence.subject import Setting, make
+from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.targets.base import Target
 
@@ -61,9 +61,9 @@ def evidence(
     num_examples: int | None = None,
     bits_per_rank: float = 1.0,
     full: bool = False,
-    seeds: Sequence[Components] = (),
+    seeds: Sequence[Trained] = (),
     other: Components | None = None,
-    earlier: Mapping[int, Components] | None = None,
+    earlier: Mapping[int, Trained] | None = None,
     provenance: Mapping[str, Any] | None = None,
     checks: Sequence[int] | None = None,
     console: Console | None = None,
@@ -88,7 +88,7 @@ def evidence(
       InputError: several instances; no data; examples that are none.
     Cost: without `full` some 400 sparse passes over the examples, a third of them with gradients.
     """
-    config, problem = decomposition.config, decomposition.problem
+    config, problem = decomposition.method, decomposition.problem
     if config.num_instances != 1:
         raise InputError(
             f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i)."
@@ -113,7 +113,7 @@ def evidence(
     }
     about |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
     case = Case(
-        subject=make(setting, problem.params, decomposition.components, draw(0)),
+        subject=make(setting, problem.params, decomposition.trained, draw(0)),
         decomposition=decomposition,
         key=jax.random.fold_in(key, 1),
         draw=draw,
@@ -183,12 +183,8 @@ def _evaluation(decomposition: Decomposition, target: Target | None):
     """The target's own metrics, on a few batches."""
     if target is None:
         return None
-    config = ConfigDict(
-        {"evaluation": {"num_batches": EVALUATION_BATCHES, "seed": decomposition.config.seed}}
-    )
-    config.apd = decomposition.config
     return evaluation_lib.evaluate(
-        target, decomposition.problem.params, decomposition.components, config
+        target, decomposition, num_batches=EVALUATION_BATCHES, seed=decomposition.method.seed
     )
 
 

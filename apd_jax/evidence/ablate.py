@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from apd_jax.evidence import bounds
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, distance, errors, fresh, joined, outputs, scaled
+from apd_jax.methods.optimizers import Trained
 from apd_jax.targets.base import Panel
 
 NUM_DRAWS = 8  # of random factors
@@ -79,8 +80,9 @@ def _average_scale(subject: Subject) -> Float[Array, "*one C"]:
 
 @jax.jit
 def _redrawn_error(subject: Subject, key: PRNGKeyArray) -> Float[Array, ""]:
-    drawn = fresh(key, subject.components, subject.params, subject.setting.config.init_scale)
-    both = dataclasses.replace(subject, components=joined(subject.components, drawn))
+    drawn = fresh(key, subject).components
+    both = Trained(joined(subject.components, drawn), subject.trained.gate)
+    both = dataclasses.replace(subject, trained=both)
     mask = jnp.concatenate([subject.mask, ~subject.mask], axis=-1).astype(jnp.float32)
     return jnp.mean(distance(both, outputs(both, mask)))
 

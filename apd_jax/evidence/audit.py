@@ -56,7 +56,7 @@ def _attributions(subject: Subject, kind: str, mode: str, leaf: str) -> Float[Ar
     problem, summed = setting.problem, components_lib.total(subject.components, subject.params)
     components = only(subject.components, leaf) if leaf else subject.components
     valid = None if problem.valid_fn is None else problem.valid_fn(subject.x)
-    options = {"mode": mode, "metric": setting.config.attribution_metric, "valid": valid}
+    options = {"mode": mode, "metric": setting.method.metric, "valid": valid}
     return jnp.sqrt(
         attributions_lib.squared(kind, problem.apply_fn, summed, components, subject.x, **options)
     )
@@ -64,7 +64,7 @@ def _attributions(subject: Subject, kind: str, mode: str, leaf: str) -> Float[Ar
 
 def _audited(subject: Subject) -> Subject:
     x = jax.tree.map(lambda a: a[:NUM_EXAMPLES], subject.x)
-    return make(subject.setting, subject.params, subject.components, x)
+    return make(subject.setting, subject.params, subject.trained, x)
 
 
 def correlations(subject: Subject, leaf: str = "") -> tuple[dict[str, float], dict[str, str]]:
@@ -91,10 +91,8 @@ def fidelity(case: Case) -> Check:
     values = dict(together) | {
         f"{kind}_{leaf}": r for leaf, found in by_leaf.items() for kind, r in found.items()
     }
-    for step, components in case.earlier.items():
-        found = correlations(
-            _audited(make(subject.setting, subject.params, components, subject.x))
-        )[0]
+    for step, trained in case.earlier.items():
+        found = correlations(_audited(make(subject.setting, subject.params, trained, subject.x)))[0]
         values |= {f"{kind}_at_{step}": r for kind, r in found.items()}
     text = "Rank correlation with true ablation, all leaves together: " + ", ".join(
         f"{kind.replace('_', ' ')} {r:.3f}" for kind, r in together.items()

@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
 from apd_jax.evidence.subject import Subject
-from apd_jax.train import step as step_lib
+from apd_jax.network.outputs import outputs as outputs_of
 
 
 class UnboundedError(Exception):
@@ -76,7 +76,7 @@ def error_bound(subject: Subject, count: int) -> Float[Array, " n"]:
     """
     lo, hi = output_bounds(subject, count)
     target = subject.target_out[:count]
-    if subject.setting.config.minimality_loss == "kl":
+    if subject.setting.method.minimality_loss == "kl":
         log_p = jax.nn.log_softmax(target)
         each = jnp.sum(jnp.exp(log_p) * (log_p - lo), axis=-1) + jax.nn.logsumexp(hi, axis=-1)
     else:
@@ -90,7 +90,7 @@ def output_bounds(subject: Subject, count: int) -> Interval:
         raise UnboundedError("intervals are worked out for masks per example, not per position")
     apply_fn, weights = (
         subject.setting.problem.apply_fn,
-        {n: f.weights for n, f in subject.components.factors.items()},
+        {n: f.weights for n, f in components_lib.aligned(subject.components).factors.items()},
     )
 
     def one(mask, x):
@@ -111,9 +111,9 @@ def output_bounds(subject: Subject, count: int) -> Interval:
             is_leaf=lambda a: isinstance(a, Interval),
         )
         found = _evaluate(jaxpr, args)
-        out = step_lib.split_result(
+        out = outputs_of(
             jax.tree.unflatten(jax.tree.structure(shape), [_Held(a) for a in found])
-        )[0].value
+        ).value
         return tuple(end[0] for end in _ends(out))
 
     bounded = jax.jit(jax.vmap(one))(*jax.tree.map(lambda a: a[:count], (subject.mask, subject.x)))

@@ -15,6 +15,7 @@ from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation.general import Evaluation
 from apd_jax.evidence.subject import Subject, baselines
+from apd_jax.methods.optimizers import Trained
 from apd_jax.targets.base import Panel, Target
 
 ERROR_BAR = 0.1  # the error that any permitted ablation may cause, as a part of `Case.scale`
@@ -65,7 +66,7 @@ class Case:
         Components
     ] = ()  # other seeds: decompositions of this target by the same settings
     other: Components | None = None  # another run of this target, to be compared with
-    earlier: Mapping[int, Components] = dataclasses.field(
+    earlier: Mapping[int, Trained] = dataclasses.field(
         default_factory=dict
     )  # {step: components} of the other checkpoints
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -94,7 +95,7 @@ class Case:
     def unit(self) -> str:
         """What `scale` is, in words."""
         constant, none = self._baselines
-        mse = self.decomposition.config.minimality_loss == "mse"
+        mse = self.decomposition.method.minimality_loss == "mse"
         return (
             "error without any component"
             if none < constant

@@ -37,13 +37,13 @@ def controls(case: Case) -> Check:
     Each must fail 1 and 3. With `full` a decomposition of that network is trained too, by the same settings; it must fail at least one.
     """
     s, key = case.subject, jax.random.fold_in(case.key, 16)
-    untrained = fresh(key, s.components, s.params, s.setting.config.init_scale)
+    untrained = fresh(key, s)
     other = random_params(case, jax.random.fold_in(key, 1))
     judged = {
         "untrained": make(s.setting, s.params, untrained, s.x),
-        "random_network": make(s.setting, other, s.components, s.x),
+        "random_network": make(s.setting, other, s.trained, s.x),
         "shuffled_network": make(
-            s.setting, shuffled(case, jax.random.fold_in(key, 2)), s.components, s.x
+            s.setting, shuffled(case, jax.random.fold_in(key, 2)), s.trained, s.x
         ),
     }
     if case.full:

@@ -20,9 +20,10 @@ from apd_jax.evidence import ablate
 from apd_jax.evidence import length as length_lib
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, distance, errors, make, norms, outputs
+from apd_jax.network.outputs import outputs as outputs_of
+from apd_jax.targets import scoring
 from apd_jax.targets.base import Panel
 from apd_jax.targets.scoring import ALIVE_NORM
-from apd_jax.train import step as step_lib
 
 PARAMETER_BAR = 1e-3
 UNMASKED_BAR = 0.01
@@ -37,30 +38,20 @@ STANDARD_ERRORS = 3.0
 IMMATERIAL = 0.01  # ... or this part of what the bars of checks 1 and 3 allow
 
 
-def relative_parameter_error(subject: Subject) -> Float[Array, ""]:
-    """Σ_l ‖θ*_l - Σ_c P_{c,l}‖² / Σ_l ‖θ*_l‖² over the decomposed leaves."""
-    leaves = components_lib.decomposed_leaves(subject.components, subject.params)
-    missing = sum(
-        jnp.sum((components_lib.leaf_total(f) - leaves[name]) ** 2)
-        for name, f in subject.components.factors.items()
-    )
-    return jnp.asarray(missing) / sum(jnp.sum(leaf**2) for leaf in leaves.values())
-
-
 @jax.jit
 def _unmasked_error(subject: Subject) -> Float[Array, ""]:
     summed = components_lib.total(subject.components, subject.params)
     return jnp.mean(
-        distance(
-            subject, step_lib.split_result(subject.setting.problem.apply_fn(summed, subject.x))[0]
-        )
+        distance(subject, outputs_of(subject.setting.problem.apply_fn(summed, subject.x)))
     )
 
 
 def faithfulness(case: Case) -> Check:
     """Check 1: do the components sum to the network?"""
     parameters, unmasked = (
-        float(relative_parameter_error(case.subject)),
+        float(
+            components_lib.relative_parameter_error(case.subject.components, case.subject.params)
+        ),
         case.relative(_unmasked_error(case.subject)),
     )
     return Check(
@@ -79,21 +70,21 @@ def faithfulness(case: Case) -> Check:
 def sparse(case: Case) -> Check:
     """Check 3: the error with the active components only, kept as in training and by choices that were not trained on."""
     s = case.subject
-    setting, k, C = s.setting, s.setting.config.topk, s.num_components
-    choosable = C - setting.config.num_always_on
+    setting, k, C = s.setting, s.k, s.num_components
+    choosable = C - setting.method.always_on
     masks = {
         "trained": s.mask,
-        "top1": setting.mask(s.attributions, s.x, kind="topk", k=1),
-        "threshold": s.attributions >= THRESHOLD * jnp.max(s.attributions),
-        "k": setting.mask(s.attributions, s.x, k=k),
-        "half_k": setting.mask(s.attributions, s.x, k=k / 2),
-        "double_k": setting.mask(s.attributions, s.x, k=min(2 * k, choosable)),
+        "top1": setting.largest(s.scores, s.x, 1, each=True),
+        "threshold": s.scores >= THRESHOLD * jnp.max(s.scores),
+        "k": setting.largest(s.scores, s.x, k),
+        "half_k": setting.largest(s.scores, s.x, k / 2),
+        "double_k": setting.largest(s.scores, s.x, min(2 * k, choosable)),
         "all": jnp.ones_like(s.mask),
-        "none": setting.mask(s.attributions, s.x, k=0.0),
+        "none": setting.largest(s.scores, s.x, 0.0),
     }
     values = {name: case.relative(jnp.mean(errors(s, mask))) for name, mask in masks.items()}
     rows = s.mask.size / C
-    active = float(jnp.sum(s.mask[..., setting.config.num_always_on :])) / rows
+    active = float(jnp.sum(s.mask[..., setting.method.always_on :])) / rows
     at_k = ", ".join(
         f"at k = {of * k:g} {values[name]:.2%}"
         for name, of in {"half_k": 0.5, "k": 1, "double_k": 2}.items()
@@ -110,7 +101,7 @@ def sparse(case: Case) -> Check:
             "threshold_active": float(jnp.sum(masks["threshold"])) / rows,
             "topk": k,
         },
-        text=f"With the components kept as in training ({setting.kept}; {active:.3g} per input) the error is {values['trained']:.2%} of "
+        text=f"With the components kept as in training ({s.kept}; {active:.3g} per input) the error is {values['trained']:.2%} of "
         f"the {case.unit}; {at_k}, with the largest of every example {values['top1']:.2%}, with all above {THRESHOLD:.0%} of the largest "
         f"attribution {values['threshold']:.2%}, with none {values['none']:.2%}.",
         budget=case.examples,
@@ -124,7 +115,7 @@ def shrinkage(case: Case) -> Check:
     component is taken from both (of logits also their mean). norm_ratio: ‖Σ_c P_c‖ / ‖θ*‖, or where the features' own weights are known
     the mean norm ratio of the components that hold them.
     """
-    s, kl = case.subject, case.decomposition.config.minimality_loss == "kl"
+    s, kl = case.subject, case.decomposition.method.minimality_loss == "kl"
     none = outputs(s, jnp.zeros(s.mask.shape))
     out, target = (
         o - jnp.mean(o, axis=-1, keepdims=True) if kl else o
@@ -161,7 +152,7 @@ def _summed_and_target(s: Subject):
 @jax.jit
 def _fired(subject: Subject) -> Float[Array, " C"]:
     return jnp.mean(
-        subject.mask & (subject.attributions > 0),
+        subject.mask & (subject.scores > 0),
         axis=range(subject.mask.ndim - 1),
         dtype=jnp.float32,
     )
@@ -171,9 +162,9 @@ def alive(subject: Subject, case: Case) -> tuple[np.ndarray, np.ndarray]:
     """Firing rates [C] on held-out batches, and which components live: kept somewhere, with more than ALIVE_NORM of the largest norm."""
     rates, s = [_fired(subject)], subject
     for i in range(1, min(FIRING_BATCHES, case.num_batches)):
-        rates.append(_fired(make(s.setting, s.params, s.components, case.draw(i))))
-    rate, norm = np.mean(jax.device_get(rates), axis=0), np.asarray(norms(s.components))
-    return rate, (rate > 0) & (norm > ALIVE_NORM * norm.max())
+        rates.append(_fired(make(s.setting, s.params, s.trained, case.draw(i))))
+    rate = np.mean(jax.device_get(rates), axis=0)
+    return rate, scoring.alive_components(rate, np.asarray(norms(s.components)))
 
 
 def alive_components(case: Case) -> Check:
@@ -260,8 +251,8 @@ def convergence(case: Case) -> Check:
             IMMATERIAL * material.get(name, 0.0),
         )
         level.append(bool(abs(last.mean() - before.mean()) <= allowed))
-    for step, components in case.earlier.items():
-        s = make(case.subject.setting, case.subject.params, components, case.subject.x)
+    for step, trained in case.earlier.items():
+        s = make(case.subject.setting, case.subject.params, trained, case.subject.x)
         values |= {
             f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()
         }

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float
 from apd_jax import components as components_lib
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, errors
-from apd_jax.methods.config import Config
 from apd_jax.targets.base import Panel
 
 NUM_KS = 25
@@ -31,7 +30,7 @@ def bits(subject: Subject, mask: Array, bits_per_rank: float) -> Float[Array, ""
         components_lib.effective_ranks(subject.components).values(), jnp.zeros((), jnp.int32)
     )
     each = jnp.log2(float(subject.num_components)) + bits_per_rank * ranks
-    active = mask & (subject.attributions > 0)
+    active = mask & (subject.scores > 0)
     return jnp.mean(jnp.sum(active * each.reshape(*[1] * (mask.ndim - 1), -1), axis=-1))
 
 
@@ -42,7 +41,7 @@ def over_k(
     """Mean sparse error and bits per datapoint with the k largest kept, of every k."""
 
     def at(k):
-        mask = subject.setting.mask(subject.attributions, subject.x, k=k)
+        mask = subject.setting.largest(subject.scores, subject.x, k)
         return jnp.mean(errors(subject, mask.astype(jnp.float32))), bits(
             subject, mask, bits_per_rank
         )
@@ -50,14 +49,19 @@ def over_k(
     return jax.lax.map(at, ks)
 
 
-def grid(config: Config, num_components: int) -> np.ndarray:
+def grid(k: float, most: int) -> np.ndarray:
     """k from an eighth of the trained one to all components, in equal ratios."""
-    return np.geomspace(config.topk / 8, num_components - config.num_always_on, NUM_KS)
+    return np.geomspace(max(k, 1e-3) / 8, most, NUM_KS)
+
+
+def choosable(subject: Subject) -> int:
+    """How many components are not always on."""
+    return subject.num_components - subject.setting.method.always_on
 
 
 def curves(case: Case) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """k, sparse error in units of `Case.scale`, and bits per datapoint."""
-    ks = grid(case.decomposition.config, case.subject.num_components)
+    ks = grid(case.subject.k, choosable(case.subject))
     error, length = over_k(case.subject, jnp.asarray(ks, jnp.float32), case.bits_per_rank)
     return ks, np.array([case.relative(e) for e in error]), np.asarray(length)
 
@@ -117,8 +121,8 @@ def description_length(case: Case) -> Check:
     ks, error, length = curves(case)
     s, alpha, needed = case.subject, case.bits_per_rank, smallest_k(ks, error)
     trained = float(bits(s, s.mask, alpha))
-    values = {"bits": trained, "bits_per_rank": alpha, "topk": case.decomposition.config.topk}
-    text = f"As trained ({s.setting.kept}) a held-out datapoint takes {trained:.3g} bits (log₂ C per active component "
+    values = {"bits": trained, "bits_per_rank": alpha, "topk": case.subject.k}
+    text = f"As trained ({s.kept}) a held-out datapoint takes {trained:.3g} bits (log₂ C per active component "
     text += f"and {alpha:g} per rank)"
     if needed is not None:
         values |= {

@@ -13,11 +13,13 @@ import numpy as np
 from jaxtyping import PyTree
 
 from apd_jax.components import Components
+from apd_jax.decomposition import instances
 from apd_jax.evaluation import geometry
 from apd_jax.evidence import fit
 from apd_jax.evidence.check import Case, Check
 from apd_jax.evidence.matching import SAME, agreement
 from apd_jax.evidence.subject import make
+from apd_jax.methods.optimizers import Trained
 from apd_jax.targets.base import FeatureTarget
 
 CAPACITIES = (2, 4)
@@ -30,7 +32,7 @@ _LEFT = "needs further runs; give --full"
 
 def again(
     case: Case, *, params: PyTree = None, sample_fn: Callable | None = None, **changes: Any
-) -> list[Components]:
+) -> list[Trained]:
     """Decompositions by the same settings but for `changes`, trained side by side if `num_instances` says so."""
     d = case.decomposition
     problem = dataclasses.replace(
@@ -38,13 +40,8 @@ def again(
         params=d.problem.params if params is None else params,
         sample_fn=sample_fn or d.problem.sample_fn,
     )
-    components = d.train_again(problem, **changes)
-    count = changes.get("num_instances", d.config.num_instances)
-    return (
-        [components]
-        if count == 1
-        else [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
-    )
+    method = d.method.replace(**changes)
+    return instances(d.train_again(problem, **changes), method)
 
 
 def capacity(case: Case) -> Check:
@@ -60,8 +57,8 @@ def capacity(case: Case) -> Check:
     s, C = case.subject, case.subject.num_components
     counts = {1: int(fit.alive(s, case)[1].sum())}
     for times in CAPACITIES:
-        (components,) = again(case, num_components=times * C)
-        counts[times] = int(fit.alive(make(s.setting, s.params, components, s.x), case)[1].sum())
+        (trained,) = again(case, num_components=times * case.decomposition.method.num_components)
+        counts[times] = int(fit.alive(make(s.setting, s.params, trained, s.x), case)[1].sum())
     return Check(
         **about,
         passed=all(abs(count - counts[1]) <= FLAT * counts[1] for count in counts.values()),
@@ -69,7 +66,7 @@ def capacity(case: Case) -> Check:
         text="Alive components: "
         + ", ".join(f"{count} of {times * C}" for times, count in counts.items())
         + ".",
-        budget=f"one run of {case.decomposition.config.num_steps} steps each",
+        budget=f"one run of {case.decomposition.method.num_steps} steps each",
     )
 
 
@@ -78,12 +75,12 @@ def recovered(case: Case, components: Components) -> bool:
     s, target = case.subject, case.target
     if isinstance(target, FeatureTarget):
         parts = geometry.of_components(
-            partial(target.feature_weights, s.params), components, s.setting.config.num_always_on
+            partial(target.feature_weights, s.params), components, s.setting.method.always_on
         )
         scores = geometry.scores(
             np.asarray(parts), np.asarray(target.feature_weights(s.params, s.params))
         )
-        return scores["num_features_owned"] == scores["num_features"]
+        return geometry.all_owned(scores)
     return agreement(s.components, components).share >= RECOVERED
 
 
@@ -105,13 +102,13 @@ def seeds(case: Case) -> Check:
         text += f"mean cosine {with_other.mean_cosine:.4f}. "
     others = list(case.seeds)
     if case.full and len(others) < NUM_SEEDS - 1:
-        others = again(case, num_instances=NUM_SEEDS - 1, seed=case.decomposition.config.seed + 1)
+        others = again(case, num_instances=NUM_SEEDS - 1, seed=case.decomposition.method.seed + 1)
     if not others:
         return Check(**about, values=values, text=text.strip(), why=_LEFT)
-    runs = [case.subject.components, *others]
+    runs = [case.subject.components, *(other.components for other in others)]
     found = [recovered(case, components) for components in runs]
     cosines = np.array(
-        [agreement(case.subject.components, components).mean_cosine for components in others]
+        [agreement(case.subject.components, other.components).mean_cosine for other in others]
     )
     values |= {
         "num_seeds": len(runs),
@@ -127,7 +124,7 @@ def seeds(case: Case) -> Check:
         + f"{sum(found)} of {len(runs)} seeds recover, this run counted; the others' mean cosine with it is {cosines.mean():.3f}, "
         f"at the least {cosines.min():.3f}.",
         why="" if len(runs) >= NUM_SEEDS else f"the bar asks for {NUM_SEEDS} seeds; give --full",
-        budget=f"{len(runs)} seeds of one target, {case.decomposition.config.num_steps} steps",
+        budget=f"{len(runs)} seeds of one target, {case.decomposition.method.num_steps} steps",
     )
 
 
@@ -138,7 +135,7 @@ def data(case: Case) -> Check:
     The agreement is the share of this run's components that are found again.
     """
     about = {"number": 15, "name": "data", "title": "Data"}
-    sample, config = case.decomposition.problem.sample_fn, case.decomposition.config
+    sample, config = case.decomposition.problem.sample_fn, case.decomposition.method
     if not case.full:
         return Check(**about, why=_LEFT)
     if not callable(sample):
@@ -158,7 +155,7 @@ def data(case: Case) -> Check:
             sample(rng, step),
         )
     found = {
-        name: agreement(case.subject.components, again(case, sample_fn=fn)[0])
+        name: agreement(case.subject.components, again(case, sample_fn=fn)[0].components)
         for name, fn in variants.items()
     }
     values = {f"{name}_share": a.share for name, a in found.items()} | {

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -17,120 +16,114 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.components import Components
+from apd_jax.decomposition import activity_of
+from apd_jax.evaluation import masks
 from apd_jax.forward import sparse
-from apd_jax.methods.config import Config
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
+from apd_jax.network.outputs import outputs as outputs_of
+from apd_jax.network.outputs import position_weights
 from apd_jax.network.problem import Problem
-from apd_jax.train import step as step_lib
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Setting:
-    """What of a decomposition is not an array. Equal for the same problem and the same settings: checks are then compiled once."""
+    """What of a decomposition is not an array.
+
+    Equal for the same problem and the same settings: checks are then compiled once.
+    """
 
     problem: Problem
-    config: Config
+    method: Method
 
     def __hash__(self) -> int:
         return id(self.problem)
 
     def __eq__(self, other: object) -> bool:
-        return (
-            isinstance(other, Setting)
-            and self.problem is other.problem
-            and self.config.to_dict() == other.config.to_dict()
-        )
+        same = isinstance(other, Setting) and self.problem is other.problem
+        return same and self.method == other.method
 
-    def mask(
-        self, attributions: Float[Array, "n *T C"], x: PyTree, *, kind: str = "batch_topk", k: Any
+    def largest(
+        self, scores: Float[Array, "n *T C"], x: PyTree, k: Any, *, each: bool = False
     ) -> Bool[Array, "n *T C"]:
-        """The k (which may be traced) largest, over the batch or per example; always-on components stay on."""
-        chosen = SimpleNamespace(mask=kind, topk=k, num_always_on=self.config.num_always_on)
-        return step_lib.make_mask_fn(chosen, valid_fn=self.problem.valid_fn)(attributions, x)
-
-    def trained_mask(
-        self, attributions: Float[Array, "n *T C"], components: Components, x: PyTree
-    ) -> Bool[Array, "n *T C"]:
-        """As in training; batch top-k at `topk` where it trained with "none" or "exact"."""
-        if self._by_threshold:
-            return step_lib.make_mask_fn(
-                self.config, thresholds=components.thresholds, valid_fn=self.problem.valid_fn
-            )(attributions, x)
-        return self.mask(
-            attributions,
-            x,
-            kind="topk" if self.config.mask == "topk" else "batch_topk",
-            k=self.config.topk,
-        )
-
-    @property
-    def _by_threshold(self) -> bool:
-        return self.config.mask in ("threshold", "learned")
-
-    @property
-    def kept(self) -> str:
-        """What `trained_mask` goes by, in words."""
-        if self.config.mask == "learned":
-            return "learned thresholds"
-        return (
-            f"threshold {self.config.threshold:.3g}"
-            if self._by_threshold
-            else f"k = {self.config.topk:g}"
-        )
+        """The k (which may be traced) largest, over the batch or of each; always-on stay on."""
+        valid_fn = self.problem.valid_fn
+        valid = None if valid_fn is None else valid_fn(x)
+        return masks.largest(scores, k, self.method.always_on, each=each, valid=valid)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """One target network, its components and n examples. A pytree: what is measured of it are jitted functions of it."""
+    """One target network, its components and n examples.
+
+    A pytree: what is measured of it are jitted functions of it.
+    """
 
     params: Any
-    components: Any
+    trained: Any
     x: Any
     target_out: Any  # [n, ...]
-    attributions: Any  # like mask
+    scores: Any  # like mask: what the gate ranks components by; for APD the attributions
     mask: Any  # the components that count as active: those of training
+    values: Any  # bool like mask, or the causal importances of a gate with degrees
     setting: Setting = dataclasses.field(metadata={"static": True})
+
+    @property
+    def components(self) -> Components:
+        return self.trained.components
+
+    @property
+    def attributions(self) -> Any:
+        return self.scores
 
     @property
     def num_components(self) -> int:
         return self.mask.shape[-1]
 
+    @property
+    def k(self) -> float:
+        """k as it was set, else the mean number of active components per input."""
+        method = self.setting.method
+        if method.k is not None:
+            return float(method.k)
+        rows = self.mask.size / self.num_components
+        return float(jnp.sum(self.mask[..., method.always_on :])) / rows
 
-def make(setting: Setting, params: PyTree, components: Components, x: PyTree) -> Subject:
-    """Runs the target and takes attributions and mask on x."""
-    return Subject(
-        params, components, x, *_measured(setting, params, components, x), setting=setting
-    )
+    @property
+    def kept(self) -> str:
+        """What components are kept by, in words."""
+        return self.setting.method.gate(self.trained.gate, self.setting.problem).says
+
+
+def make(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> Subject:
+    """Runs the target and asks the gate on x."""
+    return Subject(params, trained, x, *_measured(setting, params, trained, x), setting=setting)
+
+
+def with_components(subject: Subject, components: Components) -> Subject:
+    """The same about other components, with the same gate."""
+    trained = dataclasses.replace(subject.trained, components=components)
+    return make(subject.setting, subject.params, trained, subject.x)
 
 
 @functools.partial(jax.jit, static_argnames="setting")
-def _measured(
-    setting: Setting, params: PyTree, components: Components, x: PyTree
-) -> tuple[Array, Array, Array]:
-    problem, config = setting.problem, setting.config
-    out = step_lib.split_result(problem.apply_fn(params, x))[0]
-    attribute = step_lib.make_attribution_fn(
-        problem.apply_fn, config, attribution_fn=problem.attribution_fn, valid_fn=problem.valid_fn
-    )
-    attributions = jnp.sqrt(attribute(components, params, x, jax.random.key(config.seed)))
-    return out, attributions, setting.trained_mask(attributions, components, x)
+def _measured(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> tuple[Array, ...]:
+    problem = setting.problem
+    out = outputs_of(problem.apply_fn(params, x))
+    activity = activity_of(setting.method, problem, trained, params, x)
+    return out, activity.scores, activity.active, activity.values
 
 
 def distance(subject: Subject, out: Float[Array, "n ..."]) -> Float[Array, " n"]:
-    """D(target, out) of every example, in the measure that the components were trained with (`minimality_loss`)."""
-    weights, valid_fn, kind = (
-        None,
-        subject.setting.problem.valid_fn,
-        subject.setting.config.minimality_loss,
-    )
-    if valid_fn is not None:
-        valid = valid_fn(subject.x).astype(jnp.float32)
-        weights = valid / jnp.maximum(jnp.mean(valid), 1e-6)
+    """D(target, out) of every example, in the measure of training (`minimality_loss`)."""
+    setting = subject.setting
+    weights, _ = position_weights(subject.x, setting.problem.valid_fn)
+    kind = setting.method.minimality_loss
 
-    def one(out, target_out, weights):
-        return losses.minimality(
-            out[None], target_out[None], kind, None if weights is None else weights[None]
-        )
+    def one(out: Array, target_out: Array, weights: Any) -> Array:
+        row = None if weights is None else weights[None]
+        return losses.minimality(out[None], target_out[None], kind, row)
 
     return jax.vmap(one)(out, subject.target_out, weights)
 
@@ -139,10 +132,8 @@ def outputs(
     subject: Subject, mask: Bool[Array, "n *T C"] | Float[Array, "n *T C"]
 ) -> Float[Array, "n ..."]:
     """What the network gives with these components, or these factors of them."""
-    problem = subject.setting.problem
-    return step_lib.split_result(
-        sparse.apply(problem.apply_fn, subject.params, subject.components, mask, subject.x)
-    )[0]
+    apply_fn = subject.setting.problem.apply_fn
+    return outputs_of(sparse.apply(apply_fn, subject.params, subject.components, mask, subject.x))
 
 
 @jax.jit
@@ -163,11 +154,13 @@ def scaled(subject: Subject, factors: Float[Array, "..."]) -> Float[Array, "n *T
 def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean distances of outputs that owe the components nothing.
 
-    constant: the best constant output's; with mse the output's variance, with kl how much it tells of the input, in nats.
-    none: with the decomposed weights at zero. Less than the other where much of the output bypasses them (a residual stream).
+    constant: the best constant output's; with mse the output's variance, with kl how much the
+      output tells of the input, in nats.
+    none: with the decomposed weights at zero. Less than the other where much of the output bypasses
+      them (a residual stream).
     """
     out, valid_fn = subject.target_out, subject.setting.problem.valid_fn
-    kl = subject.setting.config.minimality_loss == "kl"
+    kl = subject.setting.method.minimality_loss == "kl"
     weight = jnp.ones(out.shape[:-1]) if valid_fn is None else valid_fn(subject.x).astype(out.dtype)
     mean = jnp.average(
         (jax.nn.softmax(out) if kl else out).reshape(-1, out.shape[-1]),
@@ -179,41 +172,44 @@ def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
     return jnp.mean(distance(subject, jnp.broadcast_to(constant, out.shape))), jnp.mean(none)
 
 
-def fresh(
-    rng: PRNGKeyArray, components: Components, params: PyTree, init_scale: float
-) -> Components:
-    """Components of the same ranks and layouts as at the beginning of training."""
+def fresh(rng: PRNGKeyArray, subject: Subject) -> Trained:
+    """Untrained components of the same numbers, ranks and layouts; with the same gate."""
+    components = subject.components
     factors = components.factors
     drawn = components_lib.init(
         rng,
-        params,
+        subject.params,
         num_components=components.num_components,
-        select={name: {"rank": f.U.shape[-1]} for name, f in factors.items()},
+        select={n: {"rank": f.rank, "components": f.ids} for n, f in factors.items()},
         uses={name: f.uses for name, f in factors.items()},
         layouts={name: f.layout for name, f in factors.items() if f.layout is not None},
-        init_scale=init_scale,
+        init_scale=subject.setting.method.init_scale,
     )
-    return dataclasses.replace(drawn, log_thresholds=components.log_thresholds)
+    return Trained(drawn, subject.trained.gate)
 
 
 def joined(first: Components, second: Components) -> Components:
-    """The components of both, C + C of them."""
-    is_leaf = components_lib.is_slot
+    """The components of both, C + C of them, with all numbers at every site."""
+    both = [components_lib.aligned(one) for one in (first, second)]
 
-    def one(a, b):
-        return (
-            None
-            if a is None
-            else dataclasses.replace(
-                a, U=jnp.concatenate([a.U, b.U]), V=jnp.concatenate([a.V, b.V])
-            )
-        )
+    def one(a: Any, b: Any) -> Any:
+        U, V = _same_rank(a.U, b.U, -1), _same_rank(a.V, b.V, -2)
+        return dataclasses.replace(a, U=jnp.concatenate(U), V=jnp.concatenate(V))
 
-    return Components(jax.tree.map(one, first.tree, second.tree, is_leaf=is_leaf))
+    whole = components_lib.map_sites(one, *both)
+    return dataclasses.replace(whole, count=2 * first.num_components)
 
 
-def norms(components: Components) -> Float[Array, " C"]:
-    """‖P_c‖ over all leaves."""
-    return jnp.sqrt(
-        jnp.maximum(sum(components_lib.squared_norms(components).values(), jnp.zeros(())), 0)
-    )
+def _same_rank(a: Array, b: Array, axis: int) -> list[Array]:
+    """Both with zeros up to the larger rank."""
+    most = max(a.shape[axis], b.shape[axis])
+
+    def padded(x: Array) -> Array:
+        widths = [(0, 0)] * x.ndim
+        widths[axis] = (0, most - x.shape[axis])
+        return jnp.pad(x, widths)
+
+    return [padded(a), padded(b)]
+
+
+norms = components_lib.norms

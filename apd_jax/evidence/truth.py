@@ -12,6 +12,7 @@ from jaxtyping import Float
 
 from apd_jax import components as components_lib
 from apd_jax.evaluation import geometry, scrub
+from apd_jax.evaluation.masks import always_on as always_on_mask
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, errors, norms
 from apd_jax.targets.base import FeatureTarget
@@ -30,7 +31,7 @@ def scrubbing(case: Case) -> Check:
         return Check(**about, why=_NO_FEATURES)
     owner = jnp.asarray(case.evaluation.arrays["component_of_feature"])
     needed = scrub.needed(s.x, owner, s.num_components)
-    always_on = jnp.arange(s.num_components)[None, :] < case.decomposition.config.num_always_on
+    always_on = always_on_mask(s.setting.method.always_on, s.num_components)
     masks = {"sparse": s.mask} | {
         name: mask | always_on
         for name, mask in scrub.draw_masks(jax.random.fold_in(case.key, 7), needed).items()
@@ -122,7 +123,7 @@ def leaf_parts(target: FeatureTarget, s: Subject) -> dict[str, tuple[np.ndarray,
     A feature's weights are linear in each leaf, so a leaf's part is what they lose when it is 0, with the target's values in all others.
     Empty for a single leaf; leaves without a part are left out.
     """
-    factors, found = s.components.factors, {}
+    factors, found = components_lib.aligned(s.components).factors, {}
     for name, f in factors.items() if len(factors) > 1 else ():
 
         def part(leaf, name=name):

@@ -1,10 +1,12 @@
 """Products of activations with the kept components only.
 
-masked    all B·C pairs, the dropped ones multiplied by 0: the route for masks that are not 0 or 1.
-dispatch  a mixture of experts: every component gathers the rows that keep it into S slots. Cost follows the number of kept pairs,
-          not B·C. If a component is kept by more rows than it has slots, further rounds take the rest, so every mask is exact.
+masked    all B·n pairs, the dropped ones multiplied by 0: the route for weights of any value.
+dispatch  a mixture of experts: every piece gathers the rows that keep it into S slots. Cost follows
+          the number of kept pairs, not B·n. If a piece is kept by more rows than it has slots,
+          further rounds take the rest, so every mask is exact.
 
-Shapes: n examples (or positions) with a mask of their own, C components, S slots, r rows per example, d inputs, m rank, e outputs.
+Shapes: n examples (or positions) with a mask of their own, C pieces, S slots, r rows per example,
+d inputs, m rank, e outputs.
 """
 
 from __future__ import annotations
@@ -42,7 +44,10 @@ def make_plan(mask: Bool[Array, "n C"], slots: int) -> Plan:
 
 
 def slots_for(k: float, num_examples: int, num_components: int) -> int:
-    """S such that components kept by Poisson-many examples hardly ever need a second round: mean + 6 deviations, to 8 rows."""
+    """S such that components kept by Poisson-many examples hardly ever need a second round.
+
+    Mean + 6 deviations, to 8 rows.
+    """
     mean = k * num_examples / num_components
     return min(num_examples, 8 * math.ceil((mean + 6 * math.sqrt(mean) + 2) / 8))
 
@@ -68,9 +73,11 @@ def read_all(x: Array, U: Float[Array, "C d m"]) -> Float[Array, "n r C m"]:
 
 @jax.custom_batching.custom_vmap
 def kept_product(x: Array, U: Array, V: Array, mask: Array, plan: Plan | None) -> Array:
-    """Σ_c mask_nc (x_n U_c) V_c. x [n, r, d] or integers [n, r]; U [C, d, m]; V [C, m, e]; mask [n, C] -> [n, r, e].
+    """Σ_c mask_nc (x_n U_c) V_c.
 
-    Under a vmap over examples (x, mask batched; the others not) all of them are taken together; `plan` is for all of them.
+    x [n, r, d] or integers [n, r]; U [C, d, m]; V [C, m, e]; mask [n, C] -> [n, r, e]. Under a vmap
+    over examples (x, mask batched; the others not) all of them are taken together; `plan` is for
+    all of them.
     """
     return _masked(x, U, V, mask)
 
@@ -78,9 +85,8 @@ def kept_product(x: Array, U: Array, V: Array, mask: Array, plan: Plan | None) -
 @kept_product.def_vmap
 def _(axis_size, in_batched, x, U, V, mask, plan):
     x_batched, U_batched, V_batched, mask_batched, _ = in_batched
-    if (
-        U_batched or V_batched or not mask_batched
-    ):  # not the axis of examples: nothing to gain, the plan is not for it
+    # Not the axis of examples: nothing to gain, and the plan is not for it.
+    if U_batched or V_batched or not mask_batched:
         axes = [
             0 if batched else None for batched in (x_batched, U_batched, V_batched, mask_batched)
         ]
@@ -103,7 +109,10 @@ def _masked(x, U, V, mask):
 def _dispatched(
     x: Array, U: Float[Array, "C d m"], V: Float[Array, "C m e"], plan: Plan
 ) -> Float[Array, "n r e"]:
-    """Σ_{c kept by n} (x_n U_c) V_c. Its own derivative, because the number of rounds is only known at run time."""
+    """Σ_{c kept by n} (x_n U_c) V_c.
+
+    It has its own derivative, because the number of rounds is only known at run time.
+    """
     return _sum_rounds(
         plan, lambda example: _scatter(_experts(_gather(x, example), U, V), example, x.shape[:2])
     )
@@ -126,7 +135,7 @@ def _dispatched_bwd(residuals, g):
             _times_transposed(_times_transposed(_gather(g, example), V), U), example, x.shape[:2]
         )
 
-    # Two loops, so that the one for x vanishes where x does not depend on the components (the first layer).
+    # Two loops: the one for x vanishes where x does not depend on components (the first layer).
     dU, dV = _sum_rounds(plan, weights)
     return (None if is_lookup(x) else _sum_rounds(plan, inputs)), dU, dV, None
 
@@ -137,9 +146,10 @@ _dispatched.defvjp(_dispatched_fwd, _dispatched_bwd)
 def _times_transposed(
     rows: Float[Array, "C Sr e"], V: Float[Array, "C m e"]
 ) -> Float[Array, "C Sr m"]:
-    """rows Vᵀ, as (V rowsᵀ)ᵀ: a CPU copies the second factor of a product into an order of its own, and the rows are the smaller one.
+    """rows Vᵀ, as (V rowsᵀ)ᵀ.
 
-    Three times faster for 16 rows; the barrier keeps XLA from putting it back.
+    A CPU copies the second factor of a product into an order of its own, and the rows are the
+    smaller one: three times faster for 16 rows. The barrier keeps XLA from putting it back.
     """
     return jnp.swapaxes(lax.optimization_barrier(V @ jnp.swapaxes(rows, 1, 2)), 1, 2)
 

@@ -1,7 +1,11 @@
-"""Runs a network, operation by operation, on values of which some are a `factored.Kappa`.
+"""Runs a network, operation by operation, on values of which some are a `Kappa`.
 
-An operation that `factored_rules` knows is done on the factors; loops, branches and inner functions are entered; before any other
-operation the Kappas that meet it are formed, there only. So every function that JAX can trace can be run, its custom derivatives kept.
+An operation that `rules` knows is done on the factors; loops, branches and inner functions are
+entered; before any other operation the Kappas that meet it are formed, there only. So every
+function that JAX can trace can be run, its custom derivatives kept.
+
+Where weights differ between positions, a `positions.Scope` goes along: it says of every variable
+which axes carry them.
 """
 
 from __future__ import annotations
@@ -17,12 +21,16 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array
 
 from apd_jax.forward.kappa import Kappa
-from apd_jax.forward.rules import RULES
+from apd_jax.forward.positions import Scope
+from apd_jax.forward.rules import MEETINGS, VIEWS
 
 Value = Any  # an array or a Kappa
+Scopes = Sequence[Scope | None]  # of an operation's inner functions
 
 
-def run(jaxpr: Jaxpr, consts: Sequence[Any], *args: Value) -> list[Value]:
+def run(
+    jaxpr: Jaxpr, consts: Sequence[Any], *args: Value, scope: Scope | None = None
+) -> list[Value]:
     """The outputs of a jaxpr, which may be Kappas where it only looks at its arguments."""
     env: dict[Any, Value] = dict(
         zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True)
@@ -31,8 +39,9 @@ def run(jaxpr: Jaxpr, consts: Sequence[Any], *args: Value) -> list[Value]:
     def read(v: Any) -> Value:
         return v.val if isinstance(v, Literal) else env[v]
 
-    for eqn in jaxpr.eqns:
-        env.update(zip(eqn.outvars, _outputs(eqn, [read(v) for v in eqn.invars]), strict=True))
+    for i, eqn in enumerate(jaxpr.eqns):
+        outputs = _outputs(eqn, [read(v) for v in eqn.invars], scope, i)
+        env.update(zip(eqn.outvars, outputs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -41,46 +50,68 @@ def arrays(values: Sequence[Value]) -> list[Any]:
     return [value.materialise() if isinstance(value, Kappa) else value for value in values]
 
 
-def _outputs(eqn: JaxprEqn, values: list[Value]) -> Sequence[Value]:
+def _outputs(eqn: JaxprEqn, values: list[Value], scope: Scope | None, i: int) -> Sequence[Value]:
+    name, out = eqn.primitive.name, None
     if any(isinstance(value, Kappa) for value in values):
-        if eqn.primitive.name in _INNER:
-            return _INNER[eqn.primitive.name](*values, **eqn.params)
-        rule = RULES.get(eqn.primitive.name)
-        out = None if rule is None else rule(*values, **eqn.params)
-        if out is not None:
-            return out if eqn.primitive.multiple_results else [out]
-    out = eqn.primitive.bind(*arrays(values), **eqn.primitive.get_bind_params(eqn.params))
+        if name in _INNER:
+            scopes = _NO_SCOPES if scope is None else scope.inner[i]
+            return _INNER[name](scopes, *values, **eqn.params)
+        if name in MEETINGS:
+            positions = None if scope is None else [scope.axes(v) for v in eqn.invars]
+            out = MEETINGS[name](positions, *values, **eqn.params)
+        elif name in VIEWS:
+            out = VIEWS[name](*values, **eqn.params)
+    if out is None:
+        out = eqn.primitive.bind(*arrays(values), **eqn.primitive.get_bind_params(eqn.params))
     return out if eqn.primitive.multiple_results else [out]
 
 
-def _call(*values: Value, jaxpr: Any, **_: Any) -> list[Value]:
-    return run(jaxpr.jaxpr, jaxpr.consts, *values)
+class _NoScopes(Sequence):
+    """No scope for any inner function."""
+
+    def __getitem__(self, i: Any) -> None:
+        return None
+
+    def __len__(self) -> int:
+        return 0
+
+
+_NO_SCOPES = _NoScopes()
+
+
+def _call(scopes: Scopes, *values: Value, jaxpr: Any, **_: Any) -> list[Value]:
+    return run(jaxpr.jaxpr, jaxpr.consts, *values, scope=scopes[0])
 
 
 def _checkpoint(
-    *values: Value, jaxpr: Jaxpr, prevent_cse: Any, policy: Any, **_: Any
+    scopes: Scopes, *values: Value, jaxpr: Jaxpr, prevent_cse: Any, policy: Any, **_: Any
 ) -> list[Value]:
-    return jax.checkpoint(
-        functools.partial(run, jaxpr, ()), policy=policy, prevent_cse=bool(np.any(prevent_cse))
-    )(*values)
+    inner = functools.partial(run, jaxpr, (), scope=scopes[0])
+    return jax.checkpoint(inner, policy=policy, prevent_cse=bool(np.any(prevent_cse)))(*values)
 
 
-def _cond(index: Array, *values: Value, branches: Any, **_: Any) -> list[Any]:
-    def branch(closed: Any) -> Callable[[], list[Any]]:
-        return lambda: arrays(run(closed.jaxpr, closed.consts, *values))
+def _cond(scopes: Scopes, index: Array, *values: Value, branches: Any, **_: Any) -> list[Any]:
+    def branch(i: int, closed: Any) -> Callable[[], list[Any]]:
+        return lambda: arrays(run(closed.jaxpr, closed.consts, *values, scope=scopes[i]))
 
-    return lax.switch(index, [branch(closed) for closed in branches])
+    return lax.switch(index, [branch(i, closed) for i, closed in enumerate(branches)])
 
 
 def _while(
-    *values: Value, cond_jaxpr: Any, body_jaxpr: Any, cond_nconsts: int, body_nconsts: int
+    scopes: Scopes,
+    *values: Value,
+    cond_jaxpr: Any,
+    body_jaxpr: Any,
+    cond_nconsts: int,
+    body_nconsts: int,
 ) -> list[Any]:
     fixed = [
         value.before_loop(1) if isinstance(value, Kappa) else value
         for value in values[: cond_nconsts + body_nconsts]
     ]
     go_on, body = (
-        functools.partial(run, closed.jaxpr, closed.consts) for closed in (cond_jaxpr, body_jaxpr)
+        functools.partial(run, closed.jaxpr, closed.consts, scope=scopes[i])
+        for i, closed in enumerate((cond_jaxpr, body_jaxpr))
     )
     return lax.while_loop(
         lambda state: arrays(go_on(*fixed[:cond_nconsts], *state))[0],
@@ -90,6 +121,7 @@ def _while(
 
 
 def _scan(
+    scopes: Scopes,
     *values: Value,
     jaxpr: Any,
     length: int,
@@ -99,7 +131,10 @@ def _scan(
     num_carry: int,
     **_: Any,
 ) -> list[Any]:
-    """Weights that all steps share are formed before the loop where it pays; stacked ones are sliced as they are."""
+    """Weights that all steps share are formed before the loop where it pays.
+
+    Stacked ones are sliced as they are.
+    """
     fixed = [
         value.before_loop(length) if isinstance(value, Kappa) else value
         for value in values[:num_consts]
@@ -110,7 +145,7 @@ def _scan(
     ]
 
     def body(carry, x):
-        outs = arrays(run(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *x))
+        outs = arrays(run(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *x, scope=scopes[0]))
         return outs[:num_carry], outs[num_carry:]
 
     start = arrays(values[num_consts : num_consts + num_carry])

@@ -1,11 +1,14 @@
-"""A weight that is a sum of factored components, chosen anew for every example: what a network sees in the place of its own.
+"""A weight that is a sum of pieces, chosen anew for every example: what a network sees instead.
 
-κ(x_b) = base + Σ_c s_c P_c is an array-like value that knows how to meet activations in a matrix product, a convolution or a
-lookup without being formed, and how to be transposed, reshaped, sliced, cast and scaled. In any other operation it is
-materialised, for that leaf only. `apd_jax.interpret` runs the unmodified network on such values.
+    κ(x_b) = β(x_b) θ* + Σ_j w_j(x_b) U_j V_j
 
-Shapes: B examples, C components, m rank, p positions with a mask of their own (1 for masks per example), r rows that share
-one mask in a matrix product, d inputs, e outputs.
+is an array-like value that knows how to meet activations in a matrix product, a convolution or a
+lookup without being formed, and how to be transposed, reshaped, sliced, cast and scaled. In any
+other operation it is materialised, for that leaf only. `interpret` runs the unmodified network on
+such values.
+
+Shapes: n pieces, m rank, p positions with weights of their own (1 for weights per example), r rows
+that share them in a matrix product, d inputs, e outputs, *b axes that count matrices.
 """
 
 from __future__ import annotations
@@ -24,14 +27,13 @@ from jaxtyping import Array
 from apd_jax.collectives import into_components, over_components
 from apd_jax.components import Factors, layout
 from apd_jax.errors import InputError
-from apd_jax.forward.dispatch import Plan, is_lookup, kept_product, read, read_all
+from apd_jax.forward.at_zero import AT_ZERO, at_zero, moved_from_zero
+from apd_jax.forward.dispatch import Plan, is_lookup, kept_product, read
 
-AT_ZERO = (
-    "gradient",
-    "tangent",
-    "activation",
-)  # flavors that are the target's own weight, and differ in their derivative
-_FORMING = 3  # a multiplication that forms κ costs so many of those in a product: it waits for memory (measured on CPU)
+_FORMING = 3  # a multiplication that forms κ costs so many of a product: it waits for memory (CPU)
+
+
+_STATIC = {"static": True}
 
 
 @jax.tree_util.register_dataclass
@@ -39,36 +41,36 @@ _FORMING = 3  # a multiplication that forms κ costs so many of those in a produ
 class Kappa:
     """One leaf for one example.
 
-    `sides` says of every axis whether it belongs to the inputs (i), the outputs (o) or counts matrices (b). A scan over the
-    first b axis slices all arrays along their first axis, so the b axes that are left are read off the arrays.
+    `sides` says of every axis whether it belongs to the inputs (i), the outputs (o) or counts
+    matrices (b). A scan over the first b axis slices all arrays along their first axis, so the b
+    axes that are left are read off the arrays.
 
-    flavor:  kept         Σ_c s_c P_c
-             dense        the same with κ formed wherever it is used: the oracle for masks per position
-             cheaper      kept or dense, whichever takes fewer operations for the rows of one product
-             gradient     base + Σ_c s_c P_c at s = 0, with its derivative in s, by reverse mode
-             tangent      the same by forward mode
-             activation   base, with Σ ‖rows · P_c‖² over all uses in the place of the derivative in s
+    flavor:  kept        β θ* + Σ_j w_j P_j
+             dense       the same with κ formed wherever it is used: the oracle for positions
+             cheaper     kept or dense, whichever takes fewer operations for the rows of one product
+             gradient    θ* + Σ_j w_j P_j at w = 0, with its derivative in w, by reverse mode
+             tangent     the same by forward mode
+             activation  θ*, with Σ ‖rows · P_j‖² over all uses in place of the derivative in w
     """
 
-    U: Array  # [*b, C, *ins, m]
-    V: Array  # [*b, C, m, *outs]
-    weights: Array  # s: [*b, p, C]
+    U: Array  # [*b, n, *ins, m]
+    V: Array  # [*b, n, m, *outs]
+    weights: Array  # w: [*b, p, n]
     plan: Plan | None  # with leading *b
-    base: Array | None  # of the value's own shape
+    base: Array | None  # θ*, of the value's own shape; None: it takes no part
+    base_weights: Array | None  # β: [*b, p]; None: 1
     formed: Array | None  # the value itself, formed before a loop that uses it at every step
-    sides: str = dataclasses.field(metadata={"static": True})
-    dtype: Any = dataclasses.field(metadata={"static": True})
-    name: str = dataclasses.field(metadata={"static": True})
-    flavor: str = dataclasses.field(metadata={"static": True})
-    per_position: bool = dataclasses.field(metadata={"static": True})
-    num_examples: int = dataclasses.field(
-        metadata={"static": True}
-    )  # or positions: all that share a plan
+    sides: str = dataclasses.field(metadata=_STATIC)
+    dtype: Any = dataclasses.field(metadata=_STATIC)
+    name: str = dataclasses.field(metadata=_STATIC)
+    flavor: str = dataclasses.field(metadata=_STATIC)
+    per_position: bool = dataclasses.field(metadata=_STATIC)
+    num_examples: int = dataclasses.field(metadata=_STATIC)  # or positions: all that share a plan
     axis: str | None = dataclasses.field(
-        metadata={"static": True}
-    )  # the mapped one over which the components of a sum are split
+        metadata=_STATIC
+    )  # the mapped one over which the pieces of a sum are split
     uses: int = dataclasses.field(
-        default=1, metadata={"static": True}
+        default=1, metadata=_STATIC
     )  # how often a loop goes round with `formed`
 
     @property
@@ -94,6 +96,11 @@ class Kappa:
     def ndim(self) -> int:
         return len(self.current)
 
+    def axes_of(self, side: str) -> list[int]:
+        return [axis for axis, own in enumerate(self.current) if own == side]
+
+    # Other values made of this one
+
     def replace(self, **changes: Any) -> Kappa:
         return dataclasses.replace(self, **({"sides": self.current} | changes))
 
@@ -101,149 +108,186 @@ class Kappa:
         """`fn` of the arrays that have the value's own shape, by field."""
         return {"base": jax.tree.map(fn, self.base), "formed": jax.tree.map(fn, self.formed)}
 
-    def before_loop(self, times: int) -> Kappa:
-        """For a loop that goes round `times` times: formed outside, and dropped by the compiler where that is not used."""
-        return (
-            self
-            if self.per_position
-            else self.replace(
-                formed=self._form() if self.formed is None else self.formed, uses=self.uses * times
-            )
-        )
+    def map_batch(self, fn: Callable[[Array], Array]) -> dict[str, Any]:
+        """`fn` of the other arrays, which begin with the axes that count matrices, by field."""
+        names = ("U", "V", "weights", "plan", "base_weights")
+        return {name: jax.tree.map(fn, getattr(self, name)) for name in names}
 
-    def matrices(self, reading: str, ins: Sequence[int] | None = None) -> tuple[Array, Array]:
-        """([*b, C, d, m], [*b, C, m, e]) with the `reading` side as inputs, its axes in the given order."""
-        n = self.num_batch
-        U, V = (
-            (self.U, self.V)
-            if reading == "i"
-            else (jnp.moveaxis(self.V, n + 1, -1), jnp.moveaxis(self.U, -1, n + 1))
-        )
-        if ins is not None:
-            U = jnp.transpose(U, (*range(n + 1), *(n + 1 + i for i in ins), U.ndim - 1))
-        d, e = math.prod(U.shape[n + 1 : -1]), math.prod(V.shape[n + 2 :])
-        return U.reshape(*U.shape[: n + 1], d, U.shape[-1]), V.reshape(*V.shape[: n + 2], e)
+    def before_loop(self, times: int) -> Kappa:
+        """For a loop that goes round `times` times.
+
+        The value is formed outside it, and dropped by the compiler where that is not used.
+        """
+        if self.per_position:
+            return self
+        return self.replace(formed=self.materialise(), uses=self.uses * times)
 
     def transposed(self, permutation: Sequence[int]) -> Kappa:
         sides, n = self.current, self.num_batch
         order = {
-            side: [sum(s == side for s in sides[:i]) for i in permutation if sides[i] == side]
-            for side in "bio"
+            side: [sides[:i].count(side) for i in permutation if sides[i] == side] for side in "bio"
         }
-        b, ins, outs = order["b"], order["i"], order["o"]
-        lead = lambda a: jnp.transpose(a, (*b, *range(n, a.ndim)))  # noqa: E731
-        U, V = lead(self.U), lead(self.V)
+
+        def lead(a: Array) -> Array:
+            return jnp.transpose(a, (*order["b"], *range(n, a.ndim)))
+
+        moved = self.map_batch(lead)
+        U, V = moved["U"], moved["V"]
+        moved["U"] = jnp.transpose(U, (*range(n + 1), *(n + 1 + i for i in order["i"]), U.ndim - 1))
+        moved["V"] = jnp.transpose(V, (*range(n + 2), *(n + 2 + i for i in order["o"])))
         return self.replace(
-            U=jnp.transpose(U, (*range(n + 1), *(n + 1 + i for i in ins), U.ndim - 1)),
-            V=jnp.transpose(V, (*range(n + 2), *(n + 2 + i for i in outs))),
-            weights=lead(self.weights),
-            plan=jax.tree.map(lead, self.plan),
+            **moved,
             **self.map_whole(lambda a: jnp.transpose(a, permutation)),
             sides="".join(sides[i] for i in permutation),
         )
 
-    def _in_order(self, canonical: Array) -> Array:
-        """[*b, *ins, *outs] -> the value's own order of axes."""
-        axes = {
-            side: iter(
-                [i for i, s in enumerate(sorted(self.current, key="bio".index)) if s == side]
-            )
-            for side in "bio"
-        }
-        return jnp.transpose(canonical, [next(axes[side]) for side in self.current])
+    # The value itself
 
     def materialise(self) -> Array:
         return self._form() if self.formed is None else self.formed
 
     def _form(self) -> Array:
-        U, V = self.matrices("i")
         if self.per_position:
             raise InputError(
-                f"params leaf {self.name!r} is used by more than matrix products and lookups, so it cannot differ between positions; "
-                "leave it out of select, or use mask_per = 'example'."
+                f"params leaf {self.name!r} is used by more than matrix products and lookups, so "
+                "it cannot differ between positions; leave it out of select, or use mask_per = "
+                "'example'."
             )
-        joint = jnp.einsum(
-            "...c,...cde->...de", self.weights[..., 0, :].astype(U.dtype), U @ V
-        )  # every P_c once, for all examples
+        U, V = self.matrices("i")
+        weights = self.weights[..., 0, :].astype(U.dtype)
+        joint = jnp.einsum("...c,...cde->...de", weights, U @ V)  # P_j once, for all examples
         joint, n = over_components(joint, self.axis), self.num_batch
-        value = self._in_order(
-            joint.reshape(*U.shape[:n], *self.U.shape[n + 1 : -1], *self.V.shape[n + 2 :])
-        )
+        ins, outs = self.U.shape[n + 1 : -1], self.V.shape[n + 2 :]
+        value = self._in_order(joint.reshape(*U.shape[:n], *ins, *outs))
         if self.flavor == "activation":
             value = lax.stop_gradient(value)
-        return (value if self.base is None else self.base + value).astype(self.dtype)
+        if self.base is not None:
+            value = self._own_share(value.dtype) + value
+        return value.astype(self.dtype)
+
+    def _own_share(self, dtype: Any) -> Array:
+        """β θ*."""
+        if self.base_weights is None:
+            return self.base
+        factor = self.base_weights[..., 0]
+        spread = factor.reshape(*factor.shape, *[1] * (self.ndim - factor.ndim))
+        return self._in_order(spread).astype(dtype) * self.base
+
+    def _in_order(self, canonical: Array) -> Array:
+        """[*b, *ins, *outs] -> the value's own order of axes."""
+        sides = sorted(self.current, key="bio".index)
+        axes = {side: iter([i for i, s in enumerate(sides) if s == side]) for side in "bio"}
+        return jnp.transpose(canonical, [next(axes[side]) for side in self.current])
+
+    # Products
+
+    def matrices(self, reading: str, ins: Sequence[int] | None = None) -> tuple[Array, Array]:
+        """([*b, n, d, m], [*b, n, m, e]) with the `reading` side as inputs, in the given order."""
+        n, U, V = self.num_batch, self.U, self.V
+        if reading == "o":
+            U, V = jnp.moveaxis(V, n + 1, -1), jnp.moveaxis(U, -1, n + 1)
+        if ins is not None:
+            U = jnp.transpose(U, (*range(n + 1), *(n + 1 + i for i in ins), U.ndim - 1))
+        d, e = math.prod(U.shape[n + 1 : -1]), math.prod(V.shape[n + 2 :])
+        return U.reshape(*U.shape[: n + 1], d, U.shape[-1]), V.reshape(*V.shape[: n + 2], e)
 
     def product(
-        self, rows: Array, reading: str, dtype: Any, ins: Sequence[int] | None = None
+        self,
+        rows: Array,
+        reading: str,
+        dtype: Any,
+        ins: Sequence[int] | None = None,
+        at: int | None = None,
     ) -> Array:
-        """rows [*b, *free, d], or integers [*b, *free] to look up -> [*b, *free, *outs]."""
-        n, looked_up = self.num_batch, is_lookup(rows)
-        free = rows.shape[n : rows.ndim if looked_up else -1]
-        at = self._position_axis(free)
+        """rows [*b, *free, d], or integers [*b, *free] to look up -> [*b, *free, *outs].
+
+        Args:
+          reading: the side that is read.
+          ins: the order of its axes in d, where it is another.
+          at: which of the free axes carries the positions, where weights differ between them.
+        """
+        n, looked_up, p = self.num_batch, is_lookup(rows), self.weights.shape[-2]
+        num_free = rows.ndim - n - (0 if looked_up else 1)
         if at is not None:
             rows = jnp.moveaxis(rows, n + at, n)
-        kept = rows.shape[n : n + len(free)]
-        num_positions = self.weights.shape[-2]
-        rows = rows.reshape(
-            *rows.shape[:n],
-            num_positions,
-            math.prod(free) // num_positions,
-            *rows.shape[n + len(free) :],
-        )
-        U, V = self.matrices(reading, ins)
-        rows = rows if looked_up else rows.astype(jnp.result_type(rows, U))
-        flavor = self._cheaper(rows, U, V) if self.flavor == "cheaper" else self.flavor
-
-        def matrix(whole):  # [*b, d, e]
-            order = [
-                i
-                for side in ("b", reading, "o" if reading == "i" else "i")
-                for i, s in enumerate(self.current)
-                if s == side
-            ]
-            if ins is not None:
-                order[n : n + len(ins)] = [order[n + i] for i in ins]
-            return jnp.transpose(whole, order).reshape(*U.shape[:n], U.shape[-2], V.shape[-1])
-
-        if flavor == "kept":
-            fn, more = kept_product, self.plan
-        elif flavor == "dense":
-            fn, more = _dense_product, jax.tree.map(matrix, self.formed)
-        elif flavor == "tangent":
-            fn, more = _moved_from_zero, matrix(self.base)
-        else:
-            fn, more = functools.partial(_at_zero, self.flavor == "activation"), matrix(self.base)
-        for _ in range(n):
-            fn = jax.vmap(fn)
-        axis = (
-            None if flavor == "dense" and more is not None else self.axis
-        )  # what was formed before is the sum of all devices
-        rows = rows if looked_up else into_components(rows, axis)
-        out = over_components(fn(rows, U, V, self.weights, more), axis).astype(dtype)
+        free = rows.shape[n : n + num_free]
+        rows = rows.reshape(*rows.shape[:n], p, math.prod(free) // p, *rows.shape[n + num_free :])
+        out = self._multiplied(rows, reading, ins).astype(dtype)
         outs = self.V.shape[n + 2 :] if reading == "i" else self.U.shape[n + 1 : -1]
-        out = out.reshape(*out.shape[:n], *kept, *outs)
+        out = out.reshape(*out.shape[:n], *free, *outs)
         return out if at is None else jnp.moveaxis(out, n, n + at)
 
-    def _cheaper(self, rows: Array, U: Array, V: Array) -> str:
-        """Many rows that share a mask are worth forming its weight for."""
-        C, d, m, e = *U.shape[-3:], V.shape[-1]
-        r = rows.shape[self.num_batch + 1]
-        pairs = C if self.plan is None else self.plan.example.shape[-1] * C / self.num_examples
-        formed = _FORMING * C * d * e / self.uses + r * d * e
-        return "dense" if not is_lookup(rows) and formed < pairs * r * m * (d + e) else "kept"
+    def _multiplied(self, rows: Array, reading: str, ins: Sequence[int] | None) -> Array:
+        """rows [*b, p, r, d], or integers [*b, p, r] -> [*b, p, r, e]."""
+        U, V = self.matrices(reading, ins)
+        rows = rows if is_lookup(rows) else rows.astype(jnp.result_type(rows, U))
+        flavor = self._cheaper(rows, U, V) if self.flavor == "cheaper" else self.flavor
+        base = None if self.base is None else self._matrix(self.base, reading, ins)
+        if flavor in AT_ZERO:
+            fn = moved_from_zero if flavor == "tangent" else _AT_ZERO[flavor == "activation"]
+            return self._over_batch(fn)(rows, U, V, self.weights, base)
+        if flavor == "dense" and (formed := self._formed_for_product()) is not None:
+            whole = self._matrix(formed, reading, ins)
+            return self._over_batch(_dense_product)(rows, U, V, self.weights, whole)
+        fn, more = (kept_product, self.plan) if flavor == "kept" else (_dense_product, None)
+        meeting = rows if is_lookup(rows) else into_components(rows, self.axis)
+        out = self._over_batch(fn)(meeting, U, V, self.weights, more)
+        out = over_components(out, self.axis)
+        if base is not None:  # after the sum over devices, which all have it
+            out = out + self._over_batch(_share)(rows, self.base_weights, base)
+        return out
 
-    def _position_axis(self, free: tuple[int, ...]) -> int | None:
-        """Which of the rows' axes are the positions: the one after the batch of one, or the only one of that size."""
-        if not self.per_position:
-            return None
+    def _over_batch(self, fn: Callable) -> Callable:
+        for _ in range(self.num_batch):
+            fn = jax.vmap(fn)
+        return fn
+
+    def _matrix(self, whole: Array, reading: str, ins: Sequence[int] | None) -> Array:
+        """An array of the value's own shape as [*b, d, e]."""
+        b, read_axes, others = (
+            self.axes_of(side) for side in ("b", reading, "o" if reading == "i" else "i")
+        )
+        if ins is not None:
+            read_axes = [read_axes[i] for i in ins]
+        ordered = jnp.transpose(whole, (*b, *read_axes, *others))
+        d = math.prod(whole.shape[axis] for axis in read_axes)
+        return ordered.reshape(*(whole.shape[axis] for axis in b), d, -1)
+
+    def _formed_for_product(self) -> Array | None:
+        """The value, if it is formed already, or would have to be multiplied twice otherwise."""
+        if self.formed is None and self.base is not None and not self.per_position:
+            return self._form()
+        return self.formed
+
+    def _cheaper(self, rows: Array, U: Array, V: Array) -> str:
+        """Many rows that share weights are worth forming the value for."""
+        pieces, d, m, e = *U.shape[-3:], V.shape[-1]
+        r = rows.shape[self.num_batch + 1]
+        slots = 0 if self.plan is None else self.plan.example.shape[-1]
+        pairs = pieces if self.plan is None else slots * pieces / self.num_examples
+        formed = _FORMING * pieces * d * e / self.uses + r * d * e
+        kept = pairs * r * m * (d + e) + (0 if self.base is None else r * d * e)
+        return "dense" if not is_lookup(rows) and formed < kept else "kept"
+
+    def position_among(
+        self, free: Sequence[int], shape: tuple[int, ...], positions: frozenset[int] | None
+    ) -> int | None:
+        """Which of the `free` axes of activations carries the positions; None if none need to.
+
+        positions: the axes of the activations that are known to carry them.
+        """
         T = self.weights.shape[-2]
-        hits = [1] if free[1:2] == (T,) else [i for i, size in enumerate(free) if size == T]
-        if len(hits) != 1:
-            raise InputError(
-                f"params leaf {self.name!r} meets activations of shape {free} without an axis of the {T} positions, so it cannot "
-                "differ between them; leave it out of select, or use mask_per = 'example'."
-            )
-        return hits[0]
+        if T == 1:
+            return None
+        hits = [i for i, axis in enumerate(free) if axis in (positions or ())]
+        if len(hits) == 1:
+            return hits[0]
+        said = "several do" if hits else "none is known to"
+        raise InputError(
+            f"params leaf {self.name!r} meets activations of shape {shape}, and it cannot be told "
+            f"which of their axes carries the {T} positions ({said}); leave it out of select, or "
+            "use mask_per = 'example'."
+        )
 
 
 def kappa(
@@ -254,88 +298,61 @@ def kappa(
     like: Array,
     name: str,
     flavor: str,
-    per_position: bool,
     num_examples: int,
+    target: Array | None = None,
 ) -> Kappa:
-    """The value for one leaf and one example. weights: s, [C] or [p, C]."""
+    """The value for one leaf `like` and one example.
+
+    Args:
+      weights: w of the site's pieces, [n] or [p, n].
+      target: β, a number or [p]; None where the leaf's own weight takes no part.
+    """
     axes, shape = factors.axes, factors.shape
     b, ins, outs = (
         tuple(shape[axis] for axis in group) for group in (axes.batch, axes.ins, axes.outs)
     )
-    n, (C, m) = len(b), (factors.U.shape[0], factors.U.shape[-1])
+    at_zero_too = flavor in AT_ZERO
+    n, (pieces, m) = len(b), (factors.U.shape[0], factors.U.shape[-1])
 
-    def stacked(a):
+    def stacked(a: Array) -> Array:
         return jnp.broadcast_to(a, (*b, *a.shape))
 
     value = Kappa(
-        U=jnp.moveaxis(factors.U, 0, n).reshape(*b, C, *ins, m),
-        V=jnp.moveaxis(factors.V, 0, n).reshape(*b, C, m, *outs),
-        weights=stacked(weights if per_position else weights[None]),
+        U=jnp.moveaxis(factors.U, 0, n).reshape(*b, pieces, *ins, m),
+        V=jnp.moveaxis(factors.V, 0, n).reshape(*b, pieces, m, *outs),
+        weights=stacked(weights if weights.ndim == 2 else weights[None]),
         plan=None if plan is None else jax.tree.map(stacked, plan),
         base=None,
+        base_weights=None if target is None else stacked(jnp.atleast_1d(target)),
         formed=None,
         sides="b" * n + "i" * len(ins) + "o" * len(outs),
         dtype=like.dtype,
         name=name,
         flavor=flavor,
-        per_position=per_position,
+        per_position=weights.ndim == 2,
         num_examples=num_examples,
-        axis=None
-        if flavor in AT_ZERO
-        else factors.axis,  # those have no sum: a derivative for every s_c
+        axis=None if at_zero_too else factors.axis,  # no sum there: a derivative for every piece
     )
-    if flavor in AT_ZERO:
+    if at_zero_too or target is not None:
         value = value.replace(base=layout.unfold(like, axes).reshape(value.shape))
-    return (
-        value
-        if axes.order == tuple(range(len(shape)))
-        else value.transposed([axes.order.index(i) for i in range(len(shape))])
-    )
+    if axes.order == tuple(range(len(shape))):
+        return value
+    return value.transposed([axes.order.index(i) for i in range(len(shape))])
+
+
+_AT_ZERO = {activation: functools.partial(at_zero, activation) for activation in (False, True)}
 
 
 def _dense_product(x, U, V, s, formed):
-    """The same as `kept_product`, with every position's own weight formed (before, if all share one)."""
-    weights = (
-        jnp.einsum("pc,cde->pde", s.astype(U.dtype), U @ V) if formed is None else formed[None]
-    )
+    """`kept_product` with every position's own weight formed (before, if all share one)."""
+    if formed is None:
+        weights = jnp.einsum("pc,cde->pde", s.astype(U.dtype), U @ V)
+    else:
+        weights = formed[None]
     return jax.vmap(read)(x, weights)
 
 
-@jax.custom_jvp
-def _moved_from_zero(x, U, V, s, base):
-    """x·(base + Σ_c s_c U_c V_c) at s = 0. x [p, r, d] or integers [p, r]; s [p, C]. Only x and s have tangents."""
-    return read(x, base)
-
-
-@_moved_from_zero.defjvp
-def _(primals, tangents):
-    x, U, V, _, base = primals
-    dx, _, _, ds, _ = tangents
-    moved = jnp.einsum("prcm,pc,cme->pre", read_all(x, U), ds, V)
+def _share(x, s, base):
+    """β x·θ*. x [p, r, d] or integers [p, r]; s [p] -> [p, r, e]."""
     out = read(x, base)
-    return out, (moved if is_lookup(x) else moved + dx @ base).astype(out.dtype)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _at_zero(activation: bool, x, U, V, s, base):
-    """x·(base + Σ_c s_c U_c V_c) at s = 0. x [p, r, d] or integers [p, r]; s [p, C]."""
-    return read(x, base)
-
-
-def _at_zero_fwd(activation, x, U, V, s, base):
-    return read(x, base), (x, U, V, s, base)
-
-
-def _at_zero_bwd(activation, residuals, g):
-    x, U, V, s, base = residuals
-    inner = read_all(x, U)
-    if activation:
-        gram = jnp.einsum("cme,cne->cmn", V, V)
-        ds = jnp.einsum("prcm,cmn,prcn->pc", inner, gram, inner)
-    else:
-        ds = jnp.sum(inner * jnp.einsum("pre,cme->prcm", g, V), axis=(1, 3))
-    dx = None if is_lookup(x) else (g @ base.T).astype(x.dtype)
-    return dx, jnp.zeros_like(U), jnp.zeros_like(V), ds.astype(s.dtype), jnp.zeros_like(base)
-
-
-_at_zero.defvjp(_at_zero_fwd, _at_zero_bwd)
+    return s[:, None, None].astype(out.dtype) * out

@@ -1,17 +1,16 @@
-"""What the operations of a network do to a `factored.Kappa`.
+"""What the operations of a network do to a `Kappa`.
 
-Products, convolutions and lookups multiply by the factors. Views (transpose, reshape, slice, split, squeeze, flip, cast, scaling by
-a number) give another Kappa. Everything else works on the materialised weight, of this leaf only: it has no rule, or its rule
-returns None.
+Products, convolutions and lookups multiply by the factors (MEETINGS). Views (transpose, reshape,
+slice, split, squeeze, flip, cast, scaling by a number) give another Kappa (VIEWS). Everything else
+works on the materialised weight, of this leaf only: it has no rule, or its rule returns None.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -20,61 +19,77 @@ from jaxtyping import Array, ArrayLike
 from apd_jax.components import layout
 from apd_jax.forward.kappa import Kappa
 
-RULES: dict[
-    str, Callable
-] = {}  # (operands, some of them a Kappa; parameters of the primitive) -> result, or None, by primitive
+Positions = Sequence[frozenset[int]] | None  # of every operand, the axes that carry the positions
+
+# The rule of a primitive takes its operands, some of them a Kappa, and its parameters, and gives
+# its result, or None. That of a meeting is told where the operands' positions are.
+MEETINGS: dict[str, Callable] = {}
+VIEWS: dict[str, Callable] = {}
 
 
-def _rule(*primitives: str) -> Callable[[Callable], Callable]:
+def _meeting(primitive: str) -> Callable[[Callable], Callable]:
     def register(fn: Callable) -> Callable:
-        RULES.update(dict.fromkeys(primitives, fn))
+        MEETINGS[primitive] = fn
         return fn
 
     return register
 
 
-def _dot(
-    value: Kappa, x: Array, dimension_numbers: Any, kappa_first: bool, dtype: Any
-) -> Array | None:
-    """dot_general of an array with κ, or None where neither all its inputs nor all its outputs are contracted."""
-    (lhs_contract, rhs_contract), (lhs_batch, rhs_batch) = dimension_numbers
-    k_contract, x_contract = (
-        (lhs_contract, rhs_contract) if kappa_first else (rhs_contract, lhs_contract)
-    )
-    k_batch, x_batch = (lhs_batch, rhs_batch) if kappa_first else (rhs_batch, lhs_batch)
-    of_side = {side: [i for i, s in enumerate(value.current) if s == side] for side in "bio"}
-    reading = next(
-        (side for side in "io" if k_contract and sorted(k_contract) == of_side[side]), None
-    )
-    if reading is None or sorted(k_batch) != of_side["b"]:
+def _view(*primitives: str) -> Callable[[Callable], Callable]:
+    def register(fn: Callable) -> Callable:
+        VIEWS.update(dict.fromkeys(primitives, fn))
+        return fn
+
+    return register
+
+
+# Meetings with activations
+
+
+@_meeting("dot_general")
+def _(positions: Positions, lhs: Any, rhs: Any, *, dimension_numbers, preferred_element_type, **_):
+    dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
+    if isinstance(lhs, Kappa) and isinstance(rhs, Kappa):
         return None
-    x_batch = [x_batch[k_batch.index(axis)] for axis in of_side["b"]]
-    x_contract = [x_contract[k_contract.index(axis)] for axis in of_side[reading]]
+    first = isinstance(lhs, Kappa)
+    value, x = (lhs, jnp.asarray(rhs)) if first else (rhs, jnp.asarray(lhs))
+    carrying = None if positions is None else positions[1 if first else 0]
+    return _dot(value, x, dimension_numbers, first, dtype, carrying)
+
+
+def _dot(
+    value: Kappa,
+    x: Array,
+    dimension_numbers: Any,
+    kappa_first: bool,
+    dtype: Any,
+    positions: frozenset[int] | None,
+) -> Array | None:
+    """dot_general with κ, or None where neither all its inputs nor all its outputs are met."""
+    contract, batch = dimension_numbers
+    k_contract, x_contract = contract if kappa_first else contract[::-1]
+    k_batch, x_batch = batch if kappa_first else batch[::-1]
+    reading = next(
+        (side for side in "io" if k_contract and sorted(k_contract) == value.axes_of(side)), None
+    )
+    of_batch = value.axes_of("b")
+    if reading is None or sorted(k_batch) != of_batch:
+        return None
+    x_batch = [x_batch[k_batch.index(axis)] for axis in of_batch]
+    x_contract = [x_contract[k_contract.index(axis)] for axis in value.axes_of(reading)]
     free = [axis for axis in range(x.ndim) if axis not in x_batch and axis not in x_contract]
     n, f = len(x_batch), len(free)
-    rows = jnp.transpose(x, (*x_batch, *free, *x_contract)).reshape(
-        *(x.shape[axis] for axis in (*x_batch, *free)), -1
-    )
-    out = value.product(rows, reading, dtype)
-    batch = [of_side["b"].index(axis) for axis in k_batch]  # dot_general's order of the batch axes
+    lead = [x.shape[axis] for axis in (*x_batch, *free)]
+    rows = jnp.transpose(x, (*x_batch, *free, *x_contract)).reshape(*lead, -1)
+    at = value.position_among(free, x.shape, positions)
+    out = value.product(rows, reading, dtype, at=at)
+    order = [of_batch.index(axis) for axis in k_batch]  # dot_general's order of the batch axes
     rest, outs = list(range(n, n + f)), list(range(n + f, out.ndim))
-    return jnp.transpose(out, (*batch, *outs, *rest) if kappa_first else (*batch, *rest, *outs))
+    return jnp.transpose(out, (*order, *outs, *rest) if kappa_first else (*order, *rest, *outs))
 
 
-@_rule("dot_general")
-def _(lhs: Any, rhs: Any, *, dimension_numbers, preferred_element_type, **_):
-    dtype = preferred_element_type or jnp.result_type(lhs.dtype, rhs.dtype)
-    if isinstance(lhs, Kappa):
-        return (
-            None
-            if isinstance(rhs, Kappa)
-            else _dot(lhs, jnp.asarray(rhs), dimension_numbers, True, dtype)
-        )
-    return _dot(rhs, jnp.asarray(lhs), dimension_numbers, False, dtype)
-
-
-@_rule("conv_general_dilated")
-def _(lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, **params):
+@_meeting("conv_general_dilated")
+def _(positions: Positions, lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, **params):
     """A convolution as a matrix product with the patches that it sees."""
     if isinstance(lhs, Kappa) or not isinstance(rhs, Kappa):
         return None
@@ -109,9 +124,11 @@ def _(lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, **params):
     return jnp.transpose(out, [order.index(axis) for axis in range(out.ndim)])
 
 
-@_rule("gather")
-def _(operand: Kappa, indices: ArrayLike, **params):
+@_meeting("gather")
+def _(positions: Positions, operand: Any, indices: ArrayLike, **params):
     """A lookup of rows."""
+    if not isinstance(operand, Kappa):
+        return None
     numbers, sides, shape = params["dimension_numbers"], operand.current, operand.shape
     looked_up = numbers.start_index_map
     whole = [size for i, size in enumerate(shape) if i not in looked_up]
@@ -126,9 +143,12 @@ def _(operand: Kappa, indices: ArrayLike, **params):
     if not fits:
         return None
     rows = jnp.asarray(indices)[..., 0]
+    carrying = None if positions is None else positions[1]
+    at = operand.position_among(range(rows.ndim), rows.shape, carrying)
     filled = params["mode"] == lax.GatherScatterMode.FILL_OR_DROP
     size = shape[looked_up[0]]
-    out = operand.product(jnp.clip(rows, 0, size - 1), sides[looked_up[0]], operand.dtype)
+    rows_inside, side = jnp.clip(rows, 0, size - 1), sides[looked_up[0]]
+    out = operand.product(rows_inside, side, operand.dtype, at=at)
     if filled:
         outside = ((rows < 0) | (rows >= size)).reshape(*rows.shape, *[1] * len(whole))
         out = jnp.where(
@@ -137,12 +157,15 @@ def _(operand: Kappa, indices: ArrayLike, **params):
     return jnp.moveaxis(out, range(rows.ndim, out.ndim), numbers.offset_dims)
 
 
-@_rule("transpose")
+# Views
+
+
+@_view("transpose")
 def _(value: Kappa, *, permutation):
     return value.transposed(permutation)
 
 
-@_rule("convert_element_type")
+@_view("convert_element_type")
 def _(value: Kappa, *, new_dtype, **_):
     if not jnp.issubdtype(new_dtype, jnp.floating):
         return None
@@ -152,9 +175,12 @@ def _(value: Kappa, *, new_dtype, **_):
     )
 
 
-@_rule("reshape")
+@_view("reshape")
 def _(value: Kappa, *, new_sizes, **_):
-    """Splits and merges axes that belong to the same side; others mix inputs with outputs and materialise."""
+    """Splits and merges axes that belong to the same side.
+
+    Others mix inputs with outputs and materialise.
+    """
     sides, n = value.current, value.num_batch
     groups = layout.regroup(value.shape, tuple(new_sizes)) or [(list(range(len(sides))), [])]
     new = []
@@ -178,8 +204,7 @@ def _cut(value: Kappa, axis: int, fn: Any) -> Kappa:
     place = value.current[:axis].count(side)
     arrays: dict[str, Any] = value.map_whole(lambda a: fn(a, axis))
     if side == "b":
-        arrays |= {name: fn(getattr(value, name), place) for name in ("U", "V", "weights")}
-        arrays["plan"] = jax.tree.map(lambda a: fn(a, place), value.plan)
+        arrays |= value.map_batch(lambda a: fn(a, place))
     elif side == "i":
         arrays["U"] = fn(value.U, n + 1 + place)
     else:
@@ -187,7 +212,7 @@ def _cut(value: Kappa, axis: int, fn: Any) -> Kappa:
     return value.replace(**arrays)
 
 
-@_rule("slice")
+@_view("slice")
 def _(value: Kappa, *, start_indices, limit_indices, strides):
     for axis, (start, limit) in enumerate(zip(start_indices, limit_indices, strict=True)):
         if (start, limit) != (0, value.shape[axis]) or strides:
@@ -200,7 +225,7 @@ def _(value: Kappa, *, start_indices, limit_indices, strides):
     return value
 
 
-@_rule("dynamic_slice")
+@_view("dynamic_slice")
 def _(value: Kappa, *starts: ArrayLike, slice_sizes):
     for axis, (start, size) in enumerate(zip(starts, slice_sizes, strict=True)):
         if size != value.shape[axis]:
@@ -214,7 +239,7 @@ def _(value: Kappa, *starts: ArrayLike, slice_sizes):
     return value
 
 
-@_rule("split")
+@_view("split")
 def _(value: Kappa, *, sizes, axis):
     starts = np.cumsum([0, *sizes])
     return [
@@ -223,8 +248,22 @@ def _(value: Kappa, *, sizes, axis):
     ]
 
 
-@_rule("squeeze")
+@_view("unstack")
+def _(value: Kappa, *, axis, **_):
+    """One matrix of a stack after the other."""
+    parts = [
+        _cut(value, axis, lambda a, i, k=k: lax.slice_in_dim(a, k, k + 1, axis=i))
+        for k in range(value.shape[axis])
+    ]
+    return [_squeezed(part, [axis]) for part in parts]
+
+
+@_view("squeeze")
 def _(value: Kappa, *, dimensions):
+    return _squeezed(value, dimensions)
+
+
+def _squeezed(value: Kappa, dimensions: Sequence[int]) -> Kappa | Array:
     for axis in sorted(dimensions, reverse=True):
         sides = value.current
         if sides[axis] != "b" and sides.count(sides[axis]) == 1:
@@ -234,30 +273,30 @@ def _(value: Kappa, *, dimensions):
     return value
 
 
-@_rule("rev")
+@_view("rev")
 def _(value: Kappa, *, dimensions):
     for axis in dimensions:
         value = _cut(value, axis, lambda a, i: jnp.flip(a, i))
     return value
 
 
-@_rule("copy", "copy_p")
+@_view("copy", "copy_p")
 def _(value: Kappa, **_):
     return value
 
 
-@_rule("mul")
+@_view("mul")
 def _(x: ArrayLike | Kappa, y: ArrayLike | Kappa, **_):
     value, scale = (x, y) if isinstance(x, Kappa) else (y, x)
     return None if isinstance(scale, Kappa) or jnp.ndim(scale) else _scaled(value, scale)
 
 
-@_rule("div")
+@_view("div")
 def _(x: ArrayLike | Kappa, y: ArrayLike | Kappa, **_):
     return None if isinstance(y, Kappa) or jnp.ndim(y) else _scaled(x, 1 / y)
 
 
-@_rule("neg")
+@_view("neg")
 def _(value: Kappa, **_):
     return _scaled(value, -1)
 

@@ -14,16 +14,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from apd_jax.collectives import place, psum
 from apd_jax.errors import InputError
-
-SLOPE = 8.0
-_LEAST = 1e-20  # below any attribution
 
 
 def num_kept(k: Any, batch_size: Any) -> Any:
@@ -180,18 +176,3 @@ def batch_largest(
         return psum(jnp.sum(_count(flags, axis=0), dtype=jnp.int32), axis_name, component_axis)
 
     return _largest(_ordered_bits(attributions), index, jnp.asarray(num, jnp.int32), count)
-
-
-def importances(
-    attributions: Float[Array, "B *T C"], log_thresholds: Float[Array, " C"]
-) -> Float[Array, "B *T C"]:
-    """A learned mask: g_c(x) = σ(SLOPE · log(A_c(x) / τ_c)), 0.5 where the attribution A_c is τ_c, 0.996 at 2 τ_c, 0.004 at τ_c/2.
-
-    In the sparse pass g_c takes the place of 0 and 1, so that τ_c is told what dropping costs; a price on Σ_c g_c(x), the mean number of
-    active components, tells it what keeping does. This is SPD's causal importance (Bushnaq et al. 2025) for components of the whole
-    network, whose attribution is what its gate networks have to find out. Attributions count as constants.
-    """
-    ratio = jnp.log(jnp.maximum(lax.stop_gradient(attributions), _LEAST)) - log_thresholds.reshape(
-        *[1] * (attributions.ndim - 1), -1
-    )
-    return jax.nn.sigmoid(SLOPE * ratio)

@@ -1,4 +1,4 @@
-"""Learning-rate schedules of the APD experiments, as optax schedules."""
+"""Learning-rate schedules of the papers, as optax schedules."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from jaxtyping import Float
 
 from apd_jax.errors import InputError
 
-KINDS = ("constant", "linear", "cosine", "exponential")
+KINDS = ("constant", "linear", "cosine", "half_cosine", "exponential")
 _HALF_LIFE_STEPS = 300
 
 
 def learning_rate(
     kind: str, peak: Float[ArrayLike, ""], num_steps: int, warmup_fraction: float = 0.0
 ) -> optax.Schedule:
-    r"""Linear warm-up from 0, then a decay over the remaining T steps, t counted from the end of the warm-up.
+    r"""Linear warm-up from 0, then a decay over the remaining T steps, t counted from its end.
 
     constant: 1      linear: 1 - t/T      cosine: cos(½π t/(T-1))      exponential: 2^(-t/300)
+    half_cosine: 0.1 + 0.9 · ½(1 + cos(π t/(T-1)))
 
-    The cosine is a *quarter* wave, as in the released code of APD; `optax.cosine_decay_schedule` is a half wave.
+    The cosine is a *quarter* wave, as in the released code of APD. The half wave that ends at a
+    tenth is VPD's.
 
     Raises:
       InputError: unknown kind.
@@ -40,6 +42,9 @@ def learning_rate(
             return peak * (1 - t / decay_steps)
         if kind == "cosine":
             return peak * jnp.cos(0.5 * math.pi * t / max(decay_steps - 1, 1))
+        if kind == "half_cosine":
+            wave = jnp.cos(math.pi * t / max(decay_steps - 1, 1))
+            return peak * (0.1 + 0.45 * (1 + wave))
         if kind == "exponential":
             return peak * jnp.exp2(-t / _HALF_LIFE_STEPS)
         return jnp.full_like(t, peak)
@@ -48,15 +53,4 @@ def learning_rate(
         return decay
     return optax.join_schedules(
         [optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps]
-    )
-
-
-def geometric(
-    first: Float[ArrayLike, ""], last: Float[ArrayLike, ""] | None, num_steps: int
-) -> optax.Schedule:
-    """From `first` to `last` in equal factors: first^(1-t) · last^t with t = step / (num_steps - 1); `first` throughout if last is None."""
-    if last is None:
-        return optax.constant_schedule(first)
-    return lambda step: (
-        first * (last / first) ** (jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1))
     )

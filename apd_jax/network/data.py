@@ -26,6 +26,7 @@ from apd_jax.errors import InputError
 MAX_STACK_BYTES = (
     2**28
 )  # of the batches of one XLA call; those of the next call are pulled beside them
+_ELSEWHERE = 0xE15E  # sets the draws of the second stream apart
 MAX_ARRAYS_BYTES = 2**30  # XLA refuses programs with constants of 2 GiB
 
 
@@ -154,6 +155,35 @@ def source(sample_fn: Any) -> Any:
     raise InputError(
         f"sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a {type(sample_fn).__name__}."
     )
+
+
+def paired(here: Any, elsewhere: Any) -> Any:
+    """Both streams of data as one: batches {"here": ..., "elsewhere": ...}.
+
+    Raises:
+      InputError: one is a function and the other an iterable.
+    """
+    if isinstance(here, Batches) != isinstance(elsewhere, Batches):
+        raise InputError(
+            "sample_fn and elsewhere must both be functions (rng, step) -> batch, or both iterables."
+        )
+    if isinstance(here, Batches):
+        return Batches(_Zipped(here, elsewhere))
+    return lambda rng, step: {
+        "here": here(rng, step),
+        "elsewhere": elsewhere(jax.random.fold_in(rng, _ELSEWHERE), step),
+    }
+
+
+class _Zipped:
+    """Two streams of batches side by side, from their beginning at every iteration."""
+
+    def __init__(self, here: Batches, elsewhere: Batches):
+        self._streams = (here, elsewhere)
+
+    def __iter__(self) -> Iterator[PyTree]:
+        for here, elsewhere in zip(*(s.since(0) for s in self._streams), strict=False):
+            yield {"here": here, "elsewhere": elsewhere}
 
 
 def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]:

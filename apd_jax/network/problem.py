@@ -16,12 +16,15 @@ from apd_jax import components as components_lib
 from apd_jax.components import Select, layout
 from apd_jax.errors import InputError
 from apd_jax.network import data
-from apd_jax.train import step as step_lib
+from apd_jax.network.outputs import split_result
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """See `apd_jax.decompose` for the fields."""
+    """See `apd_jax.decompose` for the fields.
+
+    elsewhere: the second stream of data, of methods that have one.
+    """
 
     apply_fn: Callable
     params: PyTree
@@ -31,9 +34,41 @@ class Problem:
     select: Select = None
     uses: Mapping[str, int] | None = None
     valid_fn: Callable | None = None
+    elsewhere: Any = None
 
     def __post_init__(self):
         object.__setattr__(self, "sample_fn", data.source(self.sample_fn))
+        object.__setattr__(self, "elsewhere", data.source(self.elsewhere))
+
+    @functools.cached_property
+    def source(self) -> Any:
+        """Where the batches of a train step come from: the data, or both streams together."""
+        if self.elsewhere is None:
+            return self.sample_fn
+        return data.paired(self.sample_fn, self.elsewhere)
+
+    @property
+    def fed(self) -> bool:
+        """Whether batches come from the host."""
+        return isinstance(self.source, data.Batches)
+
+    def with_params(self, params: PyTree) -> Problem:
+        """The same problem of other weights of the same shapes, which may be traced."""
+        other = dataclasses.replace(self, params=params)
+        other.__dict__["layouts"] = self.layouts
+        return other
+
+    @property
+    def site_names(self) -> list[str]:
+        """The leaves to decompose."""
+        return components_lib.selected_paths(self.params, self.select, self.layouts)
+
+    def example_batch(self, key: Any = None, step: int = 0) -> PyTree:
+        """A batch of the data, on the device: of an iterable always the first."""
+        if isinstance(self.sample_fn, data.Batches):
+            return jax.tree.map(jnp.asarray, self.sample_fn.first)
+        key = jax.random.key(0) if key is None else key
+        return jax.jit(self.sample_fn)(key, jnp.asarray(step, jnp.int32))
 
     @functools.cached_property
     def layouts(self) -> dict[str, layout.Layout]:
@@ -56,7 +91,7 @@ def check_function(problem: Problem) -> None:
         raise InputError(
             f"apply_fn fails on params and a batch of sample_fn: {_first_line(error)}"
         ) from error
-    out, hidden = step_lib.split_result(result)
+    out, hidden = split_result(result)
     if not isinstance(hidden, Mapping):
         raise InputError(
             f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}."
@@ -99,9 +134,7 @@ def check_function(problem: Problem) -> None:
 
     def summed(leaves, params, x):
         return jnp.sum(
-            step_lib.split_result(
-                problem.apply_fn(components_lib.replace_leaves(params, leaves), x)
-            )[0]
+            split_result(problem.apply_fn(components_lib.replace_leaves(params, leaves), x))[0]
         )
 
     try:

@@ -102,15 +102,16 @@ def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1
     Cost: times · NUM_EXAMPLES gradients of the network; on the host (times · MOST_KEPT)² products of the directions of every leaf.
     """
     if isinstance(problem.sample_fn, data.Batches):
-        drawn = [
-            jax.jit(lambda x: _directions(problem, x))(
-                jax.tree.map(jnp.asarray, problem.sample_fn.first)
-            )
-        ]
+        of_batch = jax.jit(lambda params, x: _directions(problem.with_params(params), x))
+        drawn = [of_batch(problem.params, problem.example_batch())]
     else:
-        of_step = jax.jit(lambda step: _directions(problem, problem.sample_fn(key, step)))
+
+        @jax.jit
+        def of_step(params: PyTree, step: Array) -> tuple[dict[str, Array], Array]:
+            return _directions(problem.with_params(params), problem.sample_fn(key, step))
+
         drawn = [
-            jax.device_get(of_step(jnp.asarray(step)))
+            jax.device_get(of_step(problem.params, jnp.asarray(step)))
             for step in range(math.ceil(times * NUM_EXAMPLES / batch_size))
         ]
     ins, effect = jax.tree.map(lambda *a: np.concatenate(a), *drawn)

@@ -1,8 +1,12 @@
-"""The reference points of a target, in which the recipe measures every loss: a coefficient then means the same on every target."""
+"""The reference points of a target, in which the recipe measures every loss.
+
+A coefficient then means the same on every target.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +16,9 @@ from jaxtyping import PRNGKeyArray, PyTree
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
 from apd_jax.network import data
+from apd_jax.network.outputs import position_weights, split_result
 from apd_jax.network.problem import Problem
-from apd_jax.train import step as step_lib
 
 BATCHES = 20  # over which a loss is measured
 _DRAWS = 0x5EED  # sets these draws apart from those of training
@@ -36,7 +39,7 @@ class Scales:
     simplicity: float
 
 
-def measure(problem: Problem, config: Config) -> Scales:
+def measure(problem: Problem, method: Any) -> Scales:
     """The reference points of a problem, on fresh batches.
 
     Cost: two passes of the network over BATCHES batches.
@@ -49,7 +52,7 @@ def measure(problem: Problem, config: Config) -> Scales:
         _decomposed(problem), uses=problem.uses, layouts=problem.layouts
     )
     nothing = components_lib.weighted_sum(whole, problem.params, jnp.zeros(1))
-    minimality, hidden = distances(problem, config, nothing)
+    minimality, hidden = distances(problem, method, nothing)
     zero = jax.tree.map(jnp.zeros_like, whole)
     if not np.isfinite([minimality, hidden]).all():
         raise InputError(
@@ -59,7 +62,7 @@ def measure(problem: Problem, config: Config) -> Scales:
         raise InputError(
             "the outputs stay the same when all decomposed leaves are set to 0; there is nothing to decompose."
         )
-    if hidden == 0 and config.hidden_reconstruction_coeff > 0:
+    if hidden == 0 and method.hidden_reconstruction_coeff > 0:
         raise InputError(
             "hidden_reconstruction_coeff is above 0, but apply_fn returns no hidden activations that depend on the decomposed leaves."
         )
@@ -67,19 +70,19 @@ def measure(problem: Problem, config: Config) -> Scales:
         faithfulness=float(losses.faithfulness(zero, problem.params)),
         minimality=minimality,
         hidden=hidden,
-        simplicity=float(losses.simplicity(whole, jnp.ones((1, 1), jnp.bool_), config.schatten_p)),
+        simplicity=float(losses.simplicity(whole, jnp.ones((1, 1), jnp.bool_), method.schatten_p)),
     )
 
 
-def distances(problem: Problem, config: Config, params: PyTree) -> tuple[float, float]:
+def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, float]:
     """How far the network with these parameters is from the target: in the outputs, and in the hidden activations (0 without any)."""
 
     def of_batch(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
         (out, hidden), (target_out, target_hidden) = [
-            step_lib.split_result(problem.apply_fn(params, x)) for params in ends
+            split_result(problem.apply_fn(params, x)) for params in ends
         ]
-        weights = step_lib.position_weights(x, problem.valid_fn)
-        distance = losses.minimality(out, target_out, config.minimality_loss, weights)
+        weights = position_weights(x, problem.valid_fn)[0]
+        distance = losses.minimality(out, target_out, method.minimality_loss, weights)
         return distance, losses.hidden_reconstruction(
             hidden, target_hidden, weights
         ) if hidden else jnp.zeros(())
@@ -95,7 +98,7 @@ def distances(problem: Problem, config: Config, params: PyTree) -> tuple[float, 
         measured = jax.jit(of_batch)(ends, jax.tree.map(jnp.asarray, problem.sample_fn.first))
     else:
         measured = jax.jit(of_batches)(
-            ends, jax.random.fold_in(jax.random.key(config.seed), _DRAWS)
+            ends, jax.random.fold_in(jax.random.key(method.seed), _DRAWS)
         )
     outputs, hidden = map(float, measured)
     return outputs, hidden

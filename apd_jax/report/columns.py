@@ -1,6 +1,9 @@
-"""Figures of the weights: what serves each feature in the target, in the sum of the components and in each component.
+"""Figures of the weights that serve each feature.
 
-Shapes: C components, F features, d the length of a feature's weight vector W_f; P_{c,f} is component c's part of it.
+In the target, in the sum of the components, and in each component, side by side.
+
+Shapes: C components, F features, n neurons, d the length of a feature's weight vector W_f;
+P_{c,f} is component c's part of W_f.
 """
 
 from __future__ import annotations
@@ -14,14 +17,17 @@ from apd_jax.report import style
 
 MAX_PANELS = 48
 LARGEST_PANEL = 1000  # entries; a larger matrix is unreadable as a small panel
-DEAD, ALWAYS_ON = -1, -2  # in place of the feature that a component serves
-NUM_SHOWN = 10  # features with their neurons one by one
+DEAD, ALWAYS_ON = -1, -2  # entries of feature_of_component for components that serve no feature
+NUM_SHOWN = 10  # features whose neurons are drawn one by one
 
 
 def component_order(
     feature_of_component: Int[np.ndarray, " C"], attributions: Float[np.ndarray, "F C"]
 ) -> Int[np.ndarray, " C"]:
-    """Components by the feature that they serve, the stronger first within one; then the DEAD, last those ALWAYS_ON."""
+    """Order in which components are drawn: by the feature they serve, then DEAD, then ALWAYS_ON.
+
+    Within one feature, and within DEAD and ALWAYS_ON, the larger attribution comes first.
+    """
     served_last = np.minimum(feature_of_component, 0)
     return np.lexsort((-attributions.max(axis=0), feature_of_component, -served_last))
 
@@ -33,7 +39,10 @@ def columns(
     order: Int[np.ndarray, " C"],
     feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
-    """The figure that suits the sizes: `polygons` in two dimensions, `heat_maps` while small enough to be read, else `difference`."""
+    """The figure that suits the sizes.
+
+    `polygons` for d = 2, `heat_maps` for up to LARGEST_PANEL weights, else `difference`.
+    """
     if target.shape[1] == 2:
         return polygons(target, summed, components, order, feature_of_component)
     if target.size <= LARGEST_PANEL:
@@ -48,11 +57,12 @@ def polygons(
     order: Int[np.ndarray, " C"],
     feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
-    """The columns of a network with two hidden dimensions, as lines in the plane."""
+    """The W_f of a network with two hidden dimensions, as lines in the plane."""
     shown = order[:MAX_PANELS]
     caption = (
-        "The weights of every feature as a line in the two hidden dimensions, one colour per feature; open circles mark the target's. "
-        "Good: the sum reaches all circles, and each component holds a single line that reaches its circle."
+        "The weights of every feature as a line in the two hidden dimensions, one colour per "
+        "feature. Open circles mark the ends of the target's lines. Good: the sum reaches all "
+        "circles, and each component holds a single line that reaches its circle."
         + _left_out(order, shown)
     )
     figure, panels = _grid(len(shown) + 2, min(7, len(shown) + 2), (1.7, 1.7), caption)
@@ -93,11 +103,12 @@ def heat_maps(
     order: Int[np.ndarray, " C"],
     feature_of_component: Int[np.ndarray, " C"],
 ) -> Figure:
-    """The columns as heat maps: the target, the sum and the components, all on the target's scale."""
+    """Heat maps [F, d] of the target, the sum and the components, all on the target's scale."""
     shown = order[:MAX_PANELS]
     caption = (
-        "Weights of every feature (rows) over the hidden dimensions or neurons (columns), on one scale. Good: the sum equals the target, "
-        "and each component is a single row, of its feature." + _left_out(order, shown)
+        "Weights of every feature (rows) over the hidden dimensions or neurons (columns), on one "
+        "scale. Good: the sum equals the target, and each component is a single row, that of its "
+        "feature." + _left_out(order, shown)
     )
     figure, panels = _grid(len(shown) + 2, min(10, len(shown) + 2), (1.1, 1.54), caption)
     _draw_heat(
@@ -107,10 +118,13 @@ def heat_maps(
 
 
 def difference(target: Float[np.ndarray, "F d"], summed: Float[np.ndarray, "F d"]) -> Figure:
-    """The columns of the target, of the sum, and what is between them: for networks whose components are too large to show one by one."""
+    """Heat maps of the target, of the sum, and of their difference.
+
+    For networks whose components are too large to show one by one.
+    """
     caption = (
-        "Weights of every feature (rows) over the hidden dimensions or neurons (columns), on one scale. Good: the sum equals the target, "
-        "and the difference is blank."
+        "Weights of every feature (rows) over the hidden dimensions or neurons (columns), on one "
+        "scale. Good: the sum equals the target, and the difference is blank."
     )
     figure, panels = _grid(3, 3, (3.5, 3.5), caption)
     _draw_heat(
@@ -142,19 +156,23 @@ def neuron_contributions(
     components: Float[np.ndarray, "C F n"],
     component_of_feature: Int[np.ndarray, " F"],
 ) -> Figure:
-    """What each neuron carries from a feature's input to its output: in the target, and in the feature's own component."""
+    """What each neuron carries from a feature's input to its output.
+
+    In the target, in the sum of components, and in the feature's own component. The entries are
+    the products of `targets.resid_mlp.neuron_contributions`.
+    """
     caption = (
-        "Neuron contributions: weight from a feature into a neuron times weight from the neuron back to the feature; every dot is a "
-        "neuron, the larger ones numbered. Good: the feature's own component shows the same neurons as the target, and both scatter plots "
-        "lie on the diagonal."
+        "Neuron contributions: weight from a feature into a neuron times weight from the neuron "
+        "back to the feature. Every dot is a neuron, the larger ones numbered. Good: the feature's "
+        "own component shows the same neurons as the target, and both scatter plots lie on the "
+        "diagonal."
     )
     figure = style.new_figure(11.0, 6.2, caption)
     panels = figure.subplot_mosaic([["target", "sum"], ["own", "scatter"]], width_ratios=[2.4, 1])
     own = components[component_of_feature, np.arange(len(target))]
     few = slice(0, NUM_SHOWN)
-    labelled = (
-        0.35 * np.abs(target[few]).max()
-    )  # of the many small ones the numbers would only overlap
+    # Only dots above this are numbered: the numbers of the many small ones would overlap.
+    labelled = 0.35 * np.abs(target[few]).max()
     panels["own"].sharey(panels["target"])
     for axes, matrix, title in (
         (panels["target"], target[few], "Target"),
@@ -194,11 +212,9 @@ def _titles(shown: np.ndarray, feature_of_component: np.ndarray) -> list[str]:
 
 
 def _left_out(order: np.ndarray, shown: np.ndarray) -> str:
-    return (
-        f" The first {len(shown)} of {len(order)} components are shown."
-        if len(shown) < len(order)
-        else ""
-    )
+    if len(shown) == len(order):
+        return ""
+    return f" The first {len(shown)} of {len(order)} components are shown."
 
 
 def _grid(

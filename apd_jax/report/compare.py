@@ -1,4 +1,9 @@
-"""Two runs side by side: settings that differ, metrics of both, and which component of the one is which of the other."""
+"""Two runs side by side.
+
+Settings that differ, metrics of both, and which component of the first run is which of the second.
+
+Shapes: C components of the first run, D of the second.
+"""
 
 from __future__ import annotations
 
@@ -19,13 +24,13 @@ from apd_jax.evaluation import matching
 from apd_jax.report import html, tables
 from apd_jax.train.workdir import flat
 
-SAME_COSINE = 0.9  # two components count as the same from this cosine on
+SAME_COSINE = 0.9  # the verdict counts pairs with at least this cosine
 MAX_SHOWN = 128  # pairs in the heat map of cosines
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a comparison reads of one workdir; of several instances the first."""
+    """What a comparison reads of one workdir. Of several instances it reads the first."""
 
     folder: epath.Path
     settings: Mapping[str, Any]  # nested
@@ -42,39 +47,29 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """pairs: (component of the first, of the second, cosine, norm of the second's over the first's), best first."""
+    """What differs between two runs, and which components are the same."""
 
     runs: tuple[Run, Run]
-    settings: list[tuple[str, str, str]]  # (field, here, there), of those that differ
-    metrics: list[tuple[str, str, str]]  # (what it says, here, there)
-    cosine: Float[np.ndarray, "C D"] | None
+    settings: list[tuple[str, str, str]]  # (field, first's, second's), of those that differ
+    metrics: list[tuple[str, str, str]]  # (what it says, first's, second's)
+    cosine: Float[np.ndarray, "C D"] | None  # None where components cannot be matched
+    # (component of the first, of the second, their cosine, norm of the second's over the first's),
+    # by falling cosine
     pairs: list[tuple[int, int, float, float]]
     verdict: str
 
 
 def compare(first: Run, second: Run) -> Comparison:
-    """Components are matched by cosine, one to one, where both runs decompose the same weights; else the verdict says why not."""
+    """Compares two runs; components are matched one to one by cosine.
+
+    That needs the same target weights and the same sites; else the verdict says why not.
+    """
     runs = (first, second)
     here, there = (flat(run.settings) for run in runs)
-    absent = "absent"
-    settings = [
-        (field, str(here.get(field, absent)), str(there.get(field, absent)))
-        for field in sorted(here | there)
-        if here.get(field, absent) != there.get(field, absent)
-    ]
-    values = [
-        {label: value for label, value, _ in tables.result_rows(run.metrics, others=True)}
-        for run in runs
-    ]
-    metrics = [
-        (label, values[0].get(label, "–"), values[1].get(label, "–"))
-        for label in values[0] | values[1]
-    ]
-    several = (
-        " Of several instances the first is compared."
-        if any(run.get("apd.num_instances", 1) > 1 for run in (here, there))
-        else ""
-    )
+    settings, metrics = _different_settings(here, there), _metrics(first, second)
+    several = ""
+    if any(run.get("apd.num_instances", 1) > 1 for run in (here, there)):
+        several = " Of several instances the first is compared."
     if why := _why_not_matched(first, second):
         return Comparison(runs, settings, metrics, None, [], why + several)
     cosine = matching.cosines(first.components, second.components)
@@ -85,14 +80,34 @@ def compare(first: Run, second: Run) -> Comparison:
     ]
     same = sum(cos >= SAME_COSINE for *_, cos, _ in pairs)
     verdict = (
-        f"Of {len(pairs)} components, matched one to one, {same} point the same way in both runs (cosine of {SAME_COSINE} or more); "
+        f"Of {len(pairs)} components, matched one to one, {same} point the same way in both runs "
+        f"(cosine of {SAME_COSINE} or more); "
         f"the median cosine is {np.median([cos for *_, cos, _ in pairs]):.3f}."
     )
     return Comparison(runs, settings, metrics, cosine, pairs, verdict + several)
 
 
+def _different_settings(
+    here: Mapping[str, Any], there: Mapping[str, Any]
+) -> list[tuple[str, str, str]]:
+    absent = "absent"
+    return [
+        (field, str(here.get(field, absent)), str(there.get(field, absent)))
+        for field in sorted({*here, *there})
+        if here.get(field, absent) != there.get(field, absent)
+    ]
+
+
+def _metrics(first: Run, second: Run) -> list[tuple[str, str, str]]:
+    here, there = (
+        {label: value for label, value, _ in tables.result_rows(run.metrics, others=True)}
+        for run in (first, second)
+    )
+    return [(label, here.get(label, "–"), there.get(label, "–")) for label in here | there]
+
+
 def _why_not_matched(first: Run, second: Run) -> str:
-    """Empty if both decompose the same leaves of the same weights."""
+    """A sentence, or "" if both runs decompose the same sites of the same weights."""
     leaves = []
     for run in (first, second):
         flat = jax.tree_util.tree_flatten_with_path(run.params)[0]
@@ -101,20 +116,25 @@ def _why_not_matched(first: Run, second: Run) -> str:
         leaves[0].keys() == leaves[1].keys()
         and all(np.array_equal(leaves[0][name], leaves[1][name]) for name in leaves[0])
     ):
-        return "The two runs decompose different target weights, so their components cannot be matched; start both with the same target.seed."
+        return (
+            "The two runs decompose different target weights, so their components cannot be "
+            "matched; start both with the same target.seed."
+        )
     if first.components.factors.keys() != second.components.factors.keys():
-        return "The two runs decompose different leaves of the target, so their components cannot be matched."
+        return (
+            "The two runs decompose different leaves of the target, so their components cannot "
+            "be matched."
+        )
     return ""
 
 
 def _norms(components: Components) -> np.ndarray:
-    return np.sqrt(
-        np.maximum(sum(jax.device_get(components_lib.squared_norms(components)).values()), 0)
-    )
+    squares = jax.device_get(components_lib.squared_norms(components))
+    return np.sqrt(np.maximum(sum(squares.values()), 0))
 
 
 def terminal(comparison: Comparison) -> list[Table | str]:
-    """What the terminal shows of it."""
+    """The tables and sentences that the terminal shows."""
     names = [run.name for run in comparison.runs]
 
     def table(
@@ -145,7 +165,9 @@ def terminal(comparison: Comparison) -> list[Table | str]:
 
 
 def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
-    """The same as a page, with both runs' losses and the cosines of all components.
+    """Writes the comparison as a page, with both runs' losses.
+
+    The heat map of cosines shows the first MAX_SHOWN pairs, the table of pairs all.
 
     Raises:
       InputError: the page cannot be written there.
@@ -170,22 +192,15 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
             "cosine": None if comparison.cosine is None else comparison.cosine[rows][:, columns],
             "rows": rows,
             "columns": columns,
-            "pairs": [
-                {
-                    "first": c,
-                    "second": d,
-                    "cosine": cosine,
-                    "ratio": ratio,
-                    "firing_rates": [
-                        float(runs[0].firing_rates[c]),
-                        float(runs[1].firing_rates[d]),
-                    ],
-                }
-                for c, d, cosine, ratio in comparison.pairs
-            ],
+            "pairs": [_pair(runs, *pair) for pair in comparison.pairs],
         },
     }
     return html.save(path, html.render("compare.html", page))
+
+
+def _pair(runs: tuple[Run, Run], c: int, d: int, cosine: float, ratio: float) -> dict[str, Any]:
+    rates = [float(runs[0].firing_rates[c]), float(runs[1].firing_rates[d])]
+    return {"first": c, "second": d, "cosine": cosine, "ratio": ratio, "firing_rates": rates}
 
 
 def _href(report: epath.Path, folder: epath.Path) -> str | None:

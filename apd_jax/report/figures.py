@@ -1,4 +1,6 @@
-"""The figures of one decomposition, as in the papers: one function each from arrays to a Figure, and `save_all`.
+"""The figures of one decomposition, as in the papers.
+
+One function per figure, from arrays to a matplotlib Figure; `save_all` draws and writes them.
 
 Shapes: C components, F features, d the length of a feature's weight vector, V input values.
 """
@@ -14,41 +16,44 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from apd_jax import losses as losses_lib
+from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation.general import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
-from apd_jax.methods.config import Config
 from apd_jax.report import columns, style
 from apd_jax.targets.base import Panel
+from apd_jax.train.progress import loss_names
 
-LOSS_NAMES = ("total", *losses_lib.TERMS)
-NUM_SWEPT = 8
+NUM_SWEPT = 8  # features whose response is drawn
+LOOKS = {  # of the outputs in `responses`: label, colour, line style, width
+    "label": ("label", style.GREY, "-", 3.0),
+    "target": ("target", style.BLACK, "-", 1.5),
+    "top1": ("single best component", style.VERMILION, "--", 1.5),
+}
 
 
 def save_all(
     folder: epath.PathLike,
     evaluation: Evaluation,
-    history: Sequence[Mapping[str, float | int]],
-    config: Config,
+    decomposition: Decomposition,
 ) -> list[epath.Path]:
-    """Writes every figure that this evaluation has the arrays for as a PNG; the paths, in the order of a report.
+    """Writes every figure that this evaluation has the arrays for as a PNG.
 
     Args:
-      history: rows of the training log: "step", and losses by name. May be empty.
+      decomposition: of one instance; its history may be empty.
+    Returns:
+      The paths, in the order of a report.
     """
-    figures = (
-        _feature_figures(evaluation.arrays, config)
-        if "attributions_one_hot" in evaluation.arrays
-        else {}
-    )
+    figures = {}
+    if "attributions_one_hot" in evaluation.arrays:
+        figures = _feature_figures(evaluation, decomposition)
     figures |= {name: panel(one) for name, one in evaluation.panels.items()}
-    if history:
-        figures["losses"] = losses(history)
+    if decomposition.history:
+        figures["losses"] = losses(decomposition.history)
     return save(folder, figures)
 
 
 def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> list[epath.Path]:
-    """Writes figures as PNG files by their names."""
+    """Writes figures as PNG files named by their keys."""
     folder = epath.Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.png" for name in figures}
@@ -58,10 +63,16 @@ def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> list[epath.Pa
     return list(paths.values())
 
 
-def _feature_figures(a: Mapping[str, np.ndarray], config: Config) -> dict[str, Figure]:
-    """Those of a target with one input and one output per feature."""
-    serves = a["feature_of_component"]
-    serves = np.where(np.arange(len(serves)) < config.apd.num_always_on, columns.ALWAYS_ON, serves)
+def _feature_figures(evaluation: Evaluation, decomposition: Decomposition) -> dict[str, Figure]:
+    """The figures of a target with one input and one output per feature."""
+    a, method, serves = (
+        evaluation.arrays,
+        decomposition.method,
+        evaluation.arrays["feature_of_component"],
+    )
+    k = evaluation.metrics["mean_active_components"] if method.k is None else method.k
+    always_on = np.arange(len(serves)) < method.always_on
+    serves = np.where(always_on, columns.ALWAYS_ON, serves)
     order = columns.component_order(serves, a["attributions_one_hot"])
     W, total, P = (a[f"feature_weights_{name}"] for name in ("target", "sum", "components"))
     figures = {
@@ -72,7 +83,7 @@ def _feature_figures(a: Mapping[str, np.ndarray], config: Config) -> dict[str, F
         "per_feature_loss": per_feature_loss(
             {name: a[f"per_feature_loss_{name}"] for name in ("target", "top1", "none")},
             {name: a[f"active_feature_loss_{name}"] for name in ("target", "topk")},
-            config.apd.topk,
+            float(k),
         ),
         "responses": responses(
             a["sweep_values"], {name: a[f"sweep_{name}"] for name in ("label", "target", "top1")}
@@ -91,36 +102,36 @@ def _feature_figures(a: Mapping[str, np.ndarray], config: Config) -> dict[str, F
 
 def panel(shown: Panel) -> Figure:
     """A heat map or lines, as a target describes them."""
-    if shown.matrix is not None:
-        rows, width = shown.matrix.shape
-        figure = style.new_figure(
-            min(4 + 0.25 * width, 14), min(2.4 + 0.22 * rows, 10), shown.caption
-        )
-        axes = figure.subplots()
-        image = style.heat(axes, shown.matrix, signed=bool((shown.matrix < 0).any()))
-        for names, ticks in ((shown.rows, axes.set_yticks), (shown.columns, axes.set_xticks)):
-            if names:
-                ticks(range(len(names)), list(names))
-        if len(shown.columns) > 12 or max(map(len, shown.columns), default=0) > 3:
-            axes.tick_params(axis="x", labelrotation=90)
-        style.colorbar(figure, image, axes, shown.unit)
-    else:
-        figure = style.new_figure(8.0, 4.6, shown.caption)
-        axes = figure.subplots()
-        x = np.arange(len(next(iter(shown.lines.values())))) if shown.x is None else shown.x
-        looks = ("-", "--", ":", "-.")
-        for i, (label, values) in enumerate(shown.lines.items()):
-            color = style.PALETTE[i % len(style.PALETTE)]
-            axes.plot(
-                x,
-                values,
-                looks[i // len(style.PALETTE) % len(looks)],
-                color=color,
-                label=label,
-                marker="o" if len(x) < 30 else "",
-            )
-        style.legend(axes)
-    style.tidy(axes, xlabel=shown.xlabel, ylabel=shown.ylabel, title=shown.title)
+    figure = _lines(shown) if shown.matrix is None else _heat_map(shown, shown.matrix)
+    style.tidy(figure.axes[0], xlabel=shown.xlabel, ylabel=shown.ylabel, title=shown.title)
+    return figure
+
+
+def _heat_map(shown: Panel, matrix: np.ndarray) -> Figure:
+    rows, width = matrix.shape
+    figure = style.new_figure(min(4 + 0.25 * width, 14), min(2.4 + 0.22 * rows, 10), shown.caption)
+    axes = figure.subplots()
+    image = style.heat(axes, matrix, signed=bool((matrix < 0).any()))
+    for names, ticks in ((shown.rows, axes.set_yticks), (shown.columns, axes.set_xticks)):
+        if names:
+            ticks(range(len(names)), list(names))
+    if len(shown.columns) > 12 or max(map(len, shown.columns), default=0) > 3:
+        axes.tick_params(axis="x", labelrotation=90)
+    style.colorbar(figure, image, axes, shown.unit)
+    return figure
+
+
+def _lines(shown: Panel) -> Figure:
+    figure = style.new_figure(8.0, 4.6, shown.caption)
+    axes = figure.subplots()
+    x = np.arange(len(next(iter(shown.lines.values())))) if shown.x is None else shown.x
+    marker = "o" if len(x) < 30 else ""
+    looks = ("-", "--", ":", "-.")
+    for i, (label, values) in enumerate(shown.lines.items()):
+        color = style.PALETTE[i % len(style.PALETTE)]
+        look = looks[i // len(style.PALETTE) % len(looks)]
+        axes.plot(x, values, look, color=color, label=label, marker=marker)
+    style.legend(axes)
     return figure
 
 
@@ -130,11 +141,15 @@ def attributions(
     order: Int[np.ndarray, " C"],
     norm_ratio: Float[np.ndarray, "C F"],
 ) -> Figure:
-    """Which component answers for which feature: attributions on one-hot inputs, the top-1 mask, and the weights' norms."""
+    """Which component serves which feature.
+
+    Attributions and top-1 mask where one feature is alone in the input, and norms of the weights.
+    """
     caption = (
-        "Each feature alone in the input (rows) against every component (columns, by the feature that they serve, then the dead, last "
-        "those that are always on). Good: one bright diagonal in all three panels, a single component for each feature and nothing "
-        "beside it."
+        "Each feature alone in the input (rows) against every component (columns). Components are "
+        "ordered by the feature that they serve, then come the dead ones, last those that are "
+        "always on. Good: one bright diagonal in all three panels, a single component for each "
+        "feature and nothing beside it."
     )
     figure = style.new_figure(12.0, 4.6, caption)
     panels = figure.subplots(1, 3)
@@ -161,16 +176,18 @@ def per_feature_loss(
     active: Mapping[str, Float[np.ndarray, " F"]],
     topk: float,
 ) -> Figure:
-    """Loss to the label by feature: the target's own beside the sparse model's.
+    """Mean squared error to the label by feature: of the target and of the sparse model.
 
     Args:
-      alone: target, top1, none: the feature is alone in the input.
-      active: target, topk: training inputs in which the feature is active (NaN if there were none).
+      alone: {"target", "top1", "none": [F]}, where the feature is alone in the input.
+      active: {"target", "topk": [F]}, on training inputs in which the feature is active (NaN if
+        there were none).
     """
     caption = (
-        "Every dot is a feature, ordered by the target's own loss. Good: the sparse model's dots lie on or below the target's. A dot "
-        "far above is a feature that its best component (left), or the components kept in training (right), do not carry; grey is what "
-        "no component would give."
+        "Every dot is a feature, ordered by the target's own loss. Good: the sparse model's dots "
+        "lie on or below the target's. A dot far above is a feature that is not reproduced by its "
+        "best component (left), or by the components that the mask of training keeps (right). "
+        "Grey: the loss without any component."
     )
     figure = style.new_figure(10.0, 4.2, caption)
     left, right = figure.subplots(1, 2, sharey=True)
@@ -196,11 +213,8 @@ def per_feature_loss(
 
 
 def _dots(axes: Axes, series: Mapping[tuple[str, str, str], np.ndarray], order: np.ndarray) -> None:
-    floor = (
-        1e-6
-        * max([np.nanmax(loss) for loss in series.values() if np.isfinite(loss).any()], default=1.0)
-        or 1e-12
-    )  # a log axis has no 0
+    largest = [np.nanmax(loss) for loss in series.values() if np.isfinite(loss).any()]
+    floor = 1e-6 * max(largest, default=1.0) or 1e-12  # a log axis has no 0
     for (label, color, marker), loss in series.items():
         axes.plot(
             np.arange(len(order)),
@@ -220,14 +234,16 @@ def responses(
     outputs: Mapping[str, Float[np.ndarray, "V F"]],
     num_features: int = NUM_SWEPT,
 ) -> Figure:
-    """Output of a feature while its own input is swept and all others are 0, for features spread evenly over all.
+    """Output of a feature against its own input, all other inputs at 0.
 
     Args:
-      outputs: label, target, top1.
+      outputs: {"label", "target", "top1": [V, F]}.
+      num_features: how many features are drawn, spread evenly over all.
     """
     caption = (
-        "Output of a feature against its own input, all others at 0. Good: the single best component (dashed) follows the target (solid); "
-        "the label (grey) is what the target was trained to give."
+        "Output of a feature against its own input, all others at 0. Good: the single best "
+        "component (dashed) follows the target (solid). The label (grey) is what the target was "
+        "trained to output."
     )
     count = outputs["target"].shape[1]
     chosen = np.unique(np.linspace(0, count - 1, min(num_features, count)).round().astype(int))
@@ -235,14 +251,9 @@ def responses(
     rows = -(-len(chosen) // across)
     figure = style.new_figure(10.0, 1.2 + 2.3 * rows, caption)
     panels = figure.subplots(rows, across, sharex=True, sharey=True, squeeze=False).ravel()
-    looks = {
-        "label": ("label", style.GREY, "-", 3.0),
-        "target": ("target", style.BLACK, "-", 1.5),
-        "top1": ("single best component", style.VERMILION, "--", 1.5),
-    }
     for index, (axes, feature) in enumerate(zip(panels, chosen, strict=False)):
         for name, out in outputs.items():
-            label, color, line, width = looks[name]
+            label, color, line, width = LOOKS[name]
             axes.plot(values, out[:, feature], line, color=color, linewidth=width, label=label)
         below, first = index + across >= len(chosen), index % across == 0
         style.tidy(
@@ -257,7 +268,7 @@ def responses(
     figure.legend(
         *panels[0].get_legend_handles_labels(),
         loc="outside upper center",
-        ncols=len(looks),
+        ncols=len(LOOKS),
         fontsize=8,
         frameon=False,
     )
@@ -265,16 +276,18 @@ def responses(
 
 
 def scrub(losses: Mapping[str, Float[np.ndarray, " n"]]) -> Figure:
-    """Histograms of the loss per example with the components of inactive features switched at random.
+    """Histograms of the loss per example with the components of inactive features set at random.
 
     Args:
-      losses: topk, scrubbed, antiscrubbed, random, zero, monosemantic, against the target's output.
+      losses: {"topk", "scrubbed", "antiscrubbed", "random", "zero", "monosemantic": [n]}, each
+        the mean squared error to the target's output.
     """
     caption = (
-        "Mean squared error to the target network, per example. Components of active features forced on (scrubbed) or off "
-        "(antiscrubbed), all others at random. Good: scrubbed lies close to top-k, and left of both the antiscrubbed losses and the "
-        "monosemantic mean (one neuron per feature). Losses of exactly 0, as of inputs without any feature, count in the means but have no "
-        "place on this axis."
+        "Mean squared error to the target network, per example. Components of active features are "
+        "forced on (scrubbed) or off (antiscrubbed), all others are on or off at random. Good: "
+        "scrubbed lies close to top-k, and left of both the antiscrubbed losses and the "
+        "monosemantic mean (one neuron per feature). Losses of exactly 0, as on inputs without "
+        "any feature, count in the means but cannot be drawn on this axis."
     )
     figure = style.new_figure(8.0, 4.6, caption)
     axes = figure.subplots()
@@ -321,13 +334,16 @@ def scrub(losses: Mapping[str, Float[np.ndarray, " n"]]) -> Figure:
 def losses(history: Sequence[Mapping[str, float | int]]) -> Figure:
     """Every loss of the training log against the step."""
     caption = (
-        "Losses during the decomposition, without their coefficients (total: with them). Good: faithfulness falls by orders of "
-        "magnitude and stays down, minimality follows it, simplicity levels off."
+        "Losses during the decomposition, without their coefficients (total: with them). Good: "
+        "faithfulness falls by orders of magnitude and stays low, minimality follows it, and "
+        "simplicity levels off."
     )
     figure = style.new_figure(8.0, 4.6, caption)
     axes = figure.subplots()
-    colors = dict(zip(LOSS_NAMES, (style.BLACK, *style.PALETTE), strict=False))
-    for name in LOSS_NAMES:
+    names = loss_names(history)
+    palette = [style.BLACK, *style.PALETTE]
+    colors = {name: palette[i % len(palette)] for i, name in enumerate(names)}
+    for name in names:
         points = [(row["step"], row[name]) for row in history if name in row and row[name] > 0]
         if points:
             width = 2.0 if name == "total" else 1.2

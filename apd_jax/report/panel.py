@@ -1,6 +1,6 @@
-"""What the page needs to run a small network itself: its layers, its weights, and the components as short factors.
+"""What the page needs to run a small network itself: layers, weights, components as short factors.
 
-Shapes: C components, a decomposed leaf [a, b], r_c the singular values that component c keeps there.
+Shapes: C components, a site [a, b], r_c the singular values that component c keeps there.
 """
 
 from __future__ import annotations
@@ -16,27 +16,31 @@ from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
-from apd_jax.methods.config import Config
 from apd_jax.targets import chain
 from apd_jax.targets.base import Target
 
 TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7)  # of the leaf's largest singular value
 UNCHANGED = 1e-6  # largest change of an output by what is left out, over max(1, largest output)
 NUM_CHECKED = 64  # examples on which that is checked, each with random factors of all components
+_AT_THE_CUT = 1 - 1e-5  # the page computes in double precision: what lies at the cut is kept
 
 
 def build(
     target: Target, decomposition: Decomposition, x: Float[Array, "B F"], cut: float
 ) -> dict[str, Any]:
-    """The network as data: layers by name, its leaves, and P_c = U_c V_c with as few singular values as leave the outputs unchanged.
+    """The network as data: layers by name, its leaves, and P_c = U_c V_c.
+
+    With as few singular values as leave the outputs unchanged.
 
     Args:
       target: one with `layers`.
       x: inputs, on which the change is checked.
-      cut: the attribution from which on a component is kept, as the batch top-k has cut this data.
-    Cost: one SVD per component and leaf, and up to 5 passes of NUM_CHECKED examples with a weight of their own each.
+      cut: the attribution from which on a component was kept on these inputs, where only their
+        batch decided it.
+    Cost: one SVD per component and leaf, and up to 5 passes of NUM_CHECKED examples with a weight
+      of their own each.
     """
-    factors = decomposition.components.factors
+    factors = components_lib.aligned(decomposition.components).factors
     named = jax.tree_util.tree_flatten_with_path(decomposition.problem.params)[0]
     used = {layer.leaf for layer in target.layers}
     leaves = {
@@ -45,47 +49,41 @@ def build(
     layers, leaves, sides = chain.fold(target.layers, leaves, set(factors))
     largest = max(1.0, float(jnp.max(jnp.abs(x))))
     svds = {name: _svd(f.U, f.V, *sides.get(name, (None, None))) for name, f in factors.items()}
+    short = _shortest(layers, leaves, svds, x[:NUM_CHECKED])
     return {
         "layers": [dataclasses.asdict(layer) for layer in layers],
         "leaves": leaves,
-        "factors": {
-            name: _packed(*svd)
-            for name, svd in _shortest(layers, leaves, svds, x[:NUM_CHECKED]).items()
-        },
+        "factors": {name: _packed(*svd) for name, svd in short.items()},
         "num_inputs": x.shape[1],
         "lowest": -largest if bool((x < 0).any()) else 0.0,  # where the sliders end
         "highest": largest,
         "start": _example(np.asarray(x)),
-        "rule": mask_rule(decomposition.config, cut),
+        "rule": mask_rule(decomposition, cut),
     }
 
 
-def mask_rule(config: Config, cut: float) -> dict[str, Any] | None:
-    """How one input's components are chosen on the page; None for attributions that the page cannot take.
+def mask_rule(decomposition: Decomposition, cut: float) -> dict[str, Any] | None:
+    """How the gate chooses one input's components on the page; see `gates.base.Rule`.
 
-    Batch top-k keeps what lies above a cut that only the batch decides: one input alone is held against the cut that the
-    report's inputs had.
+    None where the page cannot: for attributions of another kind, or gates that read more.
     """
-    if (
-        config.attribution != "gradient"
-        or config.attribution_metric != "mse"
-        or config.mask_per != "example"
-    ):
+    d = decomposition
+    at, rule = d.method.gradients_at, d.method.gate(d.gate, d.problem).rule()
+    if at is None or rule is None:
         return None
-    just_below = (
-        None if np.isinf(cut) else cut * (1 - 1e-5)
-    )  # the page computes in double precision: what lies at the cut is kept
-    kept = {"topk": int(config.topk)} if config.mask == "topk" else {"cut": just_below}
+    cuts = np.asarray(cut if rule.cuts is None else rule.cuts, np.float64) * _AT_THE_CUT
+    cuts = np.broadcast_to(cuts, (d.components.num_components,))
     return {
-        "at": config.attributions_at,
-        "num_always_on": config.num_always_on,
-        "all": config.mask == "none",
-        **kept,
+        "at": at,
+        "num_always_on": rule.always_on,
+        "all": rule.everything,
+        "cuts": [float(c) if np.isfinite(c) else None for c in cuts],
+        **({} if rule.top is None else {"topk": rule.top}),
     }
 
 
 def _example(x: Float[np.ndarray, "B F"]) -> Float[np.ndarray, " F"]:
-    """An input with something in it, but not much: the one with the fewest nonzero entries, the largest of those."""
+    """The input with the fewest nonzero entries, but some; of those the largest."""
     active = np.where((x != 0).any(axis=1), (x != 0).sum(axis=1), x.shape[1] + 1)
     return x[np.lexsort((-np.abs(x).max(axis=1), active))[0]]
 
@@ -104,7 +102,7 @@ Svds = dict[str, tuple[Array, Array, Array]]  # {leaf: (u [C, a, r], s [C, r], v
 def _shortest(
     layers: tuple[chain.Layer, ...], leaves: Mapping[str, Array], svds: Svds, x: Float[Array, "B F"]
 ) -> Svds:
-    """The same with small singular values set to 0, at the largest tolerance at which no output changes."""
+    """Without small singular values, at the largest tolerance at which no output changes."""
     C = next(iter(svds.values()))[1].shape[0]
     scales = jax.random.uniform(jax.random.key(0), (x.shape[0], C)).at[0].set(1.0)
 

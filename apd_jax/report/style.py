@@ -1,4 +1,7 @@
-"""How every figure looks: size, colours, caption. Object-oriented matplotlib only: no global state, no display."""
+"""How every figure looks: size, colours, caption.
+
+Only matplotlib's object-oriented interface is used: no global state, no display.
+"""
 
 from __future__ import annotations
 
@@ -13,15 +16,8 @@ from matplotlib.image import AxesImage
 
 DPI = 150
 # Okabe and Ito's palette: told apart with any colour vision.
-BLACK, ORANGE, SKY, GREEN, BLUE, VERMILION, PURPLE = (
-    "#000000",
-    "#E69F00",
-    "#56B4E9",
-    "#009E73",
-    "#0072B2",
-    "#D55E00",
-    "#CC79A7",
-)
+BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
+BLUE, VERMILION, PURPLE = "#0072B2", "#D55E00", "#CC79A7"
 GREY, FAINT = "#999999", "#DDDDDD"
 PALETTE = (BLUE, VERMILION, GREEN, ORANGE, PURPLE, SKY, BLACK)
 MAGNITUDE = "cividis"
@@ -29,7 +25,12 @@ SIGNED = "RdBu_r"
 
 
 def new_figure(width: float, height: float, caption: str) -> Figure:
-    """An empty figure (inches) with a caption under it that says what it shows and what good looks like."""
+    """An empty figure with a caption under it.
+
+    Args:
+      width, height: in inches.
+      caption: what the figure shows, and what a good decomposition looks like.
+    """
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=8, color="#333333")
@@ -55,7 +56,7 @@ def bare(axes: Axes, title: str = "") -> Axes:
 
 
 def corner(axes: Axes, xlabel: str, ylabel: str) -> None:
-    """The axes' meaning, written at the first panel of a grid only."""
+    """Labels of the axes, for the first panel of a grid: they hold for all."""
     axes.set_xlabel(xlabel, fontsize=6)
     axes.set_ylabel(ylabel, fontsize=6)
 
@@ -63,7 +64,13 @@ def corner(axes: Axes, xlabel: str, ylabel: str) -> None:
 def heat(
     axes: Axes, matrix: np.ndarray, *, signed: bool = False, limit: float | None = None
 ) -> AxesImage:
-    """A heat map from 0 to the largest entry, or from minus to plus it; NaN is left white. Cells are never blended into each other."""
+    """A heat map. Colours run from 0, or if signed from -limit, up to limit.
+
+    NaN is left white. Neighbouring cells are never blended.
+
+    Args:
+      limit: None takes the largest magnitude in the matrix.
+    """
     top = limit or float(np.abs(matrix[np.isfinite(matrix)]).max(initial=0.0)) or 1.0
     bottom, cmap = (-top, SIGNED) if signed else (0.0, MAGNITUDE)
     return axes.imshow(
@@ -79,5 +86,5 @@ def colorbar(figure: Figure, image: AxesImage, axes: Any, label: str) -> None:
 
 
 def legend(axes: Axes, **options: Any) -> None:
-    """The house's legend."""
+    """A legend without a frame."""
     axes.legend(fontsize=8, frameon=False, **options)

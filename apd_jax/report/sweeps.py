@@ -1,4 +1,7 @@
-"""Figures of a sweep beside the maps that `figures.panel` draws. Shapes: R runs."""
+"""Figures of a sweep, beside the maps that `figures.panel` draws.
+
+Shapes: R runs, m seeds.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,17 @@ def criteria(
     mmcs: Float[np.ndarray, " R"],
     success: Bool[np.ndarray, " R"],
 ) -> Figure:
-    """Every run's criteria against its MMCS.
+    """Every run's criteria against its MMCS, one panel per criterion.
 
     Args:
-      values, meanings: {criterion: of every run}, {criterion: what it is, with its unit}.
+      values: {criterion: its value for every run}.
+      meanings: {criterion: what it is, with its unit}.
       success: whether every feature has a component of its own.
     """
     caption = (
-        "Every dot is a run; runs without a finite criterion are left out. Good: the lower the criterion (left), the higher the MMCS, and "
-        "no failure (orange) to the left of the successes (blue): then the criterion finds the good runs without knowing the truth."
+        "Every dot is a run; runs whose criterion is not finite are left out. Good: the lower the "
+        "criterion, the higher the MMCS, and no failure (orange) lies to the left of the successes "
+        "(blue). Then the criterion finds the good runs without knowing the truth."
     )
     figure = style.new_figure(10.0, 7.0, caption)
     grid = figure.subplots(-(-len(values) // 2), 2, sharey=True, squeeze=False).ravel()
@@ -68,12 +73,14 @@ def picks(rates: Mapping[str, Float[np.ndarray, " m"]], num_settings: int) -> Fi
     """Success rate of the chosen run against the number of seeds to choose among.
 
     Args:
-      rates: {criterion, "chance", "best possible": with 1, 2, ..., m seeds}.
+      rates: {name: rate with 1, 2, ..., m seeds}, for every criterion, "chance" and
+        "best possible".
     """
     m = len(rates["chance"])
     caption = (
-        f"Success rate of the seed that a criterion chooses among some of {m}, mean over {num_settings} settings. Good: far above chance, "
-        "and on the best possible, which takes a success wherever there is one."
+        f"A criterion chooses one of n seeds, n from 1 to {m}. Shown is how often the chosen one "
+        f"succeeds, mean over {num_settings} settings. Good: far above chance, and equal to the "
+        "best possible, which takes a successful seed wherever there is one."
     )
     figure = style.new_figure(8.0, 4.6, caption)
     axes, x = figure.subplots(), np.arange(1, m + 1)
@@ -87,10 +94,8 @@ def picks(rates: Mapping[str, Float[np.ndarray, " m"]], num_settings: int) -> Fi
     )
     axes.plot(x, rates["chance"], color=style.GREY, linestyle="--", label="chance")
     named = {name: rate for name, rate in rates.items() if name not in ("chance", "best possible")}
-    for i, (name, rate) in enumerate(
-        named.items()
-    ):  # narrower and narrower, as they may lie on each other
-        width = 1.5 * (len(named) - i)
+    for i, (name, rate) in enumerate(named.items()):
+        width = 1.5 * (len(named) - i)  # ever narrower, because the lines may coincide
         axes.plot(
             x,
             rate,

@@ -40,13 +40,9 @@ _RESULTS = {
     "total_rank": ("effective rank of the alive components, summed", "small"),
     "mean_active_components": ("active components per example", "k"),
 }
-_PROVENANCE = (
-    "seed",
-    "step",
-    "num_devices",
-    "minutes_decomposition",
-    "peak_rss_gib",
-)  # what evaluation.json has beside metrics
+# What evaluation.json holds beside metrics.
+_PROVENANCE = ("seed", "step", "num_devices", "minutes_decomposition", "peak_rss_gib")
+# {count: the metric that says of how many}
 _OUT_OF = {"num_features_owned": "num_features", "num_alive_components": "num_components"}
 
 
@@ -57,11 +53,14 @@ def results_table(
     labels: Mapping[str, str] | None = None,
     title: str = "Results",
 ) -> Table:
-    """The metrics of an evaluation, one a row, with what good looks like. Metrics without a row of their own are left out.
+    """The metrics of an evaluation, one per row, with the value of a good decomposition.
+
+    Metrics that are neither in `_RESULTS` nor in `labels` are left out.
 
     Args:
-      labels: {metric: what it says and what is good}, of metrics that this target alone has; they come first.
       metrics: `Evaluation.metrics`.
+      labels: {metric: what it says, and its value for a good decomposition}, of the metrics that
+        only this target has. They come first.
       minutes: wall-clock time of the run.
     """
     table = Table(title=title)
@@ -78,22 +77,19 @@ def results_table(
 
 
 def result_rows(metrics: Mapping[str, Any], *, others: bool = False) -> list[tuple[str, str, str]]:
-    """(what it says, value, what good looks like) of the metrics that every kind of target has, in the order of a report.
+    """(what it says, value, value of a good decomposition) of the metrics in `_RESULTS`, in order.
 
     Args:
-      others: first, the numbers that this target alone has, by their names.
+      others: put the numbers that only this target has first, by their names.
     """
-    known = {*_RESULTS, *_OUT_OF.values(), *_PROVENANCE}
-    own = (
-        [
-            name
+    rows = []
+    if others:
+        known = {*_RESULTS, *_OUT_OF.values(), *_PROVENANCE}
+        rows = [
+            (name.replace("_", " "), number(value), "")
             for name, value in metrics.items()
             if name not in known and isinstance(value, int | float)
         ]
-        if others
-        else []
-    )
-    rows = [(name.replace("_", " "), number(metrics[name]), "") for name in own]
     for name, (label, good) in _RESULTS.items():
         if name in metrics:
             whole = f" of {number(metrics[_OUT_OF[name]])}" if name in _OUT_OF else ""
@@ -106,9 +102,9 @@ def components_table(
     firing_rates: Float[np.ndarray, " C"] | None,
     feature_of_component: Int[np.ndarray, " C"] | None,
 ) -> Table:
-    """One row per component: norm and effective rank of every leaf, firing rate (share of examples), and the feature it serves.
+    """One row per component: norm and effective rank in every leaf, firing rate, served feature.
 
-    The last two are left out where they are not known yet (None).
+    The firing rate is a share of examples. It and the feature are left out where either is None.
 
     Cost: one SVD per component and leaf.
     """
@@ -121,25 +117,25 @@ def components_table(
     table.add_column("component", justify="right")
     for name in norms:
         table.add_column(f"{name}\nnorm (rank)", justify="right", no_wrap=True)
-    known = (
-        None
-        if firing_rates is None or feature_of_component is None
-        else (firing_rates, feature_of_component)
-    )
-    if known:
+    if firing_rates is not None and feature_of_component is not None:
         table.add_column("firing rate", justify="right")
         table.add_column("feature", justify="right")
     for c in range(components.num_components):
         cells = [f"{norms[name][c]:.3g} ({ranks[name][c]})" for name in norms]
-        alive = known is None or known[1][c] >= 0
-        if known:
-            cells += [f"{known[0][c]:.4f}", str(known[1][c]) if alive else "dead"]
-        table.add_row(str(c), *cells, style=None if alive else "dim")
+        style = None
+        if firing_rates is not None and feature_of_component is not None:
+            alive = feature_of_component[c] >= 0
+            cells += [f"{firing_rates[c]:.4f}", str(feature_of_component[c]) if alive else "dead"]
+            style = None if alive else "dim"
+        table.add_row(str(c), *cells, style=style)
     return table
 
 
 def tree_table(tree: PyTree, *, title: str = "Leaves") -> Table:
-    """Dotted path, shape, dtype and number of entries of every leaf, and their sum. Leaves may be arrays or `jax.ShapeDtypeStruct`."""
+    """Dotted path, shape, dtype and number of entries of every leaf, and the total of entries.
+
+    Leaves may be arrays or `jax.ShapeDtypeStruct`.
+    """
     table = Table(title=title, show_footer=True)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     table.add_column("path", footer="total")

@@ -1,12 +1,14 @@
-"""A decomposition as a folder: what was found, without the data and the checkpoints of the search. No pickle.
+"""A decomposition as a folder: what was found, without the data and the checkpoints of the search.
 
   params.safetensors       all of the target's params, by dotted path (`params.Dense_0.kernel`)
-  components.safetensors   the factors of every decomposed leaf (`params.Dense_0.kernel.U` [C, d_in, m] and `.V` [C, m, d_out]);
-                           log_thresholds [C] of a learned mask
+  components.safetensors   the factors of every site (`params.Dense_0.kernel.U` [n, d_in, m], `.V`)
+  gate.safetensors         the arrays of a learned gate, by dotted path; absent without one
   README.md                a card for a model hub
-  decomposition.json       what the leaves and containers are, the config, the logged rows; written last
+  decomposition.json       what the leaves and containers are, the settings, the logged rows;
+                           written last
 
-The folder may lie on cloud storage (gs://). The network's function is code, which `load` is given.
+No pickle. The folder may lie on cloud storage (gs://). The network's function is code, which `load`
+is given.
 """
 
 from __future__ import annotations
@@ -32,20 +34,17 @@ from apd_jax import components as components_lib
 from apd_jax import decomposition as decomposition_lib
 from apd_jax.components import Components, Factors, path_name
 from apd_jax.errors import InputError
-from apd_jax.methods.config import default_config
+from apd_jax.methods import registry
+from apd_jax.methods.base import Method
 from apd_jax.network.problem import Problem
 from apd_jax.storage import card
 from apd_jax.train import parallel
 
-FORMAT = 1  # raised with every change after which older versions would misread a folder
+FORMAT = 2  # raised with every change after which older versions would misread a folder
 
-_PARAMS, _COMPONENTS, _ABOUT, _CARD = (
-    "params.safetensors",
-    "components.safetensors",
-    "decomposition.json",
-    "README.md",
-)
-_THRESHOLDS = "log_thresholds"  # in the file of components, where their mask was learned
+_PARAMS, _COMPONENTS, _GATE = "params.safetensors", "components.safetensors", "gate.safetensors"
+_ABOUT, _CARD = "decomposition.json", "README.md"
+_OLD_THRESHOLDS = "log_thresholds"  # of format 1, among the components
 _DTYPES = {
     "BOOL": "bool",
     "F16": "float16",
@@ -59,9 +58,10 @@ _DTYPES |= {
     for letter, name in (("I", "int"), ("U", "uint"))
     for bits in (8, 16, 32, 64)
 }
-# What of a decomposed leaf goes into the file of arrays, and what into decomposition.json.
-_ARRAYS = [field.name for field in dataclasses.fields(Factors) if not field.metadata.get("static")]
-_STATIC = [field.name for field in dataclasses.fields(Factors) if field.metadata.get("static")]
+# What of a site goes into the file of arrays, and what into decomposition.json.
+_FIELDS = dataclasses.fields(Factors)
+_ARRAYS = [field.name for field in _FIELDS if not field.metadata.get("static")]
+_STATIC = [field.name for field in _FIELDS if field.metadata.get("static")]
 
 
 def save(
@@ -71,7 +71,9 @@ def save(
     metrics: Mapping[str, Any] | None = None,
     evidence: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes a decomposition into the folder `path`, over one that is there. Of several processes, every one must call it; 0 writes.
+    """Writes a decomposition into the folder `path`, over one that is there.
+
+    Of several processes, every one must call it; 0 writes.
 
     Args:
       metrics, evidence: what evaluation.json and evidence.json hold; for the card only.
@@ -79,24 +81,20 @@ def save(
       InputError: params hold something else than numbers, or two leaves of the same dotted path.
     """
     params, components = decomposition.problem.params, decomposition.components
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(
-            f"params have two leaves of the dotted path {min(twice)!r}; rename a key that holds a dot."
-        )
+    names = _names(params, "params")
     about = {
         "format": FORMAT,
         "apd_jax": _version(),
         "num_components": components.num_components,
         "leaves": {
-            name: {field: getattr(f, field) for field in _STATIC}
+            name: {field: _json_ids(getattr(f, field)) for field in _STATIC}
             for name, f in components.factors.items()
         },
         "select": decomposition.problem.select,
         "containers": _containers(
             jax.tree_util.tree_map_with_path(lambda p, _: path_name(p), params)
         ),
-        "config": decomposition.config.to_dict(),
+        "config": decomposition.method.to_dict(),
         "history": list(decomposition.history),
         "recipe": None if decomposition.recipe is None else decomposition.recipe.to_dict(),
     }
@@ -105,14 +103,14 @@ def save(
         for name, f in components.factors.items()
         for field in _ARRAYS
     }
-    if components.log_thresholds is not None:
-        factors[_THRESHOLDS] = components.log_thresholds
     text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
     contents = {
         _PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
         _COMPONENTS: _encode(factors),
         _CARD: text.encode(),
     }
+    if gate := jax.tree.leaves(decomposition.gate):
+        contents[_GATE] = _encode(dict(zip(_names(decomposition.gate, "gate"), gate, strict=True)))
     parallel.from_primary(lambda: _write(epath.Path(path), contents, about))
 
 
@@ -129,57 +127,111 @@ def load(
     """The decomposition that `save` wrote, bit for bit.
 
     Args:
-      apply_fn: the function that was decomposed. This, sample_fn and the functions of x: see `apd_jax.decompose`.
-      params: a pytree with the structure and shapes of the network's params (arrays, or the shapes that `jax.eval_shape` gives), for
-        an NNX state, a NamedTuple or another class. None: nested dicts, lists and tuples, as they were. The values are always those
-        of the file.
+      apply_fn: the function that was decomposed. This, sample_fn and the functions of x: see
+        `apd_jax.decompose`.
+      params: a pytree with the structure and shapes of the network's params (arrays, or the shapes
+        that `jax.eval_shape` gives), for an NNX state, a NamedTuple or another class. None: nested
+        dicts, lists and tuples, as they were. The values are always those of the file.
       sample_fn: not needed to use the components, only to train more.
     Raises:
-      InputError: one sentence naming file and leaf: no such folder, a save that was cut short, a damaged file, another network's
-        params, or a folder of a newer version.
+      InputError: one sentence naming file and leaf: no such folder, a save that was cut short, a
+        damaged file, another network's params, or a folder of a newer version.
     """
     folder = epath.Path(path)
     about = _read_about(folder)
     saved, factors = _decode(folder / _PARAMS), _decode(folder / _COMPONENTS)
-    params = (
-        _refilled(about["containers"], saved, folder)
-        if params is None
-        else _like(params, saved, folder)
+    if params is None:
+        params = _refilled(about["containers"], saved, folder)
+    else:
+        params = _like(params, saved, folder)
+    components = _components(params, about, factors, folder)
+    uses = {name: f.uses for name, f in components.factors.items() if f.uses != 1}
+    problem = Problem(
+        *(apply_fn, params, sample_fn, attribution_fn, num_active_fn),
+        *(about["select"], uses, valid_fn),
     )
+    method = _method(about, folder)
+    recipe = None if about["recipe"] is None else ConfigDict(about["recipe"]).lock()
+    gate = _gate(problem, method, components, factors, folder)
+    return decomposition_lib.Decomposition(
+        problem, components, method, about["history"], recipe, gate
+    )
+
+
+def _components(
+    params: PyTree, about: Mapping[str, Any], factors: Mapping[str, np.ndarray], folder: epath.Path
+) -> Components:
+    hints = typing.get_type_hints(Factors)
 
     def slot(leaf_path: tuple[Any, ...], leaf: Any) -> Factors | None:
         name = path_name(leaf_path)
         if name not in about["leaves"]:
             return None
-        hints = typing.get_type_hints(Factors)
-        static = {
-            field: _typed(hints[field], value) for field, value in about["leaves"][name].items()
+        told = about["leaves"][name]
+        static = {field: _typed(hints[field], value) for field, value in told.items()}
+        static["ids"] = _ids(told.get("ids"))
+        arrays = {
+            field: jnp.asarray(_taken(factors, f"{name}.{field}", folder / _COMPONENTS))
+            for field in _ARRAYS
         }
-        return Factors(
-            **{
-                field: jnp.asarray(_taken(factors, f"{name}.{field}", folder / _COMPONENTS))
-                for field in _ARRAYS
-            },
-            **static,
-        )
+        return Factors(**arrays, **static)
 
-    components = Components(
-        jax.tree_util.tree_map_with_path(slot, params),
-        jnp.asarray(factors[_THRESHOLDS]) if _THRESHOLDS in factors else None,
-    )
+    tree = jax.tree_util.tree_map_with_path(slot, params)
+    components = Components(tree, about["num_components"])
     components_lib.decomposed_leaves(components, params)  # their shapes agree
-    uses = {name: f.uses for name, f in components.factors.items() if f.uses != 1}
-    problem = Problem(
-        apply_fn, params, sample_fn, attribution_fn, num_active_fn, about["select"], uses, valid_fn
-    )
-    config = default_config()
-    if unknown := sorted(set(about["config"]) - set(config)):
+    return components
+
+
+def _json_ids(value: Any) -> Any:
+    """A static field as JSON takes it; a range as its ends."""
+    return {"start": value.start, "stop": value.stop} if isinstance(value, range) else value
+
+
+def _ids(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return range(value["start"], value["stop"])
+    return None if value is None else tuple(value)
+
+
+def _method(about: Mapping[str, Any], folder: epath.Path) -> Method:
+    try:
+        return registry.of(about["config"])
+    except InputError as error:
         raise InputError(
-            f"{folder} was written by apd_jax {about['apd_jax']} with a setting {unknown[0]!r} that this one lacks; update it."
+            f"{folder} was written by apd_jax {about['apd_jax']} with settings that this one does "
+            f"not have ({str(error).rstrip('.')}); update it."
+        ) from None
+
+
+def _gate(
+    problem: Problem,
+    method: Method,
+    components: Components,
+    factors: Mapping[str, np.ndarray],
+    folder: epath.Path,
+) -> PyTree:
+    """The arrays of the gate, in the structure that the method gives them."""
+    if _OLD_THRESHOLDS in factors:
+        return {"log_thresholds": jnp.asarray(factors[_OLD_THRESHOLDS])}
+    like = jax.eval_shape(lambda: method.make_gate(jax.random.key(0), problem, components))
+    if not jax.tree.leaves(like):
+        return like
+    return _like(like, _decode(folder / _GATE), folder, "the gate")
+
+
+def _names(tree: PyTree, what: str) -> list[str]:
+    """Dotted paths of the leaves.
+
+    Raises:
+      InputError: two are the same.
+    """
+    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
+    if twice := {name for name in names if names.count(name) > 1}:
+        raise InputError(
+            f"{what} have two leaves of the dotted path {min(twice)!r}; rename a key that holds a "
+            "dot."
         )
-    config.update(about["config"])
-    recipe = None if about["recipe"] is None else ConfigDict(about["recipe"]).lock()
-    return decomposition_lib.Decomposition(problem, components, config, about["history"], recipe)
+    return names
 
 
 def _version() -> str:
@@ -308,7 +360,12 @@ def _refilled(containers: Any, arrays: Mapping[str, np.ndarray], folder: epath.P
     )
 
 
-def _like(params: PyTree, arrays: Mapping[str, np.ndarray], folder: epath.Path) -> PyTree:
+def _like(
+    params: PyTree,
+    arrays: Mapping[str, np.ndarray],
+    folder: epath.Path,
+    what: str = "params",
+) -> PyTree:
     """The arrays in the structure of params.
 
     Raises:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from apd_jax import sweep
+from apd_jax.commands import sweep
 from apd_jax.commands.cli import (
     keep_programs,
     make_console,

@@ -11,14 +11,8 @@ from typing import Any
 import numpy as np
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods import config as config_lib
-from apd_jax.methods.config import Config
-
-_USED_BY = {  # fields that only one choice of another field reads
-    "weight_decay": ("optimizer", ("adamw",)),
-    "threshold": ("mask", ("threshold",)),
-    "topk": ("mask", ("batch_topk", "topk")),
-}
+from apd_jax.methods import registry
+from apd_jax.methods.base import Method
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,35 +30,34 @@ class Grid:
             for values in itertools.product(*self.axes.values())
         ]
 
-    def config_of(self, config: Config, setting: dict[str, float]) -> Config:
-        """The config with one setting's values."""
-        one = config.copy_and_resolve_references()
-        one.update(setting)
-        return one
+    def ceiling(self, method: Method) -> Method:
+        """The method with every axis at its largest value.
 
-    def ceiling(self, config: Config) -> Config:
-        """The config with every axis at its largest value: what decides before tracing which terms are on, and how much room k needs."""
-        return self.config_of(config, {field: max(values) for field, values in self.axes.items()})
+        That decides before tracing which terms are on, and how much room k needs.
+        """
+        return method.replace(**{field: max(values) for field, values in self.axes.items()})
 
 
-def parse(text: str, config: Config) -> Grid:
+def parse(text: str, method: Any) -> Grid:
     """Reads "seed=0:20;topk=0.5,1,2;simplicity_coeff=log(1,100,5)".
 
-    Axes are `field=values`, separated by semicolons. Values are a list `a,b,c`; or `log(first,last,count)`, `count` of them in equal
-    ratios; or, for the seed, a range `first:stop` without `stop`. Fields are "seed" and those in `config.TRACEABLE`. Without seeds the
-    config's is taken.
+    Axes are `field=values`, separated by semicolons. Values are a list `a,b,c`; or
+    `log(first,last,count)`, `count` of them in equal ratios; or, for the seed, a range `first:stop`
+    without `stop`. Fields are "seed" and the method's numbers. Without seeds the method's is taken.
 
     Args:
-      config: of the decomposition (`apd`); every setting is checked as if it stood there.
+      method: its settings; every swept one is checked as if it stood there.
     Raises:
-      InputError: an unknown field, one that cannot be swept or has no effect, no values or the same twice, or a setting refused.
+      InputError: an unknown field, one that cannot be swept or has no effect, no values or the same
+        twice, or a setting refused.
     """
+    method = registry.of(method)
     axes: dict[str, tuple[Any, ...]] = {}
     for part in filter(None, (part.strip() for part in text.split(";"))):
         field, equals, values = (piece.strip() for piece in part.partition("="))
         if not equals:
             raise InputError(f"--sweep has {part!r}; write field=values, as in topk=0.5,1,2.")
-        _check_field(field, config)
+        _check_field(field, method)
         if field in axes:
             raise InputError(f"--sweep names {field} twice; give all its values at once.")
         axes[field] = _values(field, values)
@@ -72,26 +65,29 @@ def parse(text: str, config: Config) -> Grid:
         raise InputError(
             "--sweep is empty; give what to sweep, e.g. --sweep='seed=0:5;topk=0.5,1,2'."
         )
-    seeds = tuple(axes.pop("seed", (config.seed,)))
+    seeds = tuple(axes.pop("seed", (method.seed,)))
     grid = Grid(axes, seeds)
     for setting in grid.settings:
-        config_lib.validate(grid.config_of(config, setting))
-    config_lib.validate(grid.ceiling(config))
+        method.replace(**setting).check()
+    grid.ceiling(method).check()
     return grid
 
 
-def _check_field(field: str, config: Config) -> None:
-    one_of("field in --sweep", field, ("seed", *config_lib.TRACEABLE, *config))
-    if field != "seed" and field not in config_lib.TRACEABLE:
+def _check_field(field: str, method: Method) -> None:
+    numbers = method.numbers()
+    one_of("field in --sweep", field, dict.fromkeys(("seed", *numbers, *method.fields())))
+    if field != "seed" and field not in numbers:
         raise InputError(
-            f"{field} cannot be swept, as it changes the program itself; "
-            f"what can are seed, {', '.join(config_lib.TRACEABLE)}. Make a run, or a sweep, for each value of it."
+            f"{field} cannot be swept, as it changes the program itself; what can are seed, "
+            f"{', '.join(numbers)}. Make a run, or a sweep, for each value of it."
         )
-    other, needed = _USED_BY.get(field, ("", ()))
-    if other and config[other] not in needed:
-        raise InputError(
-            f"sweeping {field} would change nothing: it is read with {other} = {' or '.join(map(repr, needed))} only."
-        )
+    if field in (read_with := method.read_with()):
+        other, needed = read_with[field]
+        if getattr(method, other) not in needed:
+            raise InputError(
+                f"sweeping {field} would change nothing: it is read with {other} = "
+                f"{' or '.join(map(repr, needed))} only."
+            )
 
 
 def _values(field: str, text: str) -> tuple[Any, ...]:
@@ -112,11 +108,11 @@ def _values(field: str, text: str) -> tuple[Any, ...]:
         )
         if not (first > 0 and last > 0 and count >= 2):
             raise InputError(
-                f"{field}={text} in --sweep: log(first,last,count) needs two numbers above 0 and a count of at least 2."
+                f"{field}={text} in --sweep: log(first,last,count) needs two numbers above 0 and a "
+                "count of at least 2."
             )
-        values = [
-            float(f"{value:.6g}") for value in np.geomspace(first, last, count)
-        ]  # as one would write them
+        spread = np.geomspace(first, last, count)
+        values = [float(f"{value:.6g}") for value in spread]  # as one would write them
     else:
         values = [_number(field, piece) for piece in text.split(",")]
     if not values:

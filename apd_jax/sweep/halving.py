@@ -1,7 +1,8 @@
-"""Training of all runs of a grid side by side, with successive halving: settings that do badly are given up early.
+"""Training of all runs of a grid side by side, with successive halving.
 
-A rung is a part of the training after which settings are given up. Its folder, rungs/0, rungs/1, ..., holds its checkpoints, its log and
-judged.npz; what is there is not computed again. Shapes: R runs of a rung, seeds of a setting next to each other.
+A rung is a part of the training after which the settings that do badly are given up. Its folder,
+rungs/0, rungs/1, ..., holds its checkpoints, its log and judged.npz; what is there is not computed
+again. Shapes: R runs of a rung, seeds of a setting next to each other.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +18,17 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, Int, PyTree
 
-from apd_jax.components import Components
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
+from apd_jax.methods import registry
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
 from apd_jax.sweep import judge
 from apd_jax.sweep.grid import Grid
 from apd_jax.targets.base import FeatureTarget, Target
-from apd_jax.train import loop as train
-from apd_jax.train import parallel
+from apd_jax.train import loop, parallel
+from apd_jax.train.state import TrainState
 
-MAX_HALVINGS = (
-    3  # earlier than at an eighth of the training (for halve = 2) a run tells little of its end
-)
+MAX_HALVINGS = 3  # earlier than at an eighth of the training a run tells little of its end
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,10 +85,60 @@ def best(values: Float[np.ndarray, "settings seeds"], count: int) -> Int[np.ndar
     return np.sort(np.argsort(mean, kind="stable")[:count]).astype(np.int32)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    """What all rungs of a sweep share."""
+
+    target: Target
+    params: PyTree
+    method: Method
+    grid: Grid
+    evaluation_seed: int
+    workdir: epath.PathLike | None
+
+    def train(self, state: TrainState | None, alive: np.ndarray, until: int, number: int, of: int):
+        """The runs of the settings that are left, to the end of a rung."""
+        seeds, settings = self.grid.seeds, self.grid.settings
+        R = len(alive) * len(seeds)
+        values = {
+            field: np.repeat([settings[s][field] for s in alive], len(seeds))
+            for field in self.grid.axes
+        }
+        part = f", part {number + 1} of {of}" if of > 1 else ""
+        return loop.advance(
+            self.target.problem(self.params),
+            self.grid.ceiling(self.method).replace(num_instances=R),
+            state,
+            settings=values | {"seed": np.tile(seeds, len(alive))},
+            until=until,
+            workdir=self.folder(number),
+            title=f"sweep of {R} runs{part}",
+        )[0]
+
+    def folder(self, number: int) -> epath.Path | None:
+        return None if self.workdir is None else epath.Path(self.workdir) / "rungs" / str(number)
+
+    def judge(self, trained: Trained, number: int) -> dict[str, np.ndarray]:
+        """Criteria and truth of every run of a rung, from its folder if they are there."""
+        folder = self.folder(number)
+        path = None if folder is None else folder / "judged.npz"
+        if path is not None and path.exists():
+            return dict(np.load(io.BytesIO(path.read_bytes())))
+        problem = self.target.problem(self.params)
+        judged = judge.criteria(problem, self.method, trained, self.evaluation_seed)
+        judged |= judge.truth(self.target, self.params, trained.components, self.method.always_on)
+        if path is not None:
+            unfinished = path.with_name(".judged.npz.unfinished")
+            with unfinished.open("wb") as file:
+                np.savez(file, **judged)
+            unfinished.rename(path)
+        return judged
+
+
 def train_all(
     target: Target,
     params: PyTree,
-    config: Config,
+    method: Any,
     grid: Grid,
     *,
     criterion: str = "worst_error",
@@ -95,85 +146,40 @@ def train_all(
     evaluation_seed: int = 0,
     workdir: epath.PathLike | None = None,
 ) -> list[Run]:
-    """Trains every setting with every seed, all of a rung in one program, and judges each where it ended.
+    """Trains every setting with every seed, and judges each where it ended.
+
+    All runs of a rung are one program.
 
     Args:
-      config: of the decomposition (`apd`); also the reference that all are judged by.
+      method: its settings; also the reference that all are judged by.
       criterion: of `judge.CRITERIA`, by which settings go on.
       workdir: where to keep rungs, and to go on from.
     Returns: every run, by setting and seed.
-    Raises: as `train.advance`; but a run that diverges stops no other, and is a failure.
-    Cost: of memory, R times that of a run. Of the steps of full training about (J + 2) / (2 · 2^J) for halve = 2.
+    Raises: as `train.loop.advance`; but a run that diverges stops no other, and is a failure.
+    Cost: of memory, R times that of a run. Of the steps of full training about
+      (J + 2) / (2 · 2^J) for halve = 2.
     """
-    problem, settings, num_seeds = target.problem(params), grid.settings, len(grid.seeds)
-    names = (*judge.CRITERIA, *(judge.TRUTH if isinstance(target, FeatureTarget) else ()))
-    alive, state, done = np.arange(len(settings)), None, {}
-    plan = rungs(len(settings), config.num_steps, halve)
+    method = registry.of(method)
+    sweep = _Sweep(target, params, method, grid, evaluation_seed, workdir)
+    truth = judge.TRUTH if isinstance(target, FeatureTarget) else ()
+    names, num_seeds = (*judge.CRITERIA, *truth), len(grid.seeds)
+    alive, state, done = np.arange(len(grid.settings)), None, {}
+    plan = rungs(len(grid.settings), method.num_steps, halve)
     for number, rung in enumerate(plan):
-        folder = None if workdir is None else epath.Path(workdir) / "rungs" / str(number)
-        R = len(alive) * num_seeds
-        values = {
-            field: np.repeat([settings[s][field] for s in alive], num_seeds) for field in grid.axes
-        }
-        stage = grid.ceiling(config)
-        stage.num_instances = R
-        part = f", part {number + 1} of {len(plan)}" if len(plan) > 1 else ""
-        state, _ = train.advance(
-            problem,
-            stage,
-            state,
-            settings=values | {"seed": np.tile(grid.seeds, len(alive))},
-            until=rung.until,
-            workdir=folder,
-            title=f"sweep of {R} runs{part}",
-        )
-        components = jax.tree.map(jnp.asarray, state.components)
+        state = sweep.train(state, alive, rung.until, number, len(plan))
+        trained = jax.tree.map(jnp.asarray, Trained(state.components, state.gate))
         judged = parallel.from_primary(
-            lambda components=components, folder=folder: _judged(
-                target, params, config, components, evaluation_seed, folder
-            ),
-            like={name: np.zeros(R) for name in names},
+            lambda trained=trained, number=number: sweep.judge(trained, number),
+            like={name: np.zeros(len(alive) * num_seeds) for name in names},
         )
-        judged = {
-            name: np.asarray(values).reshape(len(alive), num_seeds)
-            for name, values in judged.items()
-        }
+        by_setting = {n: np.asarray(v).reshape(len(alive), num_seeds) for n, v in judged.items()}
         for i, s in enumerate(alive):
             for j, seed in enumerate(grid.seeds):
-                done[s, j] = Run(
-                    int(s),
-                    seed,
-                    rung.until,
-                    {name: float(values[i, j]) for name, values in judged.items()},
-                )
+                scores = {name: float(values[i, j]) for name, values in by_setting.items()}
+                done[s, j] = Run(int(s), seed, rung.until, scores)
         if number + 1 < len(plan):
-            chosen = best(judged[criterion], plan[number + 1].num_settings)
-            instances = (chosen[:, None] * num_seeds + np.arange(num_seeds)[None, :]).ravel()
-            state, alive = (
-                jax.tree.map(lambda a, instances=instances: a[instances], state),
-                alive[chosen],
-            )
+            chosen = best(by_setting[criterion], plan[number + 1].num_settings)
+            going_on = (chosen[:, None] * num_seeds + np.arange(num_seeds)[None, :]).ravel()
+            state = jax.tree.map(lambda a, going_on=going_on: a[going_on], state)
+            alive = alive[chosen]
     return [done[place] for place in sorted(done)]
-
-
-def _judged(
-    target: Target,
-    params: PyTree,
-    config: Config,
-    components: Components,
-    seed: int,
-    folder: epath.Path | None,
-) -> dict[str, np.ndarray]:
-    """Criteria and truth of every run of a rung, from its folder if they are there."""
-    path = None if folder is None else folder / "judged.npz"
-    if path is not None and path.exists():
-        return dict(np.load(io.BytesIO(path.read_bytes())))
-    judged = judge.criteria(target.problem(params), config, components, seed) | judge.truth(
-        target, params, components, config.num_always_on
-    )
-    if path is not None:
-        unfinished = path.with_name(".judged.npz.unfinished")
-        with unfinished.open("wb") as file:
-            np.savez(file, **judged)
-        unfinished.rename(path)
-    return judged

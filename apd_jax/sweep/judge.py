@@ -1,28 +1,29 @@
 """How good each of many runs is: by criteria that need no truth, and against the truth where it is known.
 
-Shapes: R runs, C components, F features, d the length of a feature's vector. Components have a leading R. Every criterion is best small.
+Shapes: R runs, C components, F features, d the length of a feature's vector. Components have a
+leading R. Every criterion is best small.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Float, PyTree
 
 from apd_jax.components import Components
 from apd_jax.evaluation import geometry
 from apd_jax.evaluation.general import STREAM
 from apd_jax.evidence import ablate, length
 from apd_jax.evidence.subject import Setting, baselines, errors, make
-from apd_jax.methods.config import Config
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
 from apd_jax.network.problem import Problem
 from apd_jax.targets.base import FeatureTarget, Target
-from apd_jax.train import loop as train
-from apd_jax.train import step as step_lib
+from apd_jax.train import loop
+from apd_jax.train.step import make_loss
 
 CRITERIA = {
     "reference_loss": "loss at the config's own k, coefficients and p",
@@ -36,40 +37,42 @@ BITS_PER_RANK = 1.0
 
 
 def criteria(
-    problem: Problem, config: Config, components: Components, seed: int
+    problem: Problem, method: Method, trained: Trained, seed: int
 ) -> dict[str, Float[np.ndarray, " R"]]:
-    """Every run by the same measure, whatever it was trained with: on one held-out batch, with the k, coefficients and p of `config`.
+    """Every run by the same measure, whatever it was trained with.
 
-    reference_loss: the loss of the last train step, had the run been trained with `config`.
-    sparse_error: D(target, sparse) with the config's k, in units of what an output is off that owes the components nothing.
-    bits: of the active components (`evidence.length.bits`) at the smallest k whose error is within ERROR_BAR of that unit; infinite if
-      there is none.
-    worst_error: the same unit with the k of the config, inactive components scaled by the factors in [0, 1] that ATTACK_STEPS of
-      projected gradient ascent find, shared over the batch.
+    On one held-out batch, with the k, coefficients and p of `method`; errors are in units of what
+    an output is off that owes the components nothing.
+
+    reference_loss: the loss of the last train step, had the run been trained with `method`.
+    sparse_error: D(target, sparse) with the mask of `method`.
+    bits: of the active components (`evidence.length.bits`) at the smallest k whose error is within
+      ERROR_BAR; infinite if there is none.
+    worst_error: with the mask of `method`, inactive components scaled by the factors in [0, 1] that
+      ATTACK_STEPS of projected gradient ascent find, shared over the batch.
     A run whose components or losses are not finite has infinity for all.
 
     Args:
-      config: the reference, not that of the runs.
+      method: the reference, not that of the runs.
       seed: of the held-out batch.
-    Cost: for every run, one after another, ATTACK_STEPS sparse passes forward and back, and as many passes as values of k.
+    Cost: for every run, one after another, ATTACK_STEPS sparse passes forward and back, and as many
+      passes as values of k.
     """
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
     x = jax.jit(problem.sample_fn)(key, jnp.zeros((), jnp.int32))
-    ks = length.grid(config, config.num_components)
-    setting, loss = Setting(problem, config), _loss_fn(problem, config)
+    setting = Setting(problem, method)
+    loss = make_loss(problem, method, step=method.num_steps - 1)
 
-    def judged(components: Components) -> list[float]:
-        total = float(loss(components, problem.params, key, x))
-        if not all(
-            np.isfinite(leaf).all()
-            for leaf in [total, *map(np.asarray, jax.tree.leaves(components))]
-        ):
+    def judged(one: Trained) -> list[float]:
+        total = float(loss(one.components, one.gate, problem.params, key, x))
+        arrays = [total, *map(np.asarray, jax.tree.leaves(one))]
+        if not all(np.isfinite(leaf).all() for leaf in arrays):
             return [np.inf] * len(CRITERIA)
-        subject = make(setting, problem.params, train.finished(components, config), x)
+        subject = make(setting, problem.params, loop.finished(one, method), x)
+        ks = length.grid(subject.k, length.choosable(subject))
         scale = float(jnp.minimum(*baselines(subject))) or 1.0
-        error, bits = map(
-            np.asarray, length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK)
-        )
+        found = length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK)
+        error, bits = map(np.asarray, found)
         needed = length.smallest_k(ks, error / scale)
         worst = ablate.attack(subject, key, shared=True, steps=ATTACK_STEPS, starts=1)[-1]
         return [
@@ -79,31 +82,18 @@ def criteria(
             float(jnp.mean(worst)) / scale,
         ]
 
-    found = np.array([judged(one) for one in _each(components)], np.float64)
+    runs = len(jax.tree.leaves(trained)[0])
+    each = [jax.tree.map(lambda a, i=i: a[i], trained) for i in range(runs)]
+    found = np.array([judged(one) for one in each], np.float64)
     return dict(zip(CRITERIA, np.where(np.isfinite(found), found, np.inf).T, strict=True))
-
-
-def _each(components: Components) -> list[Components]:
-    count = len(jax.tree.leaves(components)[0])
-    return [jax.tree.map(lambda a, i=i: a[i], components) for i in range(count)]
-
-
-def _loss_fn(problem: Problem, config: Config) -> Callable[..., Float[Array, ""]]:
-    """(components, params, key, x) -> the loss of the last train step."""
-    return step_lib.make_loss(
-        problem.apply_fn,
-        config,
-        at=config.num_steps - 1,
-        attribution_fn=problem.attribution_fn,
-        num_active_fn=problem.num_active_fn,
-        valid_fn=problem.valid_fn,
-    )
 
 
 def truth(
     target: Target, params: PyTree, components: Components, num_always_on: int = 0
 ) -> dict[str, Float[np.ndarray, " R"]]:
-    """`geometry.scores` of every run, and success: 1 where every feature has a component of its own. Empty where no truth is known.
+    """`geometry.scores` of every run, and success: 1 where every feature has its own component.
+
+    Empty where no truth is known.
 
     Runs that are not finite have NaN, and no success.
     """
@@ -119,9 +109,7 @@ def truth(
     for P in np.asarray(weights):
         if np.isfinite(P).all():
             scores = geometry.scores(P, of_target)
-            found.append(
-                scores | {"success": float(scores["num_features_owned"] == scores["num_features"])}
-            )
+            found.append(scores | {"success": float(geometry.all_owned(scores))})
         else:
             found.append({"success": 0.0, "mmcs": np.nan, "ml2r": np.nan, "num_features_owned": 0})
     return {name: np.array([scores[name] for scores in found], np.float64) for name in TRUTH}

@@ -1,11 +1,13 @@
-"""Target networks. A new one is a file here with `build(config, batch_size) -> Target`, a line below and a config file."""
+"""Target networks.
+
+A new one is a file here with `build(config, batch_size) -> Target`, a line below and a config file.
+"""
 
 from __future__ import annotations
 
 from apd_jax.errors import one_of
-from apd_jax.methods.config import Config
 from apd_jax.targets import digits, gated, induction, linear, resid_mlp, tms, tms_coactive
-from apd_jax.targets.base import Target
+from apd_jax.targets.base import Config, Target
 
 BUILDERS = {
     "digits": digits.build,

@@ -1,6 +1,7 @@
 """What a target network provides: its forward pass, its data and its ground truth.
 
-Shapes: B examples, F features, d the length of the vector that a feature's truth is scored on. `params` is a nested dict of arrays.
+Shapes: B examples, F features, d the length of a feature's weight vector (in TMS, its row of W).
+`params` is a nested dict of arrays.
 """
 
 from __future__ import annotations
@@ -19,18 +20,22 @@ from apd_jax.errors import InputError
 from apd_jax.network.problem import Problem
 from apd_jax.targets.chain import Layer
 
+Config = Any  # an experiment's `config.target`, a ConfigDict
+
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What one figure of a target shows: a matrix as a heat map, or lines over x. The caption says what good looks like."""
+    """One figure as data: a matrix drawn as a heat map, or lines over x.
+
+    The caption says what is shown and what a good decomposition looks like.
+    """
 
     title: str
     caption: str
     xlabel: str
     ylabel: str
-    matrix: np.ndarray | None = (
-        None  # [rows, columns], drawn from 0 up, or around 0 if it has negative entries
-    )
+    # [rows, columns]. The colours start at 0, or are centred on 0 if an entry is negative.
+    matrix: np.ndarray | None = None
     unit: str = ""  # of the matrix's entries
     rows: Sequence[str] = ()  # names of the matrix's rows; () numbers them
     columns: Sequence[str] = ()
@@ -42,10 +47,9 @@ class Panel:
 class Score:
     """How a decomposition compares with what is known of its target."""
 
-    metrics: dict[str, float | int]  # flat, by the names that `evaluation.json` shall have
-    labels: dict[str, str] = dataclasses.field(
-        default_factory=dict
-    )  # {metric: what it says and what is good}, for the table
+    metrics: dict[str, float | int]  # flat, by their names in `evaluation.json`
+    # {metric: what it says, and its value for a good decomposition}, for the table
+    labels: dict[str, str] = dataclasses.field(default_factory=dict)
     panels: dict[str, Panel] = dataclasses.field(default_factory=dict)  # {file name: figure}
 
 
@@ -54,32 +58,31 @@ class Target:
     """A target network as pure functions. Samplers are pure functions of `rng` and `step`."""
 
     name: str
-    init_fn: Callable[
-        ..., Any
-    ]  # key -> params: fresh weights, or the finished network where there is no loss_fn
-    apply_fn: Callable[
-        ..., Any
-    ]  # (params, x) -> outputs [B, ...], or (outputs, {name: hidden activations [B, ...]})
-    sample_fn: Callable[..., Any]  # (rng, step) -> x, a batch for the decomposition
-    select: tuple[str, ...]  # glob patterns over dotted paths: the decomposed leaves
-    attribution_fn: Callable[..., Any] | None = (
-        None  # (params, x) -> outputs: the same function, cheap in its tangents; None: apply_fn
-    )
-    loss_fn: Callable[..., Any] | None = (
-        None  # (params, batch) -> scalar that pretraining minimises; None: built, not trained
-    )
-    pretrain_sample_fn: Callable[..., Any] | None = None  # (rng, step) -> batch for loss_fn
-    uses: Mapping[str, int] = dataclasses.field(
-        default_factory=dict
-    )  # {dotted path: times the forward pass uses the leaf} where not 1
-    frozen: tuple[str, ...] = ()  # glob patterns: leaves that pretraining leaves as they were drawn
-    num_active_fn: Callable[..., Any] | None = None  # x -> [B], how many features are truly active
-    score_fn: Callable[..., Score] | None = (
-        None  # (Decomposition, key, alive [C]) -> Score, against what is known of this target
-    )
-    layers: tuple[
-        Layer, ...
-    ] = ()  # the same function as apply_fn's outputs, on x [B, F], where it is such a chain
+    # key -> params: initial weights, or the finished network where there is no loss_fn
+    init_fn: Callable[..., Any]
+    # (params, x) -> outputs [B, ...], or (outputs, {name: hidden activations [B, ...]})
+    apply_fn: Callable[..., Any]
+    # (rng, step) -> x, a batch for the decomposition
+    sample_fn: Callable[..., Any]
+    # glob patterns over dotted paths: the sites (decomposed leaves)
+    select: tuple[str, ...]
+    # (params, x) -> outputs: the same function with cheaper directional derivatives;
+    # None: apply_fn
+    attribution_fn: Callable[..., Any] | None = None
+    # (params, batch) -> scalar that pretraining minimises; None: the weights are not trained
+    loss_fn: Callable[..., Any] | None = None
+    # (rng, step) -> batch for loss_fn
+    pretrain_sample_fn: Callable[..., Any] | None = None
+    # {dotted path: how often the forward pass uses the leaf}, where that is not once
+    uses: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    # glob patterns: leaves that pretraining does not change
+    frozen: tuple[str, ...] = ()
+    # x -> [B], how many features are truly active
+    num_active_fn: Callable[..., Any] | None = None
+    # (Decomposition, key, alive [C]) -> Score, against the known mechanisms of this target
+    score_fn: Callable[..., Score] | None = None
+    # apply_fn's outputs as a list of layers on x [B, F]; () where it is not such a chain
+    layers: tuple[Layer, ...] = ()
 
     def problem(self, params: PyTree) -> Problem:
         """The decomposition of these weights, as `apd_jax.train.fit` takes it."""
@@ -100,13 +103,12 @@ class FeatureTarget(Target):
 
     num_features: int  # F
     label_fn: Callable[..., Any]  # x -> [B, F], what the target is trained to output
-    feature_weights: Callable[
-        ..., Any
-    ]  # (target params, weights like params) -> [F, d], row f the weights that serve feature f
+    # (target params, weights like params) -> [F, d]: row f holds the weights that serve feature f
+    feature_weights: Callable[..., Any]
     probe_value: float = 1.0
-    monosemantic_fn: Callable[..., Any] | None = (
-        None  # x -> [B, F], what one neuron per feature would give, for as many as there are
-    )
+    # x -> [B, F], the outputs if each neuron served one feature: the first features get one each,
+    # the features left over get none
+    monosemantic_fn: Callable[..., Any] | None = None
 
     @property
     def probes(self) -> Float[Array, "F F"]:
@@ -122,10 +124,13 @@ def num_nonzero(x: Float[Array, "B F"]) -> Int[Array, " B"]:
 def sparse_features(
     key: PRNGKeyArray, batch_size: int, num_features: int, probability: float, *, signed: bool
 ) -> Float[Array, "B F"]:
-    """Independent features: each is active with `probability`, then uniform in [0, 1], or in [-1, 1] if signed; else 0.
+    """Independent features: each is active with `probability` p, else 0.
 
-    One 32-bit draw per entry decides both: an entry is active where its bits lie below p·2³², and given that, bits/(p·2³²) is
-    again uniform. At p = 0.01 that leaves 4·10⁷ distinct values, more than float32 resolves near 1.
+    An active one is uniform in [0, 1], or in [-1, 1] if signed.
+
+    One 32-bit draw per entry decides both. An entry is active where its bits lie below p·2³²;
+    given that, bits/(p·2³²) is again uniform. At p = 0.01 there are 4·10⁷ distinct values,
+    more than float32 resolves near 1.
     """
     limit = probability * 2.0**32
     bits = jax.random.bits(key, (batch_size, num_features), jnp.uint32)

@@ -1,4 +1,6 @@
-"""Networks that are a chain of simple layers, told as data: for whoever must run one without JAX (the report's live panel).
+"""Networks that are a chain of simple layers, as a list of those layers.
+
+The report's live panel runs the network in a browser, without JAX, from this list.
 
 Shapes: B examples, d the width of the activations h [B, d] between two layers.
 """
@@ -18,10 +20,17 @@ ACTIVATIONS = {"relu": nn.relu, "gelu": functools.partial(nn.gelu, approximate=F
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
-    """One step, by `op`; `leaf` names a weight.
+    """One step of the chain. `leaf` names its weight.
 
-    linear: h W, or h Wᵀ if `transpose`.   bias: h + b.   relu, gelu (exact): entry by entry.   keep: remembers h.
-    add: h + what was last kept and is kept no longer, or h + that times W.   pad: `size` zeros behind.   last: the last `size` entries.
+    op          h becomes
+    linear      h W, or h Wᵀ if `transpose`
+    bias        h + b
+    relu, gelu  the function of every entry (gelu exact, without the tanh approximation)
+    keep        h; a copy is put on a stack, for `add`
+    add         h + the copy on top of the stack, or h + that copy times W if `leaf` is set;
+                the copy is taken off the stack
+    pad         h with `size` zeros appended
+    last        the last `size` entries of h
     """
 
     op: str
@@ -57,16 +66,21 @@ def run(
 def fold(
     layers: Sequence[Layer], leaves: Mapping[str, Array], changing: Collection[str]
 ) -> tuple[tuple[Layer, ...], dict[str, Array], dict[str, tuple[Array | None, Array | None]]]:
-    """The same function with one residual block's fixed embedding E and unembedding D multiplied into its neighbours.
+    """The same function of one residual block, with its fixed first and last matrix folded in.
 
-    x E; keep; W_in; ...; W_out; [b]; add; D   becomes   keep; (E W_in); ...; (W_out D); [b D]; add times (E D)
+    E is the embedding, D the unembedding.
 
-    Nothing of the stream's width is left, which makes the weights of a wide stream much smaller.
+      x E; keep; W_in; ...; W_out; [b]; add; D
+    becomes
+      keep; (E W_in); ...; (W_out D); [b D]; add times (E D)
+
+    No matrix keeps an axis of the residual width, so the weights of a wide stream get much smaller.
 
     Args:
-      changing: the leaves that are not fixed.
-    Returns: layers, leaves, and {leaf: (L, R)} of those that now are L W R (None: not multiplied). Unchanged where the pattern
-      does not fit.
+      changing: names of the leaves that are not fixed.
+    Returns:
+      layers, leaves, and {leaf W: (L, R)} for every leaf that is now L W R (None in place of a
+      factor that is absent). All unchanged where the network has another form.
     """
     ops = [layer.op for layer in layers]
     linear = [layer.leaf for layer in layers if layer.op == "linear" and not layer.transpose]
@@ -74,13 +88,10 @@ def fold(
         ops[:3] == ["linear", "keep", "linear"]
         and ops[-2:] == ["add", "linear"]
         and ops.count("keep") == 1
-        and len(linear) == 4
+        and ops.count("linear") == len(linear) == 4
+        and [name in changing for name in linear] == [False, True, True, False]
     )
-    if (
-        not fits
-        or ops.count("linear") != 4
-        or [name in changing for name in linear] != [False, True, True, False]
-    ):
+    if not fits:
         return tuple(layers), dict(leaves), {}
     E, W_in, W_out, D = linear
     after = [layer.leaf for layer in layers[ops.index("linear", 3) :] if layer.op == "bias"]

@@ -1,9 +1,14 @@
-"""Digits: a small convolutional network on scikit-learn's 1797 scanned digits of 8 x 8 pixels (real data, no download).
+"""Digits: a small convolutional network on scikit-learn's 1797 scanned digits.
 
-two times max_pool( ReLU( conv3x3(h) + b ) ), 8 x 8 -> 4 x 4 -> 2 x 2, then logits = h W + b
+The images have 8 x 8 pixels; the data is real and comes with scikit-learn, without a download.
 
-Shapes: B images, C components, 10 classes; an image is [8, 8, 1] with values from 0 to 1. The kernels are decomposed, the biases are not.
-No truth is known. One may hope for components that serve one class each: that is measured, by ablation and by how often each is kept.
+  two times h -> max_pool( ReLU( conv3x3(h) + b ) ), 8 x 8 -> 4 x 4 -> 2 x 2;   logits = h W + b
+
+Shapes: B images, C components, 10 classes. An image is [8, 8, 1] with values from 0 to 1.
+The kernels are decomposed, the biases are not.
+
+The true decomposition is not known. `score` measures whether components serve one class each:
+what their ablation costs every class, and how often each class's images keep them.
 """
 
 from __future__ import annotations
@@ -20,25 +25,25 @@ from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
-from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.base import Config, Panel, Score, Target, at_least_one
 from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
 Batch = dict[str, Any]  # {"image": [B, 8, 8, 1], "label": [B]}
 NUM_CLASSES = 10
 NUM_TEST = 360  # of 1797 images
-ONE_CLASS = 0.5  # a component is one class's if more than this part of the accuracy that it costs falls on that class
+# A component serves one class if more than this share of its damage falls on that class.
+ONE_CLASS = 0.5
 
 LABELS = {
     **accuracy_labels("test accuracy"),
     "components_of_one_class": "share of alive components whose ablation mostly costs one class; 1",
-    "num_classes_served": "classes that such a component serves; 10",
+    "num_classes_served": "classes served by such a component; 10",
     **CORRELATION_LABELS,
 }
 
 
 class ConvNet(nn.Module):
-    """Returns logits [B, 10] and nothing hidden."""
+    """Returns logits [B, 10] and no hidden activations."""
 
     channels: Sequence[int]
 
@@ -48,28 +53,25 @@ class ConvNet(nn.Module):
     ) -> tuple[Float[Array, "B 10"], dict[str, Array]]:
         h = images
         for i, width in enumerate(self.channels):
-            h = nn.max_pool(
-                nn.relu(nn.Conv(width, (3, 3), name=f"conv_{i}")(h)), (2, 2), strides=(2, 2)
-            )
+            h = nn.relu(nn.Conv(width, (3, 3), name=f"conv_{i}")(h))
+            h = nn.max_pool(h, (2, 2), strides=(2, 2))
         return nn.Dense(NUM_CLASSES, name="dense")(h.reshape(h.shape[0], -1)), {}
 
 
 @functools.cache
 def load(split_seed: int) -> tuple[Batch, Batch]:
     """(training, test) images and labels, split at random by `split_seed`."""
-    from sklearn.datasets import load_digits  # takes a second: only for who needs it
+    from sklearn.datasets import load_digits  # here, because this import takes a second
 
     pixels, labels = load_digits(return_X_y=True)
-    images, labels = (
-        np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16,
-        np.asarray(labels, np.int32),
-    )
+    images = np.asarray(pixels, np.float32).reshape(-1, 8, 8, 1) / 16
+    labels = np.asarray(labels, np.int32)
     order = np.random.default_rng(split_seed).permutation(len(labels))
-    training, test = order[NUM_TEST:], order[:NUM_TEST]
-    return {"image": images[training], "label": labels[training]}, {
-        "image": images[test],
-        "label": labels[test],
-    }
+    training, test = (
+        {"image": images[part], "label": labels[part]}
+        for part in (order[NUM_TEST:], order[:NUM_TEST])
+    )
+    return training, test
 
 
 def by_class(
@@ -82,21 +84,21 @@ def by_class(
 def score(
     decomposition: Decomposition, key: Array, alive: Bool[np.ndarray, " C"], *, test: Batch
 ) -> Score:
-    """Which classes every component serves, on the test images; nothing is drawn.
+    """Which classes every component serves, on the test images. `key` is not used.
 
-    Metrics
-      {target,sparse,all}_accuracy: by the target, with the mask of training, with all components.
-      components_of_one_class: share of alive components of whose damage, when ablated, more than ONE_CLASS falls on one class. Damage
-        is the fall in accuracy on each class, rises left out. num_classes_served: how many classes have such a component.
+    damage [10, C]: fall in the accuracy on each class when one component is ablated. A class whose
+    accuracy rises counts as 0.
+
+    Metrics:
+      {target,sparse,all}_accuracy: of the target, with the mask of training, with all components.
+      components_of_one_class: share of alive components with more than ONE_CLASS of their damage
+        on one class.
+      num_classes_served: number of classes that have such a component.
       attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
-
     Cost: C + 3 forward passes on 360 images, and the attributions.
     """
-    problem, images, labels = (
-        decomposition.problem,
-        jnp.asarray(test["image"]),
-        np.asarray(test["label"]),
-    )
+    problem = decomposition.problem
+    images, labels = jnp.asarray(test["image"]), np.asarray(test["label"])
 
     def right(result) -> np.ndarray:
         return np.asarray(jnp.argmax(result[0], axis=-1)) == labels
@@ -108,16 +110,10 @@ def score(
         "sparse": right(jax.jit(decomposition.sparse_output)(images, mask)),
         "all": right(decomposition.ablate([], images)),
     }
-    without = np.stack(
-        [
-            right(decomposition.ablate([c], images))
-            for c in range(decomposition.components.num_components)
-        ],
-        axis=1,
-    )
-    damage = np.maximum(
-        by_class(answers["all"][:, None].astype(float) - without, labels), 0
-    )  # [10, C]
+    C = decomposition.components.num_components
+    without = np.stack([right(decomposition.ablate([c], images)) for c in range(C)], axis=1)
+    lost = answers["all"][:, None].astype(float) - without  # [B, C]
+    damage = np.maximum(by_class(lost, labels), 0)
     firing = by_class(np.asarray(mask & (scores > 0)), labels)
     own = alive & (damage.max(axis=0) > ONE_CLASS * damage.sum(axis=0))
     metrics = {
@@ -132,32 +128,35 @@ def score(
 def panels(
     decomposition: Decomposition, damage: np.ndarray, firing: np.ndarray, alive: np.ndarray
 ) -> dict[str, Panel]:
-    """Damage and firing by class, and the first layer's filters, of the alive components, ordered by the class that keeps them most."""
+    """Three figures of the alive components, ordered by the class that keeps them most often.
+
+    Damage by class, firing rate by class (both [10, C]), and the filters of the first layer.
+    """
     order = [int(c) for c in np.argsort(firing.argmax(axis=0), kind="stable") if alive[c]]
     names = [str(c) for c in order]
-    kernels = [decomposition.component(c)["conv_0"]["kernel"] for c in order]
-    rows = [
-        np.asarray(kernel)[:, :, 0]
-        for kernel in [decomposition.problem.params["conv_0"]["kernel"], *kernels]
-    ]  # [3, 3, channels]
+    kernels = [
+        decomposition.problem.params["conv_0"]["kernel"],
+        *(decomposition.component(c)["conv_0"]["kernel"] for c in order),
+    ]
+    rows = [np.asarray(kernel)[:, :, 0] for kernel in kernels]  # [3, 3, channels]
     tiles = [
         np.pad(row, ((0, 1), (0, 1), (0, 0))).transpose(0, 2, 1).reshape(4, -1) for row in rows
     ]
     return {
         "damage_by_class": Panel(
-            title="Accuracy that an ablated component costs, by class",
-            caption="Fall in test accuracy on each digit when one component is taken from the sum of all. Good: one bright cell in "
-            "each column, and every row has one.",
+            title="Accuracy lost by ablating a component, by class",
+            caption="Fall in test accuracy on each digit when one component is taken from the sum "
+            "of all. Good: one bright cell in each column, and at least one in each row.",
             xlabel="component",
             ylabel="digit",
             matrix=damage[:, order],
-            unit="loss of accuracy",
+            unit="fall in accuracy",
             columns=names,
         ),
         "firing_by_class": Panel(
             title="How often components are kept, by class",
-            caption="Share of the test images of each digit on which a component is kept. Good: components that answer for one digit, or "
-            "for a feature that a few digits share.",
+            caption="Share of the test images of each digit on which a component is kept. Good: "
+            "each component is kept for one digit, or for a few digits that share a feature.",
             xlabel="component",
             ylabel="digit",
             matrix=firing[:, order],
@@ -166,8 +165,9 @@ def panels(
         ),
         "filters": Panel(
             title="Filters of the first convolution",
-            caption="Target (top) and the alive components: 3 x 3 weights of every channel. With the dead ones they sum to "
-            "the target. Good: a component holds a few of the target's filters, not a bit of all.",
+            caption="The 3 x 3 weights of every channel, of the target (top) and of each alive "
+            "component. Alive and dead components together sum to the target. Good: a component "
+            "holds a few of the target's filters whole, not a small part of each.",
             xlabel="channel",
             ylabel="",
             matrix=np.concatenate(tiles),
@@ -188,7 +188,8 @@ def build(config: Config, batch_size: int) -> Target:
     at_least_one(**{f"channels[{i}]": width for i, width in enumerate(channels)})
     if len(channels) not in (1, 2, 3):
         raise InputError(
-            f"target.channels must name one to three convolutions, since each halves the 8 x 8 pixels; got {channels}."
+            "target.channels must name one to three convolutions, since each halves the 8 x 8 "
+            f"pixels; got {channels}."
         )
     model = ConvNet(channels)
     training, test = load(config.split_seed)
@@ -197,19 +198,16 @@ def build(config: Config, batch_size: int) -> Target:
         return model.apply({"params": params}, images)
 
     def loss_fn(params: PyTree, batch: Batch):
-        logits = apply_fn(params, batch["image"])[0]
-        return -jnp.mean(
-            jnp.take_along_axis(jax.nn.log_softmax(logits), batch["label"][:, None], axis=1)
-        )
+        log_p = jax.nn.log_softmax(apply_fn(params, batch["image"])[0])
+        return -jnp.mean(jnp.take_along_axis(log_p, batch["label"][:, None], axis=1))
 
     def sampler(batch_size: int) -> Callable[..., Batch]:
         """Training images drawn with replacement."""
         at_least_one(batch_size=batch_size)
 
         def draw(rng, step):
-            index = jax.random.randint(
-                jax.random.fold_in(rng, step), (batch_size,), 0, len(training["label"])
-            )
+            key = jax.random.fold_in(rng, step)
+            index = jax.random.randint(key, (batch_size,), 0, len(training["label"]))
             return {name: jnp.asarray(array)[index] for name, array in training.items()}
 
         return draw

@@ -1,22 +1,30 @@
-"""Induction: an attention-only transformer of two layers that continues a repeated block of random tokens.
+"""Induction: an attention-only transformer that continues a repeated block of random tokens.
 
-x = E[tokens];   x += O_l concat_heads( softmax(Q_l x · K_l x / sqrt(d_head)) V_l x ),  l = 0, 1;   logits = x W_U    (Olsson et al. 2022)
+  x = E[tokens]
+  x += O_l concat_heads( softmax(Q_l x · K_l x / sqrt(d)) V_l x )   for the layers l = 0, 1
+  logits = x W_U                                                    (Olsson et al. 2022)
 
-Shapes: B sequences, T positions, V symbols, D the residual width, H heads of width d. Token V begins every sequence, 0..V-1 follow.
-Positions enter by rotary embeddings, so what a head writes does not say where it stands: an absolute embedding is solved as often by
-a pointer ("where did this token stand?", then "what stands one further?") as by a previous-token head.
+Shapes: B sequences, T positions, V symbols, D the residual width, H heads of width d,
+C components. Every sequence begins with token V; symbols are 0..V-1.
 
-Data. A sequence is a random order of distinct symbols. With `repeat_probability` its first n, n uniform in [min_block, max_block], are
-repeated to the end; else it goes on, and no symbol comes twice. A position is *determined* if its token came before: the next one
-then follows with certainty, and one can only know it from the previous occurrence. Elsewhere the label is uniform. n varies, or one
-would attend a fixed distance back.
+Positions enter by rotary embeddings, so what a head writes does not contain its position. With an
+absolute embedding, training finds a pointer ("at which position was this token?", then "which
+token is one further?") as often as a previous-token head.
 
-What is to be expected. Sequences without repetition need nothing, those with repetition always need both heads: with a mask per
-example a previous-token head (layer 0) and an induction head (layer 1) are one mechanism, and one component spans both layers.
+Data. A sequence is a random order of distinct symbols. With `repeat_probability`, its first n
+symbols are repeated to the end, n uniform in [min_block, max_block]. Otherwise no symbol comes
+twice. A position is *determined* if its token came before: the next token is then certain, and
+only the earlier occurrence tells which it is. Elsewhere the label is the uniform distribution.
+n varies because a fixed n could be solved by attending a fixed distance back.
+
+Expected result. Sequences without repetition need no head. Those with repetition always need both
+heads, the previous-token head (layer 0) and the induction head (layer 1). With a mask per example
+the two heads are therefore one mechanism, and one component spans both layers.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -31,36 +39,49 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
-from apd_jax.targets.base import Panel, Score, Target, at_least_one
+from apd_jax.targets.base import Config, Panel, Score, Target, at_least_one
 from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
 NUM_LAYERS = 2
-IN_LAYER = 0.1  # a component is in a layer if more than this part of its norm lies there
-ONE_STEP = 0.9  # a component is one step's if this part of its rates at two kinds of position falls on one of them
-NEEDED = 0.1  # a component carries what falls by more than this part when it is ablated
+# A component is in a layer if that layer holds more than this share of its norm.
+IN_LAYER = 0.1
+# A component serves one step if more than this share of its two firing rates, in first blocks and
+# at determined positions, falls on one of the two.
+ONE_STEP = 0.9
+# A measure needs a component if ablating it lowers the measure by more than this share.
+NEEDED = 0.1
 MEASURED = ("accuracy", "previous_token_score", "induction_score")
 GOOD_ATTENTION = (
-    "every token of the first block looks at the one before",
-    "tokens that came before look at what followed them",
+    "every token of the first block attends to the one before it",
+    "every token that came before attends to the token that followed it there",
 )
 LABELS = {
     **accuracy_labels("accuracy, where the next token is determined,"),
-    "sparse_previous_token_score": "attention of the previous-token head with that mask; the target's",
+    "sparse_previous_token_score": (
+        "attention of the previous-token head with that mask; the target's"
+    ),
     "target_previous_token_score": "attention of the previous-token head of the target",
     "sparse_induction_score": "attention of the induction head with that mask; the target's",
     "target_induction_score": "attention of the induction head of the target",
     "num_accuracy_components": "components that cost over 10 % of the accuracy; 1 or 2",
-    "num_previous_token_components": "components that cost over 10 % of the previous-token score; 1",
+    "num_previous_token_components": (
+        "components that cost over 10 % of the previous-token score; 1"
+    ),
     "num_induction_components": "components that cost over 10 % of the induction score; 1",
-    "components_of_one_step": "share of components kept only in first blocks or only where the token came before; 1 (per position)",
+    "components_of_one_step": (
+        "share of components kept only in first blocks or only where the token came before; "
+        "1 (per position)"
+    ),
     "spans_layers": "share of alive components in both layers",
     **CORRELATION_LABELS,
 }
 
 
 class InductionTransformer(nn.Module):
-    """Returns logits [B, T, V] and the attention of both layers, attention_l [B, H, T, T] (to, from)."""
+    """Returns logits [B, T, V] and attention_l [B, H, T, T] of both layers.
+
+    Entry (t, s) of the last two axes is how much position t attends to position s.
+    """
 
     num_symbols: int
     d_model: int
@@ -73,26 +94,24 @@ class InductionTransformer(nn.Module):
     ) -> tuple[Float[Array, "B T V"], dict[str, Float[Array, "B H T T"]]]:
         project = functools.partial(nn.DenseGeneral, (self.num_heads, self.d_head), use_bias=False)
         causal = jnp.tril(jnp.ones((1, 1, tokens.shape[1], tokens.shape[1]), jnp.bool_))
-        x = nn.Embed(
-            self.num_symbols + 1,
-            self.d_model,
-            embedding_init=nn.initializers.normal(1.0),
-            name="embed",
-        )(tokens)
+        normal = nn.initializers.normal(1.0)
+        embed = nn.Embed(self.num_symbols + 1, self.d_model, embedding_init=normal, name="embed")
+        x = embed(tokens)
         attention = {}
         for i in range(NUM_LAYERS):
             Q, K, V = (project(name=f"{kind}_{i}")(x) for kind in ("query", "key", "value"))
             scores = jnp.einsum("bthd,bshd->bhts", rotate(Q), rotate(K)) / math.sqrt(self.d_head)
             attention[f"attention_{i}"] = nn.softmax(jnp.where(causal, scores, -1e9))
             mixed = jnp.einsum("bhts,bshd->bthd", attention[f"attention_{i}"], V)
-            x += nn.DenseGeneral(self.d_model, axis=(-2, -1), use_bias=False, name=f"output_{i}")(
-                mixed
+            output = nn.DenseGeneral(
+                self.d_model, axis=(-2, -1), use_bias=False, name=f"output_{i}"
             )
+            x += output(mixed)
         return nn.Dense(self.num_symbols, use_bias=False, name="unembed")(x), attention
 
 
 def rotate(x: Float[Array, "B T H d"]) -> Float[Array, "B T H d"]:
-    """Rotary embedding: pair j of the d entries turned by t·10000^(-2j/d) at position t."""
+    """Rotary embedding: pair j of the d entries is turned by t·10000^(-2j/d) at position t."""
     rates = 10_000.0 ** (-jnp.arange(0, x.shape[-1], 2) / x.shape[-1])
     angles = (jnp.arange(x.shape[1])[:, None] * rates[None])[None, :, None]
     first, second = jnp.split(x, 2, axis=-1)
@@ -115,17 +134,18 @@ def sample(
     repeated = jax.random.uniform(key_kind, (batch_size, 1)) < repeat_probability
     place = jnp.arange(2 * max_block)[None]
     symbols = jnp.take_along_axis(order, jnp.where(repeated, place % length, place), axis=1)
-    return jnp.concatenate([jnp.full((batch_size, 1), num_symbols), symbols], axis=1).astype(
-        jnp.int32
-    )
+    start = jnp.full((batch_size, 1), num_symbols)
+    return jnp.concatenate([start, symbols], axis=1).astype(jnp.int32)
 
 
 def follows_same(tokens: Int[Array, "B T"]) -> Bool[Array, "B T T"]:
-    """True at (t, s), s <= t, where the token before s is the one at t: s is what an induction head attends to, and holds the answer."""
-    same = tokens[:, :, None] == tokens[:, None, :-1]
-    return jnp.pad(same, ((0, 0), (0, 0), (1, 0))) & jnp.tril(
-        jnp.ones((1, *same.shape[1:2] * 2), jnp.bool_)
-    )
+    """True at (t, s), s <= t, where the token at s - 1 equals the token at t.
+
+    Position s is what an induction head at t attends to: its token is the answer.
+    """
+    T = tokens.shape[1]
+    same = jnp.pad(tokens[:, :, None] == tokens[:, None, :-1], ((0, 0), (0, 0), (1, 0)))
+    return same & jnp.tril(jnp.ones((1, T, T), jnp.bool_))
 
 
 def determined(tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
@@ -134,7 +154,10 @@ def determined(tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def cross_entropy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[Array, ""]:
-    """To the next token where it is determined and to the uniform distribution elsewhere, averaged over all positions but the last."""
+    """Mean over all positions but the last.
+
+    The label is the next token at determined positions, the uniform distribution elsewhere.
+    """
     labels = jax.nn.one_hot(tokens[:, 1:], logits.shape[-1])
     labels = jnp.where(determined(tokens)[:, :-1, None], labels, 1 / logits.shape[-1])
     return -jnp.mean(jnp.sum(labels * jax.nn.log_softmax(logits[:, :-1]), axis=-1))
@@ -149,7 +172,10 @@ def accuracy(logits: Float[Array, "B T V"], tokens: Int[Array, "B T"]) -> Float[
 def previous_token_scores(
     attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]
 ) -> Float[Array, " H"]:
-    """Mean attention from t to t-1 where an induction head needs it: in the first block of sequences that repeat."""
+    """Mean attention from t to t-1 in the first block of sequences that repeat.
+
+    Only there does the induction head need it.
+    """
     known = determined(tokens)
     needed = (~known & jnp.any(known, axis=1, keepdims=True))[:, 2:]
     to_previous = jnp.diagonal(attention[:, :, 2:, 1:-1], axis1=2, axis2=3)
@@ -159,7 +185,10 @@ def previous_token_scores(
 def induction_scores(
     attention: Float[Array, "B H T T"], tokens: Int[Array, "B T"]
 ) -> Float[Array, " H"]:
-    """Mean attention from determined positions to those that follow the same token: t - n + 1 for a block of n."""
+    """Mean attention from determined positions t to the token that followed the last time.
+
+    With a block of n tokens that is position t - n + 1.
+    """
     found = jnp.sum(attention * follows_same(tokens)[:, None], axis=(0, 2, 3))
     return found / jnp.sum(determined(tokens))
 
@@ -167,34 +196,61 @@ def induction_scores(
 def kept_by_kind(
     mask: Bool[Array, "B *T C"], tokens: Int[Array, "B T"]
 ) -> Float[np.ndarray, "3 C"]:
-    """How often a component is kept at positions in the first block of a sequence that repeats, at determined ones, and elsewhere."""
+    """How often a component is kept, for three kinds of position.
+
+    In the first block of a sequence that repeats, at determined positions, and elsewhere.
+    """
     known = np.asarray(determined(tokens))
     first = ~known & known.any(axis=1, keepdims=True)
     kinds = np.stack([first, known, ~known & ~first])
-    everywhere = np.broadcast_to(
-        np.asarray(mask).reshape(len(tokens), -1, mask.shape[-1]), (*tokens.shape, mask.shape[-1])
-    )
-    return np.einsum("kbt,btc->kc", kinds.astype(float), everywhere) / np.maximum(
-        kinds.sum(axis=(1, 2))[:, None], 1
-    )
+    C = mask.shape[-1]
+    everywhere = np.broadcast_to(np.asarray(mask).reshape(len(tokens), -1, C), (*tokens.shape, C))
+    kept = np.einsum("kbt,btc->kc", kinds.astype(float), everywhere)
+    return kept / np.maximum(kinds.sum(axis=(1, 2))[:, None], 1)
 
 
 def layer_shares(components: Components) -> Float[np.ndarray, "C 2"]:
-    """Norm of every component's part in each layer over its whole norm; 0 for a component that is 0."""
+    """Norm of every component's part in each layer, over the norm of the whole component.
+
+    0 for a component that is 0.
+    """
     squares = {
         name: np.asarray(square)
         for name, square in components_lib.squared_norms(components).items()
     }
-    layers = np.stack(
-        [
-            sum(square for name, square in squares.items() if f"_{i}." in name)
-            for i in range(NUM_LAYERS)
-        ],
-        axis=1,
-    )
-    return np.sqrt(
-        layers / np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny)
-    )
+    of_layer = [
+        sum(square for name, square in squares.items() if f"_{i}." in name)
+        for i in range(NUM_LAYERS)
+    ]
+    layers = np.stack(of_layer, axis=1)
+    whole = np.maximum(layers.sum(axis=1, keepdims=True), np.finfo(layers.dtype).tiny)
+    return np.sqrt(layers / whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class Heads:
+    """The heads to measure: in each layer the one that scores best in the target."""
+
+    previous: int  # of layer 0
+    induction: int  # of layer 1
+
+    @classmethod
+    def of(cls, attention: dict[str, Array], tokens: Int[Array, "B T"]) -> Heads:
+        return cls(
+            int(jnp.argmax(previous_token_scores(attention["attention_0"], tokens))),
+            int(jnp.argmax(induction_scores(attention["attention_1"], tokens))),
+        )
+
+    def measure(self, result: tuple, tokens: Int[Array, "B T"]) -> Float[np.ndarray, " 3"]:
+        """Accuracy, previous-token score and induction score, in the order of MEASURED."""
+        logits, attention = result
+        return np.array(
+            [
+                accuracy(logits, tokens),
+                previous_token_scores(attention["attention_0"], tokens)[self.previous],
+                induction_scores(attention["attention_1"], tokens)[self.induction],
+            ]
+        )
 
 
 def score(
@@ -204,51 +260,40 @@ def score(
     *,
     sample_fn: Callable,
 ) -> Score:
-    """What every component does for the two heads, on one batch of the sampler's mixture.
+    """What every component does for the two heads, on one batch of `sample_fn`.
 
-    Metrics
-      {target,sparse,all}_accuracy: on determined positions, by the target, with the mask of training, with all components.
-      {target,sparse}_previous_token_score, _induction_score: of the head of layer 0 (of layer 1) that scores best in the target.
-      num_{accuracy,previous_token,induction}_components: alive components that cost more than NEEDED of it when ablated.
-      components_of_one_step: share of alive components that are kept in first blocks, or at determined positions, ONE_STEP to the rest.
-      spans_layers: share of alive components with more than IN_LAYER of their norm in either layer.
+    Metrics:
+      {target,sparse,all}_accuracy: on determined positions, of the target, with the mask of
+        training, with all components.
+      {target,sparse,all}_previous_token_score, _induction_score: of the head of layer 0 (of
+        layer 1) that scores best in the target.
+      num_{accuracy,previous_token,induction}_components: number of alive components whose ablation
+        lowers the measure by more than NEEDED of it.
+      components_of_one_step: share of alive components with more than ONE_STEP of their two rates,
+        in first blocks and at determined positions, on one of the two.
+      spans_layers: share of alive components with more than IN_LAYER of their norm in each layer.
       attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
-
     Cost: C + 3 forward passes, and the attributions.
     """
     problem, components = decomposition.problem, decomposition.components
     tokens = sample_fn(key, 0)
     attributions = jax.jit(decomposition.attributions)(tokens)
     mask = decomposition.mask_of(attributions, tokens)
-    target, sparse = (
-        problem.apply_fn(problem.params, tokens),
-        jax.jit(decomposition.sparse_output)(tokens, mask),
-    )
-    previous_head = int(jnp.argmax(previous_token_scores(target[1]["attention_0"], tokens)))
-    induction_head = int(jnp.argmax(induction_scores(target[1]["attention_1"], tokens)))
-
-    def measure(result) -> np.ndarray:
-        logits, attention = result
-        previous = previous_token_scores(attention["attention_0"], tokens)[previous_head]
-        return np.array(
-            [
-                accuracy(logits, tokens),
-                previous,
-                induction_scores(attention["attention_1"], tokens)[induction_head],
-            ]
-        )
-
+    target = problem.apply_fn(problem.params, tokens)
+    sparse = jax.jit(decomposition.sparse_output)(tokens, mask)
+    heads = Heads.of(target[1], tokens)
     measured = {
-        "target": measure(target),
-        "sparse": measure(sparse),
-        "all": measure(decomposition.ablate([], tokens)),
+        "target": heads.measure(target, tokens),
+        "sparse": heads.measure(sparse, tokens),
+        "all": heads.measure(decomposition.ablate([], tokens), tokens),
     }
-    lost = np.stack(
+    without = np.stack(
         [
-            measured["all"] - measure(decomposition.ablate([c], tokens))
+            heads.measure(decomposition.ablate([c], tokens), tokens)
             for c in range(components.num_components)
         ]
     )
+    lost = measured["all"] - without  # [C, 3]
     needed = (lost > NEEDED * measured["all"]) & alive[:, None]
     kept = kept_by_kind(mask & (attributions > 0), tokens)
     steps = kept[:2].max(axis=0) > ONE_STEP * kept[:2].sum(axis=0)
@@ -265,61 +310,74 @@ def score(
     metrics["components_of_one_step"] = float(steps[alive].mean()) if alive.any() else 0.0
     metrics["spans_layers"] = float(spans[alive].mean()) if alive.any() else 0.0
     metrics |= rank_correlations(decomposition, tokens, alive)
+    panels = attention_panels(target[1], sparse[1], heads, tokens)
+    return Score(metrics, LABELS, panels | component_panels(lost, kept))
 
+
+def attention_panels(
+    target: dict[str, Array], sparse: dict[str, Array], heads: Heads, tokens: Int[Array, "B T"]
+) -> dict[str, Panel]:
+    """Attention of the two heads on the first sequence that repeats, target beside sparse model."""
     example = int(jnp.argmax(jnp.any(determined(tokens), axis=1)))
     names = ["start", *map(str, tokens[example, 1:].tolist())]
-    shown = {0: ("previous-token", previous_head), 1: ("induction", induction_head)}
-    panels = {
-        f"attention_{i}": Panel(
+    shown = {0: ("previous-token", heads.previous), 1: ("induction", heads.induction)}
+    panels = {}
+    for i, (what, head) in shown.items():
+        pair = [np.asarray(a[f"attention_{i}"][example, head]) for a in (target, sparse)]
+        panels[f"attention_{i}"] = Panel(
             title=f"Layer {i}, the {what} head: target (left) and sparse model (right)",
-            caption=f"Attention on one sequence that repeats, from the token in the row to the token in the column. Good: both halves are "
-            f"alike, and {GOOD_ATTENTION[i]}.",
+            caption="Attention on one sequence that repeats, from the token in the row to the "
+            f"token in the column. Good: both halves are alike, and {GOOD_ATTENTION[i]}.",
             xlabel="from token (twice)",
             ylabel="at token",
-            matrix=np.concatenate(
-                [
-                    np.asarray(result[1][f"attention_{i}"][example, head])
-                    for result in (target, sparse)
-                ],
-                axis=1,
-            ),
+            matrix=np.concatenate(pair, axis=1),
             unit="attention",
             rows=names,
             columns=names * 2,
         )
-        for i, (what, head) in shown.items()
-    }
+    return panels
+
+
+def component_panels(
+    lost: Float[np.ndarray, "C 3"], kept: Float[np.ndarray, "3 C"]
+) -> dict[str, Panel]:
+    """What ablation of every component costs, and at which kinds of position it is kept."""
     order = np.argsort(-lost[:, 0], kind="stable")
-    panels["mechanisms"] = Panel(
-        title="What an ablated component costs",
-        caption="What the model with all components loses when one is taken away. Good: few components cost anything. One that "
-        "costs all three holds the whole mechanism; one that costs a score of its own layer only holds that head.",
-        xlabel="component (ordered by cost in accuracy)",
-        ylabel="",
-        matrix=lost[order].T,
-        unit="loss of accuracy, or of mean attention",
-        rows=["accuracy", "previous-token score", "induction score"],
-        columns=[str(c) for c in order],
-    )
-    panels["kept_by_kind"] = Panel(
-        title="Where in a sequence components are kept",
-        caption="Share of positions of each kind that keep a component. Good, with masks per position: a component is bright in one of the "
-        "upper rows only, which need different steps, and none is in the lowest.",
-        xlabel="component (ordered by cost in accuracy)",
-        ylabel="",
-        matrix=kept[:, order],
-        unit="share of positions",
-        rows=["first block", "token came before", "no repetition"],
-        columns=[str(c) for c in order],
-    )
-    return Score(metrics, LABELS, panels)
+    xlabel, columns = "component (ordered by cost in accuracy)", [str(c) for c in order]
+    return {
+        "mechanisms": Panel(
+            title="What an ablated component costs",
+            caption="What the model with all components loses when one is taken away. Good: few "
+            "components cost anything. One that costs all three holds the whole mechanism. One "
+            "that costs the score of one layer only holds that layer's head.",
+            xlabel=xlabel,
+            ylabel="",
+            matrix=lost[order].T,
+            unit="fall in accuracy, or in mean attention",
+            rows=["accuracy", "previous-token score", "induction score"],
+            columns=columns,
+        ),
+        "kept_by_kind": Panel(
+            title="Where in a sequence components are kept",
+            caption="Share of positions of each kind that keep a component. Good, with masks per "
+            "position: a component is bright in only one of the two upper rows, which need "
+            "different heads, and every component is dark in the lowest row.",
+            xlabel=xlabel,
+            ylabel="",
+            matrix=kept[:, order],
+            unit="share of positions",
+            rows=["first block", "token came before", "no repetition"],
+            columns=columns,
+        ),
+    }
 
 
 def build(config: Config, batch_size: int) -> Target:
     """The induction target of `config` (fields: configs/induction.py).
 
     Raises:
-      InputError: a size below 1, an odd d_head, blocks that the symbols do not suffice for, or a probability outside (0, 1].
+      InputError: a size below 1, an odd d_head, blocks that need more symbols than there are, or a
+        probability outside (0, 1].
     """
     V, D, H, d = config.num_symbols, config.d_model, config.num_heads, config.d_head
     shortest, longest, probability = config.min_block, config.max_block, config.repeat_probability
@@ -330,8 +388,8 @@ def build(config: Config, batch_size: int) -> Target:
         )
     if not 2 <= shortest <= longest or 2 * longest > V:
         raise InputError(
-            f"target blocks need 2 <= min_block <= max_block <= num_symbols / 2, so that sequences without repetition have distinct "
-            f"symbols; got {shortest}, {longest} and {V} symbols."
+            "target blocks need 2 <= min_block <= max_block <= num_symbols / 2, so that sequences "
+            f"without repetition have distinct symbols; got {shortest}, {longest} and {V} symbols."
         )
     if not 0 < probability <= 1:
         raise InputError(f"target.repeat_probability must lie in (0, 1]; got {probability}.")

@@ -14,9 +14,8 @@ from jaxtyping import PyTree
 
 from apd_jax.components import path_name
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
 from apd_jax.methods.schedules import learning_rate
-from apd_jax.targets.base import Target, at_least_one
+from apd_jax.targets.base import Config, Target, at_least_one
 
 STEPS_PER_CALL = 100
 
@@ -27,14 +26,16 @@ def pretrain(
     """Trains the target by AdamW on `target.loss_fn`, deterministically from `config.seed`.
 
     Args:
-      config: an experiment's `config.target`: `seed` and `pretrain` (num_steps, learning_rate, schedule, warmup_fraction, weight_decay).
+      config: an experiment's `config.target`: `seed` and `pretrain` (num_steps, learning_rate,
+        schedule, warmup_fraction, weight_decay).
       progress: called as (steps done, num_steps, {"loss": ...}) every 100 steps.
     Returns:
-      params, and the history [{"step", "loss"}] with the loss averaged since the entry before. Leaves named by `target.frozen`
-      are as they were drawn.
+      params, and the history [{"step", "loss"}]: each loss is the mean since the entry before.
+      Leaves named by `target.frozen` keep their initial values.
     Raises:
-      InputError: a setting is out of range, or the loss or a weight is no longer finite; the sentence names the step.
-    Cost: one XLA call per 100 steps, data drawn inside it.
+      InputError: a setting is out of range, or the loss or a weight is no longer finite (the
+        message names the step).
+    Cost: one XLA call per 100 steps; the data is drawn inside it.
     """
     loss_fn, sample_fn, settings = target.loss_fn, target.pretrain_sample_fn, config.pretrain
     assert loss_fn is not None and sample_fn is not None, f"{target.name} is built, not trained"
@@ -44,11 +45,9 @@ def pretrain(
     schedule = learning_rate(
         settings.schedule, settings.learning_rate, settings.num_steps, settings.warmup_fraction
     )
+    adamw = optax.adamw(schedule, weight_decay=settings.weight_decay)
     optimizer = optax.multi_transform(
-        {
-            "trained": optax.adamw(schedule, weight_decay=settings.weight_decay),
-            "frozen": optax.set_to_zero(),
-        },
+        {"trained": adamw, "frozen": optax.set_to_zero()},
         jax.tree_util.tree_map_with_path(
             lambda path, _: "frozen" if _matches(path_name(path), target.frozen) else "trained",
             params,
@@ -72,9 +71,8 @@ def pretrain(
         history.append({"step": int(indices[-1]) + 1, "loss": float(losses.mean())})
         if progress is not None:
             progress(history[-1]["step"], settings.num_steps, {"loss": history[-1]["loss"]})
-    if not all(
-        jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])
-    ):  # the last update is in no loss
+    # The last update enters no loss above.
+    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])):
         raise _diverged(settings.num_steps - 1, settings.learning_rate)
     return state[0], history
 
@@ -85,5 +83,6 @@ def _matches(name: str, patterns: tuple[str, ...]) -> bool:
 
 def _diverged(step: int, rate: float) -> InputError:
     return InputError(
-        f"target pretraining is no longer finite at step {step}; lower config.target.pretrain.learning_rate (now {rate})."
+        f"target pretraining is no longer finite at step {step}; "
+        f"lower config.target.pretrain.learning_rate (now {rate})."
     )

@@ -1,8 +1,11 @@
-"""ResidMLP: a residual MLP that computes x + ReLU(x) for more features than it has neurons ("compressed computation").
+"""ResidMLP: a residual MLP that computes x + ReLU(x) for more features than it has neurons.
 
-r = x W_E;   r += act(r W_in,i + b_in,i) W_out,i + b_out,i  for every layer i;   out = r W_U          (APD, section 3.2)
+The APD paper calls this "compressed computation" (section 3.2).
 
-Shapes: B examples, F features, D the residual width, M neurons per layer. The embedding is fixed: only the MLP weights are decomposed.
+  r = x W_E;   r += act(r W_in,i + b_in,i) W_out,i + b_out,i  for every layer i;   out = r W_U
+
+Shapes: B examples, F features, D the residual width, M neurons per layer.
+W_E and W_U = W_Eᵀ are fixed; only W_in and W_out are decomposed.
 """
 
 from __future__ import annotations
@@ -16,8 +19,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.config import Config
-from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.base import (
+    Config,
+    FeatureTarget,
+    at_least_one,
+    feature_sampler,
+    identity,
+    num_nonzero,
+)
 from apd_jax.targets.chain import ACTIVATIONS, Layer
 
 EMBEDDINGS = ("random", "identity")
@@ -26,8 +35,9 @@ EMBEDDINGS = ("random", "identity")
 class ResidMLP(nn.Module):
     """Returns outputs [B, F] and, per layer, ReLU(r W_in) [B, M].
 
-    That is what the released code reconstructs: taken before the bias, and ReLU whatever the activation. Without biases and with
-    ReLU, as in the paper, it is the neurons' activations.
+    These are the hidden activations that the released code reconstructs: before the bias is added,
+    and with ReLU even if `activation` is another one. Without biases and with ReLU, as in the
+    paper, they are the neurons' activations.
     """
 
     num_features: int
@@ -43,27 +53,21 @@ class ResidMLP(nn.Module):
         self, x: Float[Array, "B F"]
     ) -> tuple[Float[Array, "B F"], dict[str, Float[Array, "B M"]]]:
         act = ACTIVATIONS[self.activation]
-        r = x @ self.param(
-            "W_E",
-            identity if self.embedding == "identity" else unit_rows,
-            (self.num_features, self.d_resid),
-        )
+        F, D, M = self.num_features, self.d_resid, self.d_mlp
+        he, lecun = nn.initializers.he_normal(), nn.initializers.lecun_normal()
+        zeros = nn.initializers.zeros
+        r = x @ self.param("W_E", identity if self.embedding == "identity" else unit_rows, (F, D))
         hidden = {}
         for i in range(self.num_layers):
-            pre = r @ self.param(
-                f"mlp_in_{i}", nn.initializers.he_normal(), (self.d_resid, self.d_mlp)
-            )
+            pre = r @ self.param(f"mlp_in_{i}", he, (D, M))
             hidden[f"mlp_in_{i}"] = nn.relu(pre)
             if self.use_bias:
-                pre += self.param(f"bias_in_{i}", nn.initializers.zeros, (self.d_mlp,))[None, :]
-            r += act(pre) @ self.param(
-                f"mlp_out_{i}", nn.initializers.lecun_normal(), (self.d_mlp, self.d_resid)
-            )
+                pre += self.param(f"bias_in_{i}", zeros, (M,))[None, :]
+            r += act(pre) @ self.param(f"mlp_out_{i}", lecun, (M, D))
             if self.use_bias:
-                r += self.param(f"bias_out_{i}", nn.initializers.zeros, (self.d_resid,))[None, :]
-        return r @ self.param(
-            "W_U", nn.initializers.zeros, (self.d_resid, self.num_features)
-        ), hidden  # `init` sets W_U = W_Eᵀ
+                r += self.param(f"bias_out_{i}", zeros, (D,))[None, :]
+        out = r @ self.param("W_U", zeros, (D, F))  # `init` below sets W_U = W_Eᵀ
+        return out, hidden
 
 
 def unit_rows(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "F D"]:
@@ -79,21 +83,22 @@ def init(model: ResidMLP, key: PRNGKeyArray) -> dict[str, Array]:
 
 
 def contracted(model: ResidMLP, params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
-    """The outputs, with every product of two weights taken first: nothing of size [B, D] is formed.
+    """The same outputs, with every product of two weights taken first.
 
-    Each layer reads x (W_E W_in,i) + Σ_{j<i} act_j (W_out,j W_in,i), the output likewise with W_U. With D = 1000, F = 100 and
-    M = 50 that is ten times fewer operations than through the residual stream at B = 2048, for the forward pass and for a tangent
-    alike, and three to five times fewer at B = 256.
+    No array [B, D] is formed. Layer i reads x (W_E W_in,i) + Σ_{j<i} act_j (W_out,j W_in,i); the
+    output is the same sum with W_U in place of W_in,i.
+
+    Cost: with D = 1000, F = 100 and M = 50, ten times fewer operations than through the residual
+      stream at B = 2048, and three to five times fewer at B = 256. This holds for the forward pass
+      and for a directional derivative.
     """
     act = ACTIVATIONS[model.activation]
-    written = [
-        (x, params["W_E"])
-    ]  # what each writer adds to the stream: coefficients [B, n] and directions [n, D]
+    # The stream as a sum of products: coefficients [B, n] times directions [n, D].
+    written = [(x, params["W_E"])]
 
     def read(W):
-        return functools.reduce(
-            jnp.add, [coefficients @ (directions @ W) for coefficients, directions in written]
-        )
+        terms = [coefficients @ (directions @ W) for coefficients, directions in written]
+        return functools.reduce(jnp.add, terms)
 
     for i in range(model.num_layers):
         pre = read(params[f"mlp_in_{i}"])
@@ -111,7 +116,8 @@ def neuron_contributions(params: PyTree, weights: PyTree, num_layers: int) -> Fl
 
     Args:
       params: the target's; W_E and W_U are taken from here.
-      weights: a dict with mlp_in_i [D, M] and mlp_out_i [M, D]: the target's own, or one component's.
+      weights: a dict with mlp_in_i [D, M] and mlp_out_i [M, D]: the target's own weights, or those
+        of one component.
     """
     layers = [
         (params["W_E"] @ weights[f"mlp_in_{i}"]) * (weights[f"mlp_out_{i}"] @ params["W_U"]).T
@@ -126,7 +132,7 @@ def labels(x: Float[Array, "B F"]) -> Float[Array, "B F"]:
 
 
 def layers(model: ResidMLP) -> tuple[Layer, ...]:
-    """The network as a chain."""
+    """The network as a list of layers."""
     chain = [Layer("linear", "W_E")]
     for i in range(model.num_layers):
         bias_in, bias_out = [
@@ -147,8 +153,8 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
     """The ResidMLP target of `config` (fields: configs/resid_mlp.py).
 
     Raises:
-      InputError: a size below 1, an unknown activation or embedding, an identity embedding that is not square, or a probability
-        outside (0, 1].
+      InputError: a size below 1, an unknown activation or embedding, an identity embedding with
+        D other than F, or a probability outside (0, 1].
     """
     F, D, L, M = config.num_features, config.d_resid, config.num_layers, config.d_mlp
     at_least_one(num_features=F, d_resid=D, num_layers=L, d_mlp=M)
@@ -156,7 +162,8 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
     embedding = one_of("target.embedding", config.embedding, EMBEDDINGS)
     if embedding == "identity" and D != F:
         raise InputError(
-            f"target.embedding = 'identity' needs d_resid = num_features; got d_resid = {D} and num_features = {F}."
+            "target.embedding = 'identity' needs d_resid = num_features; "
+            f"got d_resid = {D} and num_features = {F}."
         )
     model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
     outputs = functools.partial(contracted, model)

@@ -1,4 +1,9 @@
-"""What several targets' scores measure of a decomposition: which components are alive, and how good attributions are."""
+"""What the scores of several targets share.
+
+Which components are alive, and how well attributions predict true ablation.
+
+Shapes: B examples, T positions (only with a mask per position), C components.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +19,16 @@ from apd_jax.decomposition import Decomposition
 
 ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
 CORRELATION_LABELS = {
-    f"attribution_rank_correlation_{kind}": f"rank correlation of {kind.replace('_', ' ')} attributions with true ablation; 1"
+    f"attribution_rank_correlation_{kind}": (
+        f"rank correlation of {kind.replace('_', ' ')} attributions with true ablation; 1"
+    )
     for kind in attributions.KINDS
     if kind != "ablation"
 }
 
 
 def accuracy_labels(what: str) -> dict[str, str]:
-    """What the accuracies of the target, of all components and of the sparse model say, for the table."""
+    """Labels for the table: accuracy of the target, with all components and with the mask."""
     return {
         "target_accuracy": f"{what} of the target; 1",
         "all_accuracy": f"{what} with all components; the target's",
@@ -32,7 +39,10 @@ def accuracy_labels(what: str) -> dict[str, str]:
 def alive_components(
     firing_rates: Float[np.ndarray, " C"], norms: Float[np.ndarray, " C"]
 ) -> Bool[np.ndarray, " C"]:
-    """Components that are kept at all, with an attribution above 0, and have more than ALIVE_NORM of the largest norm."""
+    """Components that some example keeps, and whose norm exceeds ALIVE_NORM times the largest.
+
+    `firing_rates` count an example only where the attribution is above 0.
+    """
     return (firing_rates > 0) & (norms > ALIVE_NORM * norms.max())
 
 
@@ -41,7 +51,10 @@ def rank_correlations(
 ) -> dict[str, float]:
     """Spearman's rank correlation between each kind of attribution and true ablation.
 
-    {"attribution_rank_correlation_{kind}": over all pairs of an example of x and an alive component; 0 if either is constant}
+    Taken over all pairs of an example of x and an alive component; 0 if either side is constant.
+
+    Returns:
+      {"attribution_rank_correlation_{kind}": value} for every kind but "ablation".
     """
 
     def ranks(kind: str) -> np.ndarray:

@@ -1,9 +1,10 @@
 """TMS, the toy model of superposition: more sparse features than hidden dimensions.
 
-x̂ = ReLU( x W [Hid] Wᵀ + b )          (Elhage et al. 2022; APD, section 3.1)
+  x̂ = ReLU( x W [Hid] Wᵀ + b )          (Elhage et al. 2022; APD, section 3.1)
 
-Shapes: B examples, F features, H hidden dimensions (H < F). W [F, H] is used twice and is one leaf; row f is the direction of
-feature f, the paper's W_{:,f}. Hid [H, H] is optional and fixed: the identity, or a rotation.
+Shapes: B examples, F features, H hidden dimensions (H < F).
+W [F, H] is used twice and is one leaf. Row f is the direction of feature f, the paper's W_{:,f}.
+Hid [H, H] is optional and fixed: the identity, or a rotation.
 """
 
 from __future__ import annotations
@@ -16,15 +17,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.errors import one_of
-from apd_jax.methods.config import Config
-from apd_jax.targets.base import FeatureTarget, at_least_one, feature_sampler, identity, num_nonzero
+from apd_jax.targets.base import (
+    Config,
+    FeatureTarget,
+    at_least_one,
+    feature_sampler,
+    identity,
+    num_nonzero,
+)
 from apd_jax.targets.chain import Layer
 
 HIDDEN = ("none", "identity", "rotation")
 
 
 class TMS(nn.Module):
-    """Returns outputs [B, F] and every matrix product, before bias and ReLU (what the released code may reconstruct)."""
+    """Returns outputs [B, F] and every matrix product, before bias and ReLU.
+
+    The released code can reconstruct these products.
+    """
 
     num_features: int
     d_hidden: int
@@ -40,9 +50,8 @@ class TMS(nn.Module):
         h = products["linear1"]
         if self.hidden != "none":
             init = rotation if self.hidden == "rotation" else identity
-            h = products["hidden_0"] = h @ self.param(
-                "hidden", init, (self.d_hidden, self.d_hidden)
-            )
+            H = self.d_hidden
+            h = products["hidden_0"] = h @ self.param("hidden", init, (H, H))
         products["linear2"] = h @ W.T
         return nn.relu(products["linear2"] + b[None, :]), products
 
@@ -50,27 +59,32 @@ class TMS(nn.Module):
 def rotation(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "n n"]:
     """A random rotation R whose largest plane angle is 30°, as an initialiser of a fixed matrix.
 
-    R = exp(S), S skew-symmetric with normal entries and largest singular value π/6. W is tied, so feature f reaches itself with
-    weight w·Rw, here at least cos(30°)·|w|². Under a uniformly drawn orthogonal matrix it can be negative, and trained targets
-    lose features altogether (rows of W of length 0 in 40-10); at 45° a 5-2 target still has two rows of length 0.4.
+    R = exp(S), S skew-symmetric with normal entries, scaled to a largest singular value of π/6.
+
+    Why 30°: W is tied, so feature f reaches its own output with weight w·Rw, w its row of W. Here
+    that is at least cos(30°)·|w|². Under a uniformly drawn orthogonal matrix it can be negative,
+    and trained targets lose features altogether (rows of W of length 0 in 40-10). At 45° a 5-2
+    target still has two rows of length 0.4.
     """
     a = jax.random.normal(key, shape)
     skew = a - a.T
-    angle = jnp.maximum(
-        jnp.linalg.norm(skew, 2), jnp.finfo(skew.dtype).tiny
-    )  # 0 in one dimension, where R = 1
+    # The norm is 0 in one dimension, where R = 1.
+    angle = jnp.maximum(jnp.linalg.norm(skew, 2), jnp.finfo(skew.dtype).tiny)
     return jax.scipy.linalg.expm(math.pi / 6 * skew / angle)
 
 
 def contracted(params: PyTree, x: Float[Array, "B F"]) -> Float[Array, "B F"]:
-    """The outputs, as ReLU(x (W [Hid] Wᵀ) + b): a tangent costs one product [B, F] x [F, F], not two or three with W."""
+    """The same outputs as ReLU(x (W [Hid] Wᵀ) + b).
+
+    A directional derivative then costs one product [B, F] x [F, F], not two or three with W.
+    """
     W = params["W"]
     through = W @ params["hidden"] if "hidden" in params else W
     return nn.relu(x @ (through @ W.T) + params["b"][None, :])
 
 
 def layers(hidden: str = "none") -> tuple[Layer, ...]:
-    """The network as a chain."""
+    """The network as a list of layers."""
     between = () if hidden == "none" else (Layer("linear", "hidden"),)
     return (
         Layer("linear", "W"),
@@ -87,11 +101,8 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
     Raises:
       InputError: a size below 1, an unknown kind of `hidden`, or a probability outside (0, 1].
     """
-    F, H, hidden = (
-        config.num_features,
-        config.d_hidden,
-        one_of("target.hidden", config.hidden, HIDDEN),
-    )
+    F, H = config.num_features, config.d_hidden
+    hidden = one_of("target.hidden", config.hidden, HIDDEN)
     at_least_one(num_features=F, d_hidden=H)
     model = TMS(F, H, hidden)
 

@@ -19,17 +19,17 @@ from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
-from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.errors import InputError, Interrupted, NonFiniteError
-from apd_jax.methods import config as config_lib
-from apd_jax.methods.config import Config
+from apd_jax.methods import registry
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
 from apd_jax.train import checkpoint, parallel, placement
-from apd_jax.train import step as step_lib
 from apd_jax.train.progress import MetricsLog, ProgressDisplay
-from apd_jax.train.step import TrainState
+from apd_jax.train.state import TrainState, init_state
+from apd_jax.train.step import make_step
 
 Settings = Mapping[str, np.ndarray]  # {field: [instances]}
 Placement = placement.Copies | placement.Shards
@@ -37,29 +37,34 @@ Placement = placement.Copies | placement.Shards
 
 def fit(
     problem: Problem,
-    config: Config,
+    method: Any,
     *,
     workdir: epath.PathLike | None = None,
     components: Components | None = None,
     title: str = "decomposition",
-) -> tuple[Components, list[dict[str, Any]]]:
-    """Trains components until `config.num_steps`, going on from the newest checkpoint in `workdir` if there is one.
+) -> tuple[Trained, list[dict[str, Any]]]:
+    """Trains until `method.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
-      components: where to begin (with the leading axis of instances, if there are several) instead of at random.
+      method: its settings: an object, or a config as `registry.settings` makes them.
+      components: where to begin (with the leading axis of instances, if there are several) instead
+        of as the method does.
       title: of the progress display.
-    Returns: the components (with a leading axis of instances if there are several) and the logged rows.
+    Returns: components and gate (with a leading axis of instances if there are several), and the
+      logged rows.
     Raises: as `advance`.
     """
+    method = registry.of(method)
     state, rows, placed = _advance(
-        problem, config, components=components, workdir=workdir, title=title
+        problem, method, components=components, workdir=workdir, title=title
     )
-    return finished(placed.get(state.components), config), rows
+    trained = placed.get(Trained(state.components, state.gate))
+    return finished(trained, method), rows
 
 
 def advance(
     problem: Problem,
-    config: Config,
+    method: Any,
     state: TrainState | None = None,
     *,
     components: Components | None = None,
@@ -68,23 +73,28 @@ def advance(
     workdir: epath.PathLike | None = None,
     title: str = "decomposition",
 ) -> tuple[TrainState, list[dict[str, Any]]]:
-    """`fit` by parts, and with instances that differ in settings: from a state, or the newest checkpoint in `workdir`, to a step.
+    """`fit` by parts, and with instances that differ in settings.
 
-    Of several processes every one must call this, with the same arguments. Only process 0 touches `workdir`, and only its rows go
-    back to before a resume; where components are split over devices, every process writes its own into the checkpoints.
+    From a state, or the newest checkpoint in `workdir`, to a step. Of several processes every one
+    must call this, with the same arguments. Only process 0 touches `workdir`, and only its rows go
+    back to before a resume; where components are split over devices, every process writes its own
+    into the checkpoints.
 
     Args:
-      state: where to begin; None is step 0, at random but for `components`.
-      settings: {field: a value per instance}, of "seed" and the fields in `config.TRACEABLE`; see `step.make_step`. An instance is the
-        run that has these values in its config. Instances that stop being finite are then carried on, as they harm no others.
-      until: the step to end at; `config.num_steps`, which the schedules go by, if None.
+      state: where to begin; None is step 0, as the method begins but for `components`.
+      settings: {field: a value per instance}, of "seed" and the method's numbers; see
+        `step.make_step`. An instance is the run that has these values in its settings. Instances
+        that stop being finite are then carried on, as they harm no others.
+      until: the step to end at; `method.num_steps`, which the schedules go by, if None.
     Raises:
-      InputError: settings, data or checkpoints that do not fit. NonFiniteError: a loss is not finite.
-      Interrupted: SIGINT or SIGTERM came; a checkpoint is saved (only with a workdir, otherwise signals are left alone).
+      InputError: settings, data or checkpoints that do not fit.
+      NonFiniteError: a loss is not finite.
+      Interrupted: SIGINT or SIGTERM came; a checkpoint is saved (only with a workdir, otherwise
+        signals are left alone).
     """
     state, rows, placed = _advance(
         problem,
-        config,
+        registry.of(method),
         state,
         components=components,
         settings=settings,
@@ -97,7 +107,7 @@ def advance(
 
 def _advance(
     problem: Problem,
-    config: Config,
+    method: Method,
     state: TrainState | None = None,
     *,
     components: Components | None,
@@ -107,50 +117,40 @@ def _advance(
     title: str,
 ) -> tuple[TrainState, list[dict[str, Any]], Placement]:
     """`advance`, with the state still on the devices."""
-    config_lib.validate(config)
-    placed = placement.arrange(config, parallel.global_devices())
-    _check_batch_size(problem, config)
-    end = config.num_steps if until is None else until
-    initial, key, step = _build(problem, config, settings, placed)
+    method.check()
+    placed = placement.arrange(method, parallel.global_devices())
+    _check_data(problem, method)
+    end = method.num_steps if until is None else until
+    initial, key, step = _build(problem, method, settings, placed)
     if components is not None:
-        components = dataclasses.replace(
-            components, log_thresholds=initial.components.log_thresholds
-        )  # those of these settings
         initial = dataclasses.replace(initial, components=components)
-    with _resumed(workdir, config, initial if state is None else state, placed) as (
-        start,
-        reached,
-        record,
-    ):
+    may_diverge = settings is not None
+    begin = initial if state is None else state
+    with _resumed(workdir, method, begin, placed) as (start, reached, record):
         if start < end:
             traced = None if settings is None else _traced(settings)
             params, key, traced = placed.share(
                 (jax.tree.map(jnp.asarray, problem.params), key, traced)
             )
             program = functools.cache(lambda num_steps: placed.steps(step, num_steps))
-            calls = data.calls(problem.sample_fn, start, end, config.steps_per_call)
-            run = lambda state, num_steps, batches: program(num_steps)(
-                state, params, key, *batches, settings=traced
-            )  # noqa: E731
-            with _caught_signals() if workdir is not None else contextlib.nullcontext([]) as caught:
-                reached = _train(
-                    run,
-                    reached,
-                    start,
-                    end,
-                    calls,
-                    config,
-                    record,
-                    caught,
-                    title,
-                    may_diverge=settings is not None,
-                )
+            calls = data.calls(problem.source, start, end, method.steps_per_call)
+
+            def run(state: PyTree, num_steps: int, batches: tuple) -> tuple[PyTree, PyTree]:
+                return program(num_steps)(state, params, key, *batches, settings=traced)
+
+            signals = _caught_signals() if workdir is not None else contextlib.nullcontext([])
+            with signals as caught:
+                job = _Job(run, end, calls, method, record, caught, title, may_diverge)
+                reached = job.train(reached, start)
         return reached, record.rows, placed
 
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-    """What a run leaves behind: its rows, and on process 0 of a run with a workdir the files (of Shards, checkpoints on all)."""
+    """What a run leaves behind: its rows, and on process 0 of a run with a workdir the files.
+
+    Where components are split over devices, every process has its part of the checkpoints.
+    """
 
     rows: list[dict[str, Any]]
     placed: Placement
@@ -162,11 +162,8 @@ class _Record:
 
     def save(self, step: int, state: PyTree) -> None:
         if self.checkpoints:
-            checkpoint.save(
-                self.checkpoints,
-                step,
-                state if isinstance(self.placed, placement.Shards) else self.placed.get(state),
-            )
+            split = isinstance(self.placed, placement.Shards)
+            checkpoint.save(self.checkpoints, step, state if split else self.placed.get(state))
 
     def wait_until_saved(self) -> None:
         parallel.from_primary(
@@ -176,12 +173,11 @@ class _Record:
 
 @contextlib.contextmanager
 def _resumed(
-    workdir: epath.PathLike | None, config: Config, initial: TrainState, placed: Placement
+    workdir: epath.PathLike | None, method: Method, initial: TrainState, placed: Placement
 ) -> Iterator[tuple[int, TrainState, _Record]]:
-    """Where a run goes on, on the devices: at the workdir's newest checkpoint, or with the initial state."""
-    together = isinstance(
-        placed, placement.Shards
-    )  # no process may hold the whole state, so each reads and writes its part of it
+    """Where a run goes on: at the workdir's newest checkpoint, or with the initial state."""
+    # No process may hold the whole of a split state: each reads and writes its part of it.
+    together = isinstance(placed, placement.Shards)
     initial = placed.put(initial) if together else initial
     begin = (int(np.max(jax.device_get(initial.step))), initial)  # the same of all instances
     if workdir is None:
@@ -190,12 +186,10 @@ def _resumed(
     with contextlib.ExitStack() as stack:
         manager, log = None, None
         if parallel.is_primary() or together:
-            folder = epath.Path(workdir) / "checkpoints"
-            manager = stack.enter_context(
-                contextlib.closing(
-                    checkpoint.open_manager(folder, config.keep_checkpoints, together=together)
-                )
+            manager = checkpoint.open_manager(
+                epath.Path(workdir) / "checkpoints", method.keep_checkpoints, together=together
             )
+            stack.enter_context(contextlib.closing(manager))
         if together:
             start, state = checkpoint.restore_latest(manager, initial, together=True) or begin
         else:
@@ -208,122 +202,109 @@ def _resumed(
         yield int(start), state, _Record(log.rows if log else [], placed, log, manager)
 
 
-def _train(
-    run: Callable,
-    state: PyTree,
-    step: int,
-    end: int,
-    calls: Iterator[tuple[int, tuple]],
-    config: Config,
-    record: _Record,
-    caught: list[int],
-    title: str,
-    *,
-    may_diverge: bool,
-) -> PyTree:
-    """Makes the calls one after another; after each logs, saves and stops, whatever is due.
+@dataclasses.dataclass(frozen=True)
+class _Job:
+    """The calls of a run, one after another; after each it logs, saves and stops, whatever is due.
+
+    run: (state on the devices, number of steps, batches) -> (state, metrics stacked over steps).
+    end: the step to get to. caught: a signal that asks to stop is in it.
+    may_diverge: losses that are not finite are logged, and training goes on.
+    """
+
+    run: Callable
+    end: int
+    calls: Iterator[tuple[int, tuple]]
+    method: Method
+    record: _Record
+    caught: list[int]
+    title: str
+    may_diverge: bool
+
+    def train(self, state: PyTree, step: int) -> PyTree:
+        console = Console(stderr=True, quiet=not parallel.is_primary())
+        with ProgressDisplay(self.title, self.end, console=console) as display:
+            upcoming = next(self.calls)
+            while upcoming:
+                (length, batches), began = upcoming, time.monotonic()
+                state, metrics = self.run(state, length, batches)
+                upcoming = next(self.calls, None)  # pulled while the devices work
+                metrics = jax.device_get(metrics)
+                seconds = (time.monotonic() - began) / length
+                previous, step = step, step + length
+                self._log(metrics, previous, seconds)
+                display.update(step, _shown(metrics))
+                self._save_or_stop(state, previous, step)
+        return state
+
+    def _log(self, metrics: Mapping[str, np.ndarray], start: int, seconds: float) -> None:
+        if not self.may_diverge:
+            _check_finite(metrics, start, self.record.checkpoints)
+        for row in _rows(metrics, start, self.end, self.method):
+            self.record.add(row | {"seconds_per_step": seconds})
+
+    def _save_or_stop(self, state: PyTree, previous: int, step: int) -> None:
+        signum = parallel.largest(self.caught[0] if self.caught else 0)  # if one is told, all stop
+        every = self.method.checkpoint_every_steps
+        if step // every > previous // every or signum or step == self.end:
+            self.record.save(step, state)
+        if signum:
+            self.record.wait_until_saved()
+            raise Interrupted(step, signum)
+
+
+def _shown(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """The last value of every loss, the mean over finite instances."""
+    return {n: _finite_mean(v[-1]) for n, v in metrics.items() if n != "mean_active"}
+
+
+def restore_trained(
+    problem: Problem, method: Method, workdir: epath.PathLike, *, until: int | None = None
+) -> tuple[int, Trained]:
+    """Components and gate of the newest readable checkpoint in `workdir`, with its step.
 
     Args:
-      run: (replicated state, number of steps, batches) -> (state, metrics stacked over steps).
-      step: where the state stands. end: where it shall get to.
-      caught: a signal that asks to stop is in it.
-      may_diverge: losses that are not finite are logged, and training goes on.
-    """
-    with ProgressDisplay(
-        title, end, console=Console(stderr=True, quiet=not parallel.is_primary())
-    ) as display:
-        upcoming = next(calls)
-        while upcoming:
-            (length, batches), began = upcoming, time.monotonic()
-            state, metrics = run(state, length, batches)
-            upcoming = next(calls, None)  # the host pulls the next batches while the devices work
-            metrics = jax.device_get(metrics)
-            seconds_per_step = (time.monotonic() - began) / length
-            if not may_diverge:
-                _check_finite(metrics, step, record.checkpoints)
-            for row in _rows(metrics, step, end, config):
-                record.add(row | {"seconds_per_step": seconds_per_step})
-            previous, step = step, step + length
-            display.update(
-                step,
-                {
-                    name: _finite_mean(values[-1])
-                    for name, values in metrics.items()
-                    if name != "mean_active"
-                },
-            )
-            signum = parallel.largest(
-                caught[0] if caught else 0
-            )  # whichever process was told to stop, all do, and here
-            due = step // config.checkpoint_every_steps > previous // config.checkpoint_every_steps
-            if due or signum or step == end:
-                record.save(step, state)
-            if signum:
-                record.wait_until_saved()
-                raise Interrupted(step, signum)
-    return state
-
-
-def restore_components(
-    problem: Problem, config: Config, workdir: epath.PathLike, *, until: int | None = None
-) -> tuple[int, Components]:
-    """The components of the newest readable checkpoint in `workdir` (up to step `until`), with its step.
-
+      until: checkpoints of later steps are passed over.
     Raises:
       InputError: there is none.
     """
-    like = jax.eval_shape(
-        lambda: _build(problem, config, None, placement.Copies(jax.local_devices()[:1]))[0]
-    )
+    alone = placement.Copies(jax.local_devices()[:1])
+    like = jax.eval_shape(lambda: _build(problem, method, None, alone)[0])
     _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like, until=until)
-    return step, finished(state.components, config)
+    return step, finished(Trained(state.components, state.gate), method)
 
 
-def finished(components: Components, config: Config) -> Components:
-    """The components as the next step would use them: unit-norm U is restored at the beginning of a step."""
-    return components_lib.normalize_U(components) if config.unit_norm_U else components
+def finished(trained: Trained, method: Method) -> Trained:
+    """The components as the next step would use them."""
+    return dataclasses.replace(trained, components=method.constrain(trained.components))
 
 
-def _build(problem: Problem, config: Config, settings: Settings | None, placed: Placement):
-    """Initial state, data key and per-device step; with a leading axis of instances if there are several, or settings of theirs."""
-    layouts = problem.layouts
+def _build(
+    problem: Problem, method: Method, settings: Settings | None, placed: Placement
+) -> tuple[TrainState, jax.Array, Callable]:
+    """Initial state, data key and per-device step.
 
-    def make_state(key, settings=None):
-        return step_lib.init_state(
-            key,
-            problem.params,
-            config,
-            select=problem.select,
-            uses=problem.uses,
-            layouts=layouts,
-            settings=settings,
-        )
+    With a leading axis of instances if there are several, or settings of theirs.
+    """
+    problem.layouts  # noqa: B018 - before params are traced below
 
-    fed = isinstance(problem.sample_fn, data.Batches)
-    step = step_lib.make_step(
-        problem.apply_fn,
-        None if fed else problem.sample_fn,
-        config,
-        attribution_fn=problem.attribution_fn,
-        num_active_fn=problem.num_active_fn,
-        valid_fn=problem.valid_fn,
-        **placed.axes,
-    )
+    def make_state(key: jax.Array, params: PyTree, settings: Any = None) -> TrainState:
+        return init_state(key, problem.with_params(params), method, settings)
+
+    step = make_step(problem, method, fed=problem.fed, **placed.axes)
     if settings is None:
-        roots, instances = jax.random.key(config.seed)[None], jnp.arange(config.num_instances)
+        roots, instances = jax.random.key(method.seed)[None], jnp.arange(method.num_instances)
     else:  # each is the first instance of a run of its own
-        seeds = ({"seed": [config.seed]} | dict(settings))["seed"]
-        roots, instances = (
-            jnp.stack([jax.random.key(int(seed)) for seed in seeds]),
-            jnp.zeros(config.num_instances, jnp.int32),
-        )
+        seeds = ({"seed": [method.seed]} | dict(settings))["seed"]
+        roots = jnp.stack([jax.random.key(int(seed)) for seed in seeds])
+        instances = jnp.zeros(method.num_instances, jnp.int32)
     init_keys, data_keys = jax.vmap(_keys)(jnp.broadcast_to(roots, instances.shape), instances)
-    if config.num_instances == 1 and settings is None:
-        return placed.make(make_state, init_keys[0]), data_keys[0], step
-    state = placed.make(
-        jax.vmap(make_state), init_keys, None if settings is None else _traced(settings)
-    )
-    return state, data_keys, jax.vmap(step, in_axes=(0, None, 0, None) if fed else (0, None, 0))
+    params = jax.tree.map(jnp.asarray, problem.params)
+    if method.num_instances == 1 and settings is None:
+        return placed.make(make_state, init_keys[0], params), data_keys[0], step
+    traced = None if settings is None else _traced(settings)
+    state = placed.make(jax.vmap(make_state, in_axes=(0, None, 0)), init_keys, params, traced)
+    axes = (0, None, 0, None) if problem.fed else (0, None, 0)
+    return state, data_keys, jax.vmap(step, in_axes=axes)
 
 
 def _keys(root: jax.Array, instance: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -347,10 +328,16 @@ def _finite_mean(values: Any) -> float:
     return float(finite.mean()) if finite.size else float("nan")
 
 
-def _check_batch_size(problem: Problem, config: Config) -> None:
+def _check_data(problem: Problem, config: Method) -> None:
+    if (len(config.streams) > 1) != (problem.elsewhere is not None):
+        raise InputError(
+            f"method {config.name!r} needs a second stream of data; give elsewhere."
+            if problem.elsewhere is None
+            else f"elsewhere is read by methods of two streams of data only, not by {config.name!r}."
+        )
     sizes = {
         leaf.shape[0] if leaf.ndim else None
-        for leaf in jax.tree.leaves(data.shapes(problem.sample_fn))
+        for leaf in jax.tree.leaves(data.shapes(problem.source))
     }
     if sizes != {config.batch_size}:
         raise InputError(
@@ -359,7 +346,7 @@ def _check_batch_size(problem: Problem, config: Config) -> None:
 
 
 def _rows(
-    metrics: Mapping[str, np.ndarray], start: int, end: int, config: Config
+    metrics: Mapping[str, np.ndarray], start: int, end: int, config: Method
 ) -> Iterator[dict[str, Any]]:
     length = len(metrics["total"])
     for i in range(length):

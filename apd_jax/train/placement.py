@@ -19,17 +19,20 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import PyTree
 
+from apd_jax import components as components_lib
 from apd_jax.components import Components, Factors
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
 from apd_jax.train import parallel
 from apd_jax.train import step as step_lib
 from apd_jax.train.parallel import AXIS, Devices
+from apd_jax.train.state import TrainState
 
 COMPONENT_AXIS = "component"
 
 
-def arrange(config: Config, devices: Devices) -> Copies | Shards:
+def arrange(config: Method, devices: Devices) -> Copies | Shards:
     """How `config.num_component_shards` says.
 
     Raises:
@@ -170,23 +173,40 @@ class Shards:
 
 
 def _specs(state: PyTree) -> PyTree:
-    """Which axis of each array counts components: of U, V, thresholds and what the optimizer keeps for them. Like the state, of specs."""
+    """Which axis of each array counts components; like the state, of specs.
+
+    That is so of U and V, of the gate's arrays (their last axis), and of what the optimizer keeps
+    for them.
+    """
+    held = (Components, TrainState, Trained)
 
     def one(node: Any) -> Any:
         if isinstance(node, Components):
-            thresholds = (
-                None
-                if node.log_thresholds is None
-                else P(*[None] * (node.log_thresholds.ndim - 1), COMPONENT_AXIS)
+            return components_lib.map_sites(_site_specs, node)
+        if isinstance(node, Trained):
+            return Trained(one(node.components), jax.tree.map(_last_axis, node.gate))
+        if isinstance(node, TrainState):
+            return dataclasses.replace(
+                node,
+                step=P(),
+                components=one(node.components),
+                opt_state=_specs(node.opt_state),
+                gate=jax.tree.map(_last_axis, node.gate),
+                ablation=jax.tree.map(lambda _: P(), node.ablation),
             )
-            return Components(_specs(node.tree), thresholds)
-        if not isinstance(node, Factors):
-            return P()
-        of_components = node.U.ndim - 3 - len(node.axes.batch)  # instances come before
-        spec = P(*[None] * of_components, COMPONENT_AXIS)
-        return dataclasses.replace(node, U=spec, V=spec)
+        return P()
 
-    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, Components | Factors))
+    return jax.tree.map(one, state, is_leaf=lambda node: isinstance(node, held))
+
+
+def _site_specs(f: Factors) -> Factors:
+    before = f.U.ndim - 3 - len(f.axes.batch)  # instances come first
+    spec = P(*[None] * before, COMPONENT_AXIS)
+    return dataclasses.replace(f, U=spec, V=spec)
+
+
+def _last_axis(a: Any) -> P:
+    return P(*[None] * (a.ndim - 1), COMPONENT_AXIS)
 
 
 def _placed(a: Any, sharding: NamedSharding) -> jax.Array:

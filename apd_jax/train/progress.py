@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tensorboardX
@@ -110,6 +110,15 @@ class MetricsLog:
 
     def close(self) -> None:
         self._board.close()
+
+
+_NOT_LOSSES = ("step", "seconds_per_step", "mean_active")
+
+
+def loss_names(rows: Sequence[Mapping[str, Any]]) -> tuple[str, ...]:
+    """The losses that logged rows hold, the total first."""
+    names = dict.fromkeys(name for row in rows[:1] for name in row if name not in _NOT_LOSSES)
+    return tuple(sorted(names, key=lambda name: name != "total"))
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:

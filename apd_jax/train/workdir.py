@@ -10,8 +10,8 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError
-from apd_jax.methods.config import Config
 
+Config = Any  # a ConfigDict
 _MAY_CHANGE = (
     "num_component_shards",
 )  # with the machine that a run goes on, like the number of devices

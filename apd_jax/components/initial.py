@@ -1,0 +1,253 @@
+"""Where components come from: random draws, given matrices, a checkpoint without its network."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from apd_jax.components.factors import Components, Factors, Ids, named_leaves
+from apd_jax.components.layout import Layout, matrix_shape, path_name, unfold
+from apd_jax.errors import InputError
+
+Select = str | Sequence[str] | Mapping[str, Mapping[str, Any]] | None
+_OPTIONS = ("rank", "components")
+
+
+def selected_paths(
+    params: PyTree, select: Select = None, layouts: Mapping[str, Layout] | None = None
+) -> list[str]:
+    """Dotted paths of the leaves to decompose.
+
+    Args:
+      select: glob patterns over dotted paths (`*.kernel`), or a mapping from them to options (see
+        `init`); None takes every floating leaf of two or more axes.
+      layouts: from `apd_jax.components.layout.infer`: None then leaves out vectors that are stacked
+        for a scan, too.
+    Raises:
+      InputError: a pattern matches nothing, or matches a leaf that is not floating point.
+    """
+    leaves = {name: leaf for name, leaf in named_leaves(params).items() if leaf is not None}
+    floating = {n for n, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
+    if select is None:
+        vectors = {name for name, layout in (layouts or {}).items() if not layout.ins}
+        chosen = [n for n in leaves if n in floating and leaves[n].ndim >= 2 and n not in vectors]
+        if not chosen:
+            raise InputError(
+                "params has no floating leaf with two or more axes to decompose; its leaves: "
+                f"{', '.join(leaves)}."
+            )
+        return chosen
+    chosen = set()
+    for pattern in [select] if isinstance(select, str) else select:
+        hits = fnmatch.filter(leaves, pattern)
+        if not hits:
+            raise InputError(
+                f"select pattern {pattern!r} matches no leaf of params; its leaves: "
+                f"{', '.join(leaves)}."
+            )
+        if bad := [name for name in hits if name not in floating]:
+            raise InputError(
+                f"select pattern {pattern!r} matches {bad[0]!r} of dtype {leaves[bad[0]].dtype}; "
+                "only floating leaves can be decomposed."
+            )
+        chosen.update(hits)
+    return [name for name in leaves if name in chosen]
+
+
+def init(
+    rng: PRNGKeyArray,
+    params: PyTree,
+    *,
+    num_components: int,
+    rank: int | None = None,
+    select: Select = None,
+    uses: Mapping[str, int] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+    init_scale: Float[ArrayLike, ""] = 1.0,
+    ids: Mapping[str, range] | None = None,
+    like_target: bool = False,
+) -> Components:
+    r"""Random components.
+
+    small (the default):   U ~ N(0, s²/((C+1)·d_in·m/2)),  V ~ N(0, s²/((C+1)·m·d_out/2))
+    like_target:           U ~ N(0, s²/d_in),  V ~ N(0, d_in·var(θ*)/(n·m)):  Σ_j U_j V_j has the
+                           spread of the leaf's own entries (s = 1)
+
+    with s = init_scale. The first is Glorot's formula with the component axis counted among the
+    fans, as in the released code of APD: about sqrt(C·min(d, m)) times smaller than Glorot on the
+    matrix itself. Small initial components are what lets single features win; with matrix-scale
+    Glorot TMS 40-10 sticks at MMCS 0.88. The second is what methods with gates begin with.
+
+    Args:
+      num_components: C.
+      rank: m at every site; None is full rank, min(d_in, d_out). May exceed it.
+      select: glob patterns over dotted leaf paths; None takes every floating leaf of two or more
+        axes. A mapping from patterns to options gives sites a rank of their own, or pieces of only
+        some components: {"*.kernel": {}, "embed": {"rank": 4}, "layer_0.*": {"components":
+        range(10)}}; of several matching patterns the last wins. A list of ranks is one per piece:
+        such a site holds pieces of rank one, as many with a component's number as its rank.
+      uses: {dotted path: times the forward pass uses the leaf}, 1 where absent.
+      layouts: {dotted path: Layout} as `apd_jax.components.layout.infer` finds them; where absent
+        the last axis is the output.
+      ids: {dotted path: the numbers of the components that this site has pieces of}; where absent
+        what `select` says, or all.
+    Returns: factors in at least single precision, whatever the leaf has.
+    Raises:
+      InputError: C or a rank below 1, an unknown option, a component that does not exist, or
+        `select`/`uses` name a leaf that is not there.
+    """
+    if num_components < 1:
+        raise InputError(f"num_components must be at least 1; got {num_components}.")
+    chosen = selected_paths(params, select, layouts)
+    uses, layouts, ids = dict(uses or {}), dict(layouts or {}), dict(ids or {})
+    if unknown := set(uses) - set(chosen):
+        raise InputError(
+            f"uses names {sorted(unknown)}, which are not decomposed leaves; these are {chosen}."
+        )
+
+    def make(path: tuple[Any, ...], leaf: Any) -> Factors | None:
+        name = path_name(path)
+        if name not in chosen:
+            return None
+        layout = layouts.get(name, Layout.default(leaf.ndim))
+        options = {"rank": rank, "components": ids.get(name)} | _options(select, name)
+        own, m = _pieces(name, options, num_components, min(matrix_shape(leaf.shape, layout)))
+        n = num_components if own is None else len(own)
+        keys = jax.random.split(jax.random.fold_in(rng, chosen.index(name)))
+        stds = _stds(leaf, layout, n if like_target else num_components, m, like_target)
+        dtype = jnp.promote_types(leaf.dtype, jnp.float32)  # half has no room for small steps
+        batch = tuple(leaf.shape[axis] for axis in layout.batch)
+        d_in, d_out = matrix_shape(leaf.shape, layout)
+        scales = (init_scale, 1.0 if like_target else init_scale)
+        U, V = (
+            scale * std * jax.random.normal(key, (n, *batch, *shape), dtype)
+            for key, std, scale, shape in zip(
+                keys, stds, scales, ((d_in, m), (m, d_out)), strict=True
+            )
+        )
+        kept = None if layout == Layout.default(leaf.ndim) else layout
+        return Factors(U, V, tuple(leaf.shape), uses.get(name, 1), kept, ids=own)
+
+    return Components(jax.tree_util.tree_map_with_path(make, params), num_components)
+
+
+def _options(select: Select, name: str) -> dict[str, Any]:
+    """What a mapping `select` says of one leaf; of several matching patterns the last wins."""
+    if not isinstance(select, Mapping):
+        return {}
+    found: dict[str, Any] = {}
+    for pattern, options in select.items():
+        if fnmatch.fnmatch(name, pattern):
+            found |= options
+    if unknown := set(found) - set(_OPTIONS):
+        raise InputError(
+            f"select has an unknown option {sorted(unknown)[0]!r} for {name!r}; known are rank and "
+            "components."
+        )
+    return found
+
+
+def _pieces(name: str, options: Mapping[str, Any], C: int, full: int) -> tuple[Ids, int]:
+    """The numbers of a site's pieces (None: all, in order) and their rank."""
+    own = as_ids(options["components"], C, f"select gives {name!r}")
+    rank = options["rank"]
+    if isinstance(rank, Sequence | np.ndarray) and not isinstance(rank, str):
+        numbers = range(C) if own is None else own
+        ranks = [int(r) for r in rank]
+        if len(ranks) != len(numbers) or min(ranks, default=0) < 1:
+            raise InputError(
+                f"select gives {name!r} {len(ranks)} ranks; give one of at least 1 for each of its "
+                f"{len(numbers)} components."
+            )
+        return tuple(c for c, r in zip(numbers, ranks, strict=True) for _ in range(r)), 1
+    m = full if rank is None else int(rank)
+    if m < 1:
+        raise InputError(f"rank must be at least 1; got {m} for {name!r}.")
+    return own, m
+
+
+def as_ids(numbers: Any, num_components: int, where: str) -> Ids:
+    """Numbers as a site holds them: None if they are all, a range if they are one, else a tuple.
+
+    Raises:
+      InputError: there are none, or one does not exist.
+    """
+    if numbers is None:
+        return None
+    listed = tuple(sorted({int(c) for c in numbers}))
+    if not listed or listed[0] < 0 or listed[-1] >= num_components:
+        raise InputError(f"{where} components outside 0 to {num_components - 1}, or none.")
+    if len(listed) == num_components:
+        return None
+    if listed == tuple(range(listed[0], listed[-1] + 1)):
+        return range(listed[0], listed[-1] + 1)
+    return listed
+
+
+def _stds(leaf: Any, layout: Layout, n: int, m: int, like_target: bool) -> tuple[Any, Any]:
+    """The standard deviations of the entries of U and V; see `init`."""
+    d_in, d_out = matrix_shape(leaf.shape, layout)
+    if like_target:
+        spread = jnp.std(jnp.asarray(leaf, jnp.promote_types(leaf.dtype, jnp.float32)))
+        return 1 / math.sqrt(d_in), spread * math.sqrt(d_in / (n * m))
+    return math.sqrt(2 / ((n + 1) * d_in * m)), math.sqrt(2 / ((n + 1) * m * d_out))
+
+
+def from_materialized(
+    weights: PyTree,
+    *,
+    rank: int | None = None,
+    uses: Mapping[str, int] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
+) -> Components:
+    """Components with given P_c: the inverse of `materialize`, by one SVD per matrix.
+
+    Exact when rank is None.
+
+    Args:
+      weights: pytree like params, leaves [C, *leaf.shape] or None where not decomposed.
+    """
+    uses, layouts = dict(uses or {}), dict(layouts or {})
+
+    def make(path: tuple[Any, ...], weight: Array | None) -> Factors | None:
+        if weight is None:
+            return None
+        name, shape = path_name(path), tuple(weight.shape[1:])
+        layout = layouts.get(name)
+        matrices = unfold(weight, layout or Layout.default(len(shape)))
+        u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
+        m = s.shape[-1] if rank is None else rank
+        root = jnp.sqrt(s[..., None, :m])
+        V = jnp.swapaxes(root, -1, -2) * vt[..., :m, :]
+        return Factors(u[..., :m] * root, V, shape, uses.get(name, 1), layout)
+
+    return Components(jax.tree_util.tree_map_with_path(make, weights, is_leaf=lambda w: w is None))
+
+
+def from_raw(tree: Mapping[str, Any]) -> Components:
+    """Components from nested dicts that end in {"U", "V"}: a checkpoint read without its network.
+
+    Leaf shapes are those of the matrices, without an axis of instances; for norms, ranks, tables.
+    """
+
+    def visit(node: Any) -> Any:
+        if not isinstance(node, Mapping):
+            return None
+        if set(node) == {"U", "V"}:
+            batch = node["U"].shape[1:-2]
+            n = len(batch)
+            shape = (*batch, node["U"].shape[-2], node["V"].shape[-1])
+            return Factors(
+                node["U"], node["V"], shape, layout=Layout(tuple(range(n)), (n,), (n + 1,))
+            )
+        return {name: visit(child) for name, child in node.items()}
+
+    return Components(visit(tree))

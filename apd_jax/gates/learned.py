@@ -1,0 +1,176 @@
+"""Learned causal importances: networks that say from the target's activations what is needed.
+
+  g      = lower_leaky(z)   the mask                      (`sigmoids`)
+  upper  = upper_leaky(z)   what importance losses price
+
+pieces       z_c = Σ over the pieces of component c of γ_j(h_j), a small MLP of each piece's own
+             inner activation h_j = a_l(x)·U_j  (SPD)
+inputs       z = an MLP of a site's whole input, for the pieces of that site
+transformer  z = a transformer over the RMS-normalised inputs of all sites  (VPD)
+
+Shapes: B examples, T positions, C components, n pieces of a site, d width of what it reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from apd_jax.components import Components, Factors
+from apd_jax.components.layout import matrix_shape
+from apd_jax.errors import InputError
+from apd_jax.forward import capture
+from apd_jax.gates import networks, piece_mlp
+from apd_jax.gates.base import INPUTS, Activity, Observation, Rule, at_valid
+from apd_jax.gates.sigmoids import lower_leaky, upper_leaky
+
+KINDS = ("pieces", "inputs", "transformer")
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What decides the shapes of a learned gate."""
+
+    kind: str = "pieces"
+    width: int = 16
+    d_model: int = 64
+    blocks: int = 2
+    heads: int = 4
+    causal: bool = False
+    per_position: bool = False
+
+
+def init(rng: PRNGKeyArray, spec: Spec, components: Components) -> PyTree:
+    """The gate's arrays to begin with."""
+    sites = components.factors
+    keys = dict(zip(sites, jax.random.split(rng, len(sites)), strict=True))
+    if spec.kind == "pieces":
+        return {n: piece_mlp.init(keys[n], f.num_pieces, spec.width) for n, f in sites.items()}
+    widths = {name: _read_width(f) for name, f in sites.items()}
+    if spec.kind == "inputs":
+        return {
+            n: networks.InputMLP((spec.width,), f.num_pieces).init(
+                keys[n], jnp.zeros((1, widths[n]))
+            )
+            for n, f in sites.items()
+        }
+    inputs = {name: jnp.zeros((1, 1, width)) for name, width in widths.items()}
+    return _transformer(spec, components).init(rng, inputs)
+
+
+def _read_width(f: Factors) -> int:
+    return matrix_shape(f.shape, f.axes)[0]
+
+
+def _transformer(spec: Spec, components: Components) -> networks.GateTransformer:
+    return networks.GateTransformer(
+        sites=tuple(components.factors),
+        num_components=components.num_components,
+        d_model=spec.d_model,
+        num_blocks=spec.blocks,
+        num_heads=spec.heads,
+        d_ffn=4 * spec.d_model,
+        causal=spec.causal,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class LearnedGate:
+    """A gate network with its arrays."""
+
+    spec: Spec
+    arrays: PyTree
+    says = "causal importances above 0"
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return frozenset({INPUTS})
+
+    def rule(self) -> Rule | None:
+        return None
+
+    def __call__(self, seen: Observation) -> Activity:
+        z = self.logits(seen)
+        g = at_valid(lower_leaky(z), seen.valid)
+        upper = at_valid(upper_leaky(z), seen.valid)
+        return Activity(g, at_valid(z > 0, seen.valid), z, upper)
+
+    def logits(self, seen: Observation) -> Float[Array, "B *T C"]:
+        """z of every component."""
+        assert seen.inputs is not None, "this gate reads what sites read"
+        components = seen.components
+        if self.spec.kind == "transformer":
+            return self._transformed(seen)
+        C, total, parts = components.num_components, None, []
+        for name, f in components.factors.items():
+            rows = seen.inputs[name]
+            if self.spec.kind == "pieces":
+                z = piece_mlp.apply(self.arrays[name], _inner(f, rows))
+            else:
+                net = networks.InputMLP((self.spec.width,), f.num_pieces)
+                z = net.apply(self.arrays[name], _vectors(f, rows))
+            parts.append((f, _strongest(z, self.spec.per_position)))
+        if _in_turn(components):
+            return jnp.concatenate([z for _, z in parts], axis=-1)
+        for f, z in parts:
+            placed = jnp.moveaxis(f.sums(jnp.moveaxis(z, -1, 0), C), 0, -1)
+            total = placed if total is None else total + placed
+        assert total is not None
+        return total
+
+    def _transformed(self, seen: Observation) -> Float[Array, "B *T C"]:
+        inputs = {}
+        for name, f in seen.components.factors.items():
+            rows = _vectors(f, seen.inputs[name])
+            if self.spec.per_position:
+                rows = rows.reshape(*rows.shape[:2], -1, rows.shape[-1]).mean(axis=2)
+            else:
+                rows = rows.reshape(rows.shape[0], 1, -1, rows.shape[-1]).mean(axis=2)
+            inputs[name] = rows
+        net = _transformer(self.spec, seen.components)
+        z = net.apply(self.arrays, inputs, seen.valid if self.spec.per_position else None)
+        return z if self.spec.per_position else z[:, 0]
+
+
+def _inner(f: Factors, reading: Any) -> Float[Array, "B ... n"]:
+    """h_j of every piece: of one of higher rank, the length of its vector of inner activations."""
+    h = capture.inner(f, reading)  # [B, ..., n, m]
+    return h[..., 0] if h.shape[-1] == 1 else jnp.sqrt(jnp.sum(h**2, axis=-1) + 1e-12)
+
+
+def _vectors(f: Factors, reading: Any) -> Float[Array, "B ... d"]:
+    """What a site reads as vectors: those that are looked up as one-hot."""
+    if jnp.issubdtype(reading.rows.dtype, jnp.integer):
+        return jax.nn.one_hot(reading.rows, _read_width(f))
+    return reading.rows
+
+
+def _strongest(z: Float[Array, "B ... n"], per_position: bool) -> Float[Array, "B *T n"]:
+    """The largest logit over rows that share a mask: a component is on if any of them needs it."""
+    lead = 2 if per_position else 1
+    extra = tuple(range(lead, z.ndim - 1))
+    return jnp.max(z, axis=extra) if extra else z
+
+
+def _in_turn(components: Components) -> bool:
+    """Whether sites hold consecutive ranges that make up all numbers: no scatter is needed."""
+    first = 0
+    for f in components.factors.values():
+        if not isinstance(f.ids, range) or f.ids.start != first:
+            return len(components.factors) == 1 and f.ids is None
+        first = f.ids.stop
+    return first == components.num_components
+
+
+def refuse_batched(components: Components) -> None:
+    """Raises InputError where a site is a stack of matrices: a piece then has many activations."""
+    for name, f in components.factors.items():
+        if f.axes.batch:
+            raise InputError(
+                f"site {name!r} is a stack of {f.shape[f.axes.batch[0]]} matrices, for which gates "
+                "on inner activations are not defined; unstack it, or use gate_kind = 'transformer'."
+            )

@@ -1,0 +1,175 @@
+"""What methods with learned causal importances share: how components begin, and their gate.
+
+Shapes: C components, L sites.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import PRNGKeyArray, PyTree
+
+from apd_jax import components as components_lib
+from apd_jax import losses
+from apd_jax.components import Components
+from apd_jax.errors import InputError, one_of
+from apd_jax.gates import learned
+from apd_jax.gates.base import Gate
+from apd_jax.methods import optimizers
+from apd_jax.methods.base import Method, Number
+from apd_jax.network.problem import Problem
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gated(Method):
+    """Settings of components with learned causal importances.
+
+    num_components counts those of every site where sites have numbers of their own, else all.
+    """
+
+    rank: int | None = 1
+    warmup_fraction: float = 0.0
+
+    # Gate.
+    gate_kind: str = (
+        "pieces"  # pieces (an MLP per component) | inputs (an MLP per site) | transformer
+    )
+    gate_width: int = 16  # of the MLPs
+    gate_d_model: int = 64  # of the transformer, as are the next three
+    gate_blocks: int = 2
+    gate_heads: int = 4
+    gate_causal: bool = False
+    gate_learning_rate: Number | None = None  # None: learning_rate
+
+    # Losses.
+    faithfulness_coeff: Number = 1.0
+    faithfulness_warmup_steps: int = 0  # of Adam on faithfulness alone, before the first step
+    faithfulness_warmup_rate: float = 1e-3
+    importance_coeff: Number = 1e-3
+    importance_p: Number = 1.0  # the power of causal importances ...
+    importance_p_final: Number | None = None  # ... and where it ends, linearly; None: constant
+    hidden_reconstruction_coeff: Number = 0.0
+
+    @property
+    def own_numbers(self) -> bool:
+        """Whether every site has components of its own."""
+        return True
+
+    def make_components(self, rng: PRNGKeyArray, problem: Problem) -> Components:
+        """As large together as the target's weights, then warmed up on faithfulness alone."""
+        names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
+        select, count, ids = problem.select, self.num_components, None
+        if self.own_numbers:
+            select, ids, count = _own_numbers(problem.select, names, self.num_components)
+        components = components_lib.init(
+            rng,
+            problem.params,
+            num_components=count,
+            rank=self.rank,
+            init_scale=self.init_scale,
+            select=select,
+            uses=problem.uses,
+            layouts=problem.layouts,
+            ids=ids,
+            like_target=True,
+        )
+        return self._warmed_up(components, problem.params)
+
+    def _warmed_up(self, components: Components, params: PyTree) -> Components:
+        if not self.faithfulness_warmup_steps:
+            return components
+        optimizer = optax.adam(self.faithfulness_warmup_rate)
+
+        def once(_: Any, carry: tuple[Components, Any]) -> tuple[Components, Any]:
+            components, state = carry
+            gradient = jax.grad(losses.relative_faithfulness)(components, params)
+            updates, state = optimizer.update(gradient, state, components)
+            return optax.apply_updates(components, updates), state
+
+        start = (components, optimizer.init(components))
+        return jax.lax.fori_loop(0, self.faithfulness_warmup_steps, once, start)[0]
+
+    def make_gate(self, rng: PRNGKeyArray, problem: Problem, components: Components) -> PyTree:
+        return learned.init(rng, self._spec(), components)
+
+    def gate(self, arrays: PyTree, problem: Problem) -> Gate:
+        return learned.LearnedGate(self._spec(), arrays)
+
+    def _spec(self) -> learned.Spec:
+        return learned.Spec(
+            kind=self.gate_kind,
+            width=self.gate_width,
+            d_model=self.gate_d_model,
+            blocks=self.gate_blocks,
+            heads=self.gate_heads,
+            causal=self.gate_causal,
+            per_position=self.per_position,
+        )
+
+    @property
+    def p(self) -> Any:
+        """The power of causal importances, a number or a schedule."""
+        from apd_jax.methods.base import Annealed
+
+        if self.importance_p_final is None:
+            return self.importance_p
+        return Annealed(self.importance_p, self.importance_p_final)
+
+    def transformation(self) -> optax.GradientTransformation:
+        return optimizers.make(self, self.gate_learning_rate)
+
+    def check(self) -> None:
+        super().check()
+        one_of("gate_kind", self.gate_kind, learned.KINDS)
+        self.at_least_one("gate_width", "gate_d_model", "gate_blocks", "gate_heads")
+        if self.gate_d_model % (2 * self.gate_heads):
+            raise InputError(
+                f"gate_d_model = {self.gate_d_model} must be a multiple of twice gate_heads = "
+                f"{self.gate_heads}."
+            )
+        self.not_negative(
+            *("faithfulness_coeff", "importance_coeff", "hidden_reconstruction_coeff"),
+            "faithfulness_warmup_steps",
+        )
+        self.above_zero("importance_p", "faithfulness_warmup_rate")
+        for field in ("importance_p_final", "gate_learning_rate"):
+            if getattr(self, field) is not None:
+                self.above_zero(field)
+        if self.num_component_shards > 1:
+            raise InputError(
+                f"num_component_shards = {self.num_component_shards}: the gates of method "
+                f"{self.name!r} cannot be split over devices; use 1."
+            )
+        self.some_term()
+
+
+def _own_numbers(
+    select: Any, names: list[str], num_components: int
+) -> tuple[Any, dict[str, range], int]:
+    """Every site's range of numbers, {pattern: {"components": n}} of `select` giving it n of them.
+
+    Returns: `select` without that option, {site: its numbers}, how many there are in all.
+    """
+    counts = dict.fromkeys(names, num_components)
+    if isinstance(select, Mapping):
+        rest = {}
+        for pattern, options in select.items():
+            options = dict(options)
+            if "components" in options:
+                n = options.pop("components")
+                n = n if isinstance(n, int) else len(n)
+                if n < 1:
+                    raise InputError(f"select gives {pattern!r} {n} components; give at least 1.")
+                counts |= dict.fromkeys(fnmatch.filter(names, pattern), n)
+            rest[pattern] = options
+        select = rest
+    ids, first = {}, 0
+    for name in names:
+        ids[name] = range(first, first + counts[name])
+        first += counts[name]
+    return select, ids, first

@@ -1,0 +1,68 @@
+"""What is seen of a batch in the target's own pass: all that gates read, and nothing else.
+
+Shapes: B examples, T positions, C components.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from apd_jax import components as components_lib
+from apd_jax.collectives import place
+from apd_jax.components import Components
+from apd_jax.forward import capture
+from apd_jax.gates.base import ATTRIBUTIONS, INPUTS, Gate, Observation
+from apd_jax.methods.base import Method, Scene
+from apd_jax.network.outputs import position_weights, split_result
+from apd_jax.network.problem import Problem
+
+
+def scene(
+    method: Method,
+    problem: Problem,
+    gate: Gate,
+    components: Components,
+    params: PyTree,
+    x: PyTree,
+    rng: Array | None = None,
+    *,
+    axis_name: str | None = None,
+    component_axis: str | None = None,
+) -> Scene:
+    """The target's outputs on x, and what the gate reads there.
+
+    Args:
+      rng: of attributions that are estimated from random directions: a key, or one per example.
+    """
+    inputs, here = None, components_lib.split_over(components, component_axis)
+    if INPUTS in gate.reads:
+        result, inputs = capture.inputs(
+            problem.apply_fn, params, here, x, per_position=method.per_position
+        )
+        inputs = lax.stop_gradient(inputs)
+    else:
+        result = problem.apply_fn(params, x)
+    out, hidden = split_result(result)
+
+    def attribute(components: Components) -> Float[Array, "B *T C"]:
+        return method.attribute(problem)(components, params, x, rng)
+
+    attributions = None
+    if ATTRIBUTIONS in gate.reads:
+        attributions = jnp.sqrt(attribute(here))
+    valid = problem.valid_fn(x) if problem.valid_fn is not None and method.per_position else None
+    seen = Observation(x, here, attributions, inputs, valid, axis_name, component_axis)
+    weights, share = position_weights(x, problem.valid_fn, axis_name)
+    return Scene(seen, out, hidden, weights, share, attribute)
+
+
+def example_keys(key: Any, x: PyTree, axis_name: str | None = None) -> Array:
+    """One key per example of the whole batch: draws do not depend on the number of devices."""
+    size = jax.tree.leaves(x)[0].shape[0]
+    first = place(axis_name) * size
+    return jax.vmap(lambda b: jax.random.fold_in(key, b))(first + jnp.arange(size))

@@ -1,0 +1,100 @@
+"""The methods by name, and their settings as a config that the command line can change."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from ml_collections import config_dict
+
+from apd_jax.errors import InputError, one_of
+from apd_jax.methods.apd import APD
+from apd_jax.methods.base import Method
+from apd_jax.methods.spd import SPD
+from apd_jax.methods.targeted import Targeted
+from apd_jax.methods.vpd import VPD
+from apd_jax.methods.whole import Whole
+
+METHODS: dict[str, type[Method]] = {m.name: m for m in (APD, SPD, VPD, Whole, Targeted)}
+
+
+def by_name(name: str) -> type[Method]:
+    """The class of a method's settings.
+
+    Raises:
+      InputError: there is no such method.
+    """
+    return METHODS[one_of("method", name, METHODS)]
+
+
+def settings(method: str | Method = "apd") -> config_dict.ConfigDict:
+    """A method's settings as a config: defaults, or those of a settings object.
+
+    Locked, so that a mistyped field is an error; `method` names whose they are.
+    """
+    chosen = by_name(method)() if isinstance(method, str) else method
+    config = config_dict.ConfigDict({"method": chosen.name})
+    for field, hint in type(chosen).hints().items():
+        value = getattr(chosen, field)
+        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        if type(None) in allowed:  # a placeholder may be None, and knows the type of its value
+            kind = int if int in allowed and float not in allowed else float
+            config[field] = config_dict.placeholder(kind)
+            if value is not None:
+                config[field] = kind(value)
+        elif float in allowed:
+            config[field] = float(value)
+        else:
+            config[field] = value
+    return config.lock()
+
+
+def default_config(method: str = "apd") -> config_dict.ConfigDict:
+    """The settings that `apd_jax.decompose` reads, at their defaults; locked."""
+    return settings(method)
+
+
+def of(given: Any) -> Method:
+    """A method's settings, from a settings object, a name, or a config as `settings` makes them.
+
+    Raises:
+      InputError: an unknown method or field, or a value of the wrong type.
+    """
+    if isinstance(given, Method):
+        return given
+    if isinstance(given, str):
+        return by_name(given)()
+    if not isinstance(given, Mapping | config_dict.ConfigDict):
+        raise InputError(
+            "settings must be a method's name, a settings object or a config; got a "
+            f"{type(given).__name__}."
+        )
+    values = dict(given.to_dict() if isinstance(given, config_dict.ConfigDict) else given)
+    cls = by_name(values.pop("method", "apd"))
+    hints = cls.hints()
+    for field in values:
+        one_of(f"setting of method {cls.name!r}", field, hints)
+    return cls(**{field: _typed(field, value, hints[field]) for field, value in values.items()})
+
+
+def _typed(field: str, value: Any, hint: Any) -> Any:
+    """The value as the field's type; numpy scalars as plain ones.
+
+    Raises:
+      InputError: it is of another type.
+    """
+    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    value = value.item() if isinstance(value, np.generic) else value
+    if value is None and type(None) in allowed:
+        return None
+    if isinstance(value, bool) != (bool in allowed):
+        pass
+    elif float in allowed and isinstance(value, int | float):
+        return float(value)
+    elif any(isinstance(value, kind) for kind in allowed):
+        return value
+    kinds = " or ".join(sorted(k.__name__ for k in allowed if k is not types.NoneType))
+    raise InputError(f"{field} must be {kinds}; got {value!r}, a {type(value).__name__}.")

@@ -1,0 +1,75 @@
+"""Targeted decomposition of a few behaviours (arXiv 2607.13047).
+
+Two streams of data: `here`, where the behaviour is, and `elsewhere`. Components need not sum to
+the network: Δ = θ* - ΣP always takes part, so there is no faithfulness loss.
+
+  here        m stochastic and adversarial, and Δ masked too: only components may do the behaviour
+  elsewhere   Δ on, m stochastic: components that are not needed there must not matter there
+
+The price of causal importances is doubled elsewhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from apd_jax.ablations import Keep, PersistentAdversary, Uniform
+from apd_jax.methods import terms
+from apd_jax.methods.base import ELSEWHERE, HERE, Number, Pass, Term
+from apd_jax.methods.vpd import VPD
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Targeted(VPD):
+    """The settings of targeted decomposition; num_components is C of every site."""
+
+    name: ClassVar[str] = "targeted"
+    about: ClassVar[str] = "a few behaviours, on two streams of data"
+
+    learning_rate: Number = 1e-4
+    gradient_clip: float | None = None
+    gate_kind: str = "pieces"
+    faithfulness_coeff: Number = 0.0
+    faithfulness_warmup_steps: int = 0
+    stochastic_coeff: Number = 1.0
+    elsewhere_coeff: Number = 1.0
+    importance_coeff: Number = 1e-3
+    importance_p_final: Number | None = 1.0
+    frequency_coeff: Number = 0.0
+    unmasked_coeff: Number = 0.0  # here, with all components whole and without Δ
+
+    @property
+    def streams(self) -> tuple[str, ...]:
+        return (HERE, ELSEWHERE)
+
+    def passes(self) -> dict[str, Pass]:
+        adversary = PersistentAdversary(
+            ascents=self.adversary_ascents,
+            learning_rate=self.adversary_learning_rate,
+            shared=self.adversary_shared,
+        )
+        return {
+            "adversarial": Pass(adversary, delta="masked"),
+            "stochastic": Pass(Uniform(), delta="masked"),
+            "elsewhere": Pass(Uniform(), delta="on", stream=ELSEWHERE),
+            "unmasked": Pass(Keep()),
+        }
+
+    def terms(self) -> dict[str, Term]:
+        kind, p = self.minimality_loss, self.p
+        return super().terms() | {
+            "elsewhere": Term(
+                self.elsewhere_coeff, terms.reconstruction("elsewhere", kind), ("elsewhere",)
+            ),
+            "unmasked": Term(
+                self.unmasked_coeff, terms.reconstruction("unmasked", kind), ("unmasked",)
+            ),
+            "importance_elsewhere": Term(
+                2 * self.importance_coeff, terms.importance(p, self.num_steps, ELSEWHERE)
+            ),
+        }
+
+    def check(self) -> None:
+        super().check()
+        self.not_negative("elsewhere_coeff", "unmasked_coeff")

@@ -1,0 +1,89 @@
+"""VPD ("Interpreting Language Model Parameters", Bushnaq et al. 2026).
+
+P_{l,j} = U_j V_j of rank one, and Δ_l = θ*_l - Σ_j P_{l,j} as one more component of every site
+g(x)    from a transformer over the inputs of all sites
+m_j     = g_j + (1 - g_j) r_j, m_Δ = r_Δ; the r of
+          stochastic passes ~ U(0, 1), at a random subset of the sites of every position
+          adversarial passes: sources that persist, and ascend the loss
+loss    = ½ KL(adversarial) + ½ KL(stochastic subset)
+          + λ Σ_j [s_j + β s_j log₂(1 + s_j)] / rows, s_j = Σ (g_j + 1e-12)^p + 1e7 MSE(Δ)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from apd_jax.ablations import PersistentAdversary, Uniform
+from apd_jax.ablations.adversary import SHARED
+from apd_jax.errors import one_of
+from apd_jax.methods import terms
+from apd_jax.methods.base import Number, Pass, Term
+from apd_jax.methods.gated import Gated
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VPD(Gated):
+    """The settings of VPD; num_components is C of every site."""
+
+    name: ClassVar[str] = "vpd"
+    about: ClassVar[str] = "transformer gate, persistent adversary (Bushnaq et al. 2026)"
+
+    num_components: int = 40
+    minimality_loss: str = "kl"
+    optimizer: str = "adamw"
+    schedule: str = "half_cosine"
+    learning_rate: Number = 5e-5
+    gradient_clip: float | None = 0.01
+    gate_kind: str = "transformer"
+
+    faithfulness_coeff: Number = 1e7
+    faithfulness_warmup_steps: int = 400
+    adversarial_coeff: Number = 0.5
+    stochastic_coeff: Number = 0.5
+    importance_coeff: Number = 2e-4
+    importance_p: Number = 2.0
+    importance_p_final: Number | None = 0.4
+    frequency_coeff: Number = 1e-4  # β = ½ of importance_coeff
+
+    adversary_ascents: int = 2  # before the training pass, which is one more
+    adversary_learning_rate: Number = 0.01
+    adversary_shared: str = "position"  # batch | example | position: what has sources of its own
+
+    def passes(self) -> dict[str, Pass]:
+        adversary = PersistentAdversary(
+            ascents=self.adversary_ascents,
+            learning_rate=self.adversary_learning_rate,
+            shared=self.adversary_shared,
+        )
+        return {
+            "adversarial": Pass(adversary, delta="masked"),
+            "stochastic": Pass(Uniform(), sites="subset", delta="masked"),
+        }
+
+    def terms(self) -> dict[str, Term]:
+        kind = self.minimality_loss
+        return {
+            "faithfulness": Term(self.faithfulness_coeff, terms.faithfulness),
+            "adversarial": Term(
+                self.adversarial_coeff, terms.reconstruction("adversarial", kind), ("adversarial",)
+            ),
+            "stochastic": Term(
+                self.stochastic_coeff, terms.reconstruction("stochastic", kind), ("stochastic",)
+            ),
+            "hidden_reconstruction": Term(
+                self.hidden_reconstruction_coeff,
+                terms.hidden_reconstruction("stochastic"),
+                ("stochastic",),
+            ),
+            "importance": Term(self.importance_coeff, terms.importance(self.p, self.num_steps)),
+            "frequency": Term(self.frequency_coeff, terms.frequency(self.p, self.num_steps)),
+        }
+
+    def check(self) -> None:
+        super().check()
+        one_of("adversary_shared", self.adversary_shared, SHARED)
+        self.not_negative(
+            *("adversarial_coeff", "stochastic_coeff", "frequency_coeff", "adversary_ascents")
+        )
+        self.above_zero("adversary_learning_rate")

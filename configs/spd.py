@@ -1,0 +1,41 @@
+"""SPD: stochastic masks, and a small gate per component (Bushnaq et al. 2025).
+
+    python -m apd_jax.main --config=configs/spd.py:tms,40-10 --workdir=runs/spd_tms
+    python -m apd_jax.main --config=configs/spd.py:resid_mlp,2layer --workdir=runs/spd_resid_mlp
+
+Argument: the name of a target's file in configs/, then that file's own arguments; `smoke` runs
+every stage in seconds on a CPU. Importance, its power and the learning rate are the paper's; steps
+and batch are fewer, so that a run takes minutes on two cores. Results: docs/results.md.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_spec = importlib.util.spec_from_file_location("_target", Path(__file__).with_name("_target.py"))
+assert _spec is not None and _spec.loader is not None
+_target = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_target)
+
+
+def get_config(arg: str = "tms,40-10") -> ConfigDict:
+    """The experiment `arg`, e.g. "tms,5-2" or "resid_mlp,2layer,smoke".
+
+    Raises:
+      InputError: an unknown target, or what the target's own file refuses.
+    """
+    config, name = _target.experiment(arg, "spd")
+    target, apd = config.target, config.apd
+    if name == "tms":
+        small = target.num_features <= 5
+        apd.num_components = 20 if small else 5 * target.num_features
+        apd.importance_coeff = 3e-3 if small else 1e-4
+        apd.importance_p = 1.0 if small else 2.0
+    elif name == "resid_mlp":
+        apd.num_components = (1 if target.num_layers == 1 else 2) * target.num_features
+        apd.learning_rate = 2e-3
+        apd.importance_coeff, apd.importance_p = 1e-5, 2.0
+    if "smoke" in arg.split(","):
+        _target.smoke(config)
+    return config.lock()
