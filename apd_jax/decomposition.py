@@ -18,7 +18,7 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components, Select
 from apd_jax.errors import InputError
 from apd_jax.forward import sparse
-from apd_jax.gates.base import Activity
+from apd_jax.gates.base import ATTRIBUTIONS, Activity
 from apd_jax.methods import observe, registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
@@ -192,10 +192,16 @@ def instances(tree: PyTree, method: Method) -> list[PyTree]:
 def activity_of(
     method: Method, problem: Problem, trained: Trained, params: PyTree, x: PyTree
 ) -> Activity:
-    """What the method's gate says of x: the one definition of the mask of training."""
+    """What the method's gate says of x: the one definition of the mask of training.
+
+    Where the gate reads nothing, and keeps all, the scores are attributions.
+    """
     gate = method.gate(trained.gate, problem)
+    reads = gate.reads or frozenset({ATTRIBUTIONS})
     rng = jax.random.key(method.seed)
-    scene = observe.scene(method, problem, gate, trained.components, params, x, rng)
+    scene = observe.scene(
+        method, problem, gate, trained.components, params, x, rng, reads=reads
+    )
     return gate(scene.seen)
 
 

@@ -1,4 +1,4 @@
-"""All benchmarks, one after the other, each in a process of its own, which prints its tables.
+"""All benchmarks, one after the other. Each runs in a process of its own and prints its tables.
 
     python benchmarks [--json FILE] [--markdown] [--quick] [--only step_time,scaling]
 
@@ -9,7 +9,8 @@ scaling        components, rank, batch, devices; the cost model; a transformer o
 architectures  the sparse pass on any network
 probes         attributions of wide outputs
 communication  what a step sends between devices (8 virtual ones)
-Seven and a half minutes on two quiet cores. Nothing else should run on the machine.
+
+Takes seven and a half minutes on two quiet cores. Nothing else should run on the machine.
 """
 
 from __future__ import annotations
@@ -35,23 +36,22 @@ PARTS = (
     "communication",
 )
 MARKDOWN = PARTS[:4]
-QUICK = {"architectures": ["--only", "MLP"]} | {
-    part: ["--quick"] for part in MARKDOWN
-}  # the others are left out
+# Flags of the parts that --quick runs; it leaves out the others.
+QUICK = {"architectures": ["--only", "MLP"]} | {part: ["--quick"] for part in MARKDOWN}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--json", default=None, help="file for what all parts found, by part")
+    parser.add_argument("--json", default=None, help="file for the results of all parts, by part")
     parser.add_argument("--markdown", action="store_true", help="tables for the docs")
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny shapes: shows that everything runs, the numbers mean nothing",
+        help="tiny shapes: shows that everything runs; the numbers mean nothing",
     )
-    parser.add_argument("--only", default=",".join(PARTS), help="parts, with commas")
+    parser.add_argument("--only", default=",".join(PARTS), help="parts, separated by commas")
     options = parser.parse_args()
     chosen = options.only.split(",")
     if unknown := set(chosen) - set(PARTS):

@@ -1,14 +1,19 @@
-"""What each part of the recipe is for: the recipe with one part at a time left out or exchanged, on some seeds of some targets.
+r"""What each part of the recipe is for.
 
-    python benchmarks/ablations.py --json runs/recovery/ablations.json --targets tms,40-10 resid_mlp,2layer --seeds 0:3
+The recipe with one part at a time left out or exchanged, on some seeds of some targets.
 
-Rows are those of `benchmarks/recovery.py`, with `without` for the part; what the file holds already is not run again.
+    python benchmarks/ablations.py --json runs/recovery/ablations.json \
+        --targets tms,40-10 resid_mlp,2layer --seeds 0:3
+
+Rows are those of `benchmarks/recovery.py`, with the part under `without`. Rows that the file
+already holds are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +30,12 @@ from apd_jax.recipe import stages as recipe
 
 
 def reads_of(present: Callable | None) -> Callable:
-    """`modes._reads` blind to the examples that `present` leaves, or the dual basis of the modes."""
+    """A replacement of `modes._reads`, which finds the direction that every component reads.
+
+    Args:
+      present: changes which examples are taken to have a mode, and so to which examples the
+        directions are blind. None: the directions are the dual basis of the modes instead.
+    """
     reads = modes._reads
 
     def instead(ins: dict, found: dict, here: np.ndarray) -> tuple[dict, dict]:
@@ -40,7 +50,8 @@ def reads_of(present: Callable | None) -> Callable:
     return instead
 
 
-# what is left out or exchanged: (what takes the place of functions, what settings become)
+# {part that is left out or exchanged: (
+#    [(module, name of a function, the function in its place)], {setting: its value})}
 PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
     "nothing: the recipe": ([], {}),
     "refining": ([], {"recipe.refine.num_steps": 1}),
@@ -75,6 +86,7 @@ SHOWN = (
 
 
 def run(target: str, part: str, seed: int) -> dict[str, Any]:
+    """The row of one run without `part`."""
     replaced, settings = PARTS[part]
     with contextlib.ExitStack() as stack:
         for module, name, other in replaced:
@@ -83,13 +95,9 @@ def run(target: str, part: str, seed: int) -> dict[str, Any]:
 
 
 def table(rows: list[dict[str, Any]], target: str) -> Table:
-    shown = Table(
-        "without",
-        "seeds",
-        "succeed",
-        *SHOWN,
-        title=f"{target}: least to most over seeds, failures included",
-    )
+    """A row per part: how many seeds succeed, and the range of each metric over seeds."""
+    title = f"{target}: min to max over seeds, failures included"
+    shown = Table("without", "seeds", "succeed", *SHOWN, title=title)
     for part in PARTS:
         here = [
             row for row in rows if row["config"] == f"recipe.py:{target}" and row["without"] == part
@@ -114,21 +122,16 @@ def main() -> None:
     file = Path(options.json)
     rows = json.loads(file.read_text()) if file.exists() else []
     done = {(row["config"], row["without"], row["seed"]) for row in rows}
-    for target in options.targets:
-        for seed in range(*map(int, options.seeds.split(":"))):
-            for part in PARTS:
-                if (f"recipe.py:{target}", part, seed) in done:
-                    continue
-                rows.append(run(target, part, seed))
-                print(
-                    target,
-                    seed,
-                    part,
-                    "success" if rows[-1]["success"] else rows[-1].get("error", "lost"),
-                    flush=True,
-                )
-                file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(json.dumps(rows, indent=1))
+    seeds = range(*map(int, options.seeds.split(":")))
+    for target, seed, part in itertools.product(options.targets, seeds, PARTS):
+        if (f"recipe.py:{target}", part, seed) in done:
+            continue
+        row = run(target, part, seed)
+        rows.append(row)
+        outcome = "success" if row["success"] else row.get("error", "lost")
+        print(target, seed, part, outcome, flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1))
     for target in options.targets:
         Console(width=200).print(table(rows, target))
 

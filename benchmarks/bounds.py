@@ -1,14 +1,18 @@
 """The least time that a step can take, computed from the shapes in its traced program.
 
-Counted in the jaxpr, so before XLA: it may share or leave out work, and a program may be cleverer than the formulas it was traced
-from. XLA's own cost analysis is not used: it counts a loop's body once and knows nothing of the products in library calls.
+Operations are counted in the jaxpr, before XLA compiles it. XLA may still share or leave out work,
+so the bound holds for the program as traced, not for every program with the same result. XLA's own
+cost analysis is not used: it counts a loop's body once and misses the products in library calls.
 
   matmul       2·M·N·K of every dot_general, times the lengths of the loops around it
-  memory       components, gradient and Adam's two moments read and written once, in float32: 8 passes over the components
-  elementwise  one operation for every entry that arithmetic, a comparison or a choice gives, RANDOM_OPS for every random word
+  memory       8 passes over the components in float32: components, gradient and Adam's two moments
+               are each read and written once
+  elementwise  one operation per entry of the result of arithmetic, a comparison or a selection;
+               RANDOM_OPS per random word
+  dispatch     one step of a scan with nothing to do
 
-Loops of unknown length: the search for the mask's threshold counts PASSES times, others (the further rounds of the dispatch, which
-hardly ever run) not at all.
+Loops of unknown length: the search for the mask's threshold counts PASSES times. The others (the
+further rounds of the dispatch, which hardly ever run) do not count.
 """
 
 from __future__ import annotations
@@ -24,46 +28,46 @@ from common import Peaks, fastest, looped_s
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 PASSES = 20  # of a batch top-k over scores without ties
-RANDOM_OPS = 55  # a word of Threefry-2x32: 20 rounds of an addition, a rotation (3) and an xor for two words, and the keys
-_NAMES = """add add_any sub mul div max min neg abs sign square sqrt rsqrt pow integer_pow exp log tanh logistic erf
-  select_n eq ne lt le gt ge and or xor not convert_element_type"""
+# Per word of Threefry-2x32. Two words take 20 rounds of an addition, a rotation (3 operations) and
+# an xor, and the key schedule.
+RANDOM_OPS = 55
+_NAMES = """add add_any sub mul div max min neg abs sign square sqrt rsqrt pow integer_pow exp log
+  tanh logistic erf select_n eq ne lt le gt ge and or xor not convert_element_type"""
 ELEMENTWISE = frozenset(_NAMES.split())
 
 
 def equations(jaxpr: Any, times: int = 1) -> Iterator[tuple[Any, int]]:
     """Every equation and how often it runs, inner programs included."""
     for eqn in jaxpr.eqns:
-        inner = [
-            getattr(p, "jaxpr", p)
-            for p in jax.tree.leaves(
-                list(eqn.params.values()), is_leaf=lambda p: isinstance(p, Jaxpr | ClosedJaxpr)
-            )
-            if isinstance(p, Jaxpr | ClosedJaxpr)
-        ]
+        params = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_program)
+        inner = [getattr(p, "jaxpr", p) for p in params if _is_program(p)]
         length = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         if eqn.primitive.name == "while":  # the search carries its thresholds as uint32
-            length = (
-                PASSES
-                if any(getattr(v.aval, "dtype", None) == jnp.uint32 for v in eqn.outvars)
-                else 0
-            )
+            is_search = any(getattr(v.aval, "dtype", None) == jnp.uint32 for v in eqn.outvars)
+            length = PASSES if is_search else 0
         for program in inner:
             yield from equations(program, times * length)
         if not inner:
             yield eqn, times
 
 
+def _is_program(param: Any) -> bool:
+    return isinstance(param, Jaxpr | ClosedJaxpr)
+
+
 def dot_flops(eqn: Any) -> int:
+    """2·M·N·K of a dot_general."""
     (contracted, _), _ = eqn.params["dimension_numbers"]
-    return (
-        2
-        * math.prod(eqn.outvars[0].aval.shape)
-        * math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
-    )
+    summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+    return 2 * math.prod(eqn.outvars[0].aval.shape) * summed
 
 
 def count(fn: Callable, *args: Any, axis_env: Any = None) -> dict[str, Any]:
-    """{flops, elementwise_ops, dots: {(lhs shape, rhs shape, dimension numbers): times}} of one call."""
+    """Operations of one call.
+
+    Returns:
+      {"flops", "elementwise_ops", "dots": {(lhs shape, rhs shape, dimension numbers): times}}.
+    """
     dots: Counter = Counter()
     flops = ops = 0
     jaxpr = jax.make_jaxpr(fn, axis_env=axis_env)(*args)
@@ -80,17 +84,17 @@ def count(fn: Callable, *args: Any, axis_env: Any = None) -> dict[str, Any]:
 
 
 def dots_ms(dots: Counter, share: float = 0.9) -> float:
-    """What these products take one by one at their own shapes: the largest are timed, the rest go at the same speed."""
+    """ms of these products, run one by one at their own shapes.
+
+    The largest are timed, until they make up `share` of the operations. The rest are assumed to
+    run at the same speed.
+    """
 
     def flops(dot):
         lhs, rhs, ((contracted, _), (batch, _)) = dot
-        out = (
-            math.prod(lhs)
-            * math.prod(rhs)
-            // math.prod(lhs[i] for i in contracted) ** 2
-            // math.prod(lhs[i] for i in batch)
-        )
-        return 2 * out * math.prod(lhs[i] for i in contracted) * dots[dot]
+        summed, repeated = (math.prod(lhs[i] for i in axes) for axes in (contracted, batch))
+        out = math.prod(lhs) * math.prod(rhs) // summed**2 // repeated
+        return 2 * out * summed * dots[dot]
 
     total, done, seconds = sum(map(flops, dots)), 0, 0.0
     for dot in sorted(dots, key=flops, reverse=True):
@@ -98,21 +102,17 @@ def dots_ms(dots: Counter, share: float = 0.9) -> float:
             break
         lhs, rhs, numbers = dot
 
-        def body(
-            out, i, fixed, numbers=numbers
-        ):  # the smaller factor depends on the last product, so none is left out
+        def product(a, b, numbers=numbers):
+            return jax.lax.dot_general(a, b, numbers)
+
+        def body(out, i, fixed, product=product):
+            # The smaller factor depends on the last product, so XLA cannot leave one out.
             a, b = fixed
             nudge = 1 + 1e-30 * out.reshape(-1)[0]
-            return jax.lax.dot_general(
-                *((a * nudge, b) if a.size < b.size else (a, b * nudge)), numbers
-            )
+            return product(a * nudge, b) if a.size < b.size else product(a, b * nudge)
 
         a, b = jnp.ones(lhs), jnp.ones(rhs)
-        out = jnp.zeros(
-            jax.eval_shape(
-                lambda a, b, numbers=numbers: jax.lax.dot_general(a, b, numbers), a, b
-            ).shape
-        )
+        out = jnp.zeros(jax.eval_shape(product, a, b).shape)
         steps = max(2, min(50, int(2e9 * dots[dot] / max(flops(dot), 1))))
         seconds += dots[dot] * looped_s(body, out, (a, b), steps, lambda call: fastest(call, 3))
         done += flops(dot)
@@ -120,7 +120,10 @@ def dots_ms(dots: Counter, share: float = 0.9) -> float:
 
 
 def bound(counts: dict[str, Any], num_component_params: int, peaks: Peaks) -> dict[str, Any]:
-    """ms of each resource at its peak, their sum (XLA runs one operation after another on a CPU) and which of them is largest."""
+    """ms that each resource takes at its peak, their sum, and which of them is the largest.
+
+    They are summed because on a CPU XLA runs one operation after another.
+    """
     memory = 8 * 4 * num_component_params
     parts = {
         "matmul": counts["flops"] / peaks.matmul_gflops / 1e6,

@@ -1,4 +1,4 @@
-"""What the benchmarks share: programs of steps, clocks, the peaks of the device, tables."""
+"""What the benchmarks share: programs of many steps, clocks, the device's peaks, tables."""
 
 from __future__ import annotations
 
@@ -20,8 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from apd_jax import targets
-from apd_jax.methods.config import Config
-from apd_jax.targets.base import Target
+from apd_jax.targets.base import Config, Target
 from apd_jax.train import parallel
 from apd_jax.train import step as step_lib
 
@@ -35,12 +34,12 @@ def load_config(file: str, variant: str = "") -> Config:
 
 
 def timed(call: Callable[[], Any], windows: int = WINDOWS) -> float:
-    """Median seconds of `call`, which blocks."""
+    """Median seconds of `call`, which must return only when its work is done."""
     return statistics.median(_seconds(call, windows))
 
 
 def fastest(call: Callable[[], Any], windows: int = WINDOWS) -> float:
-    """Least seconds of `call`, which blocks: what the device can do."""
+    """Least seconds of `call`, which must return only when its work is done."""
     return min(_seconds(call, windows))
 
 
@@ -56,12 +55,16 @@ def _seconds(call: Callable[[], Any], windows: int) -> list[float]:
 def looped_s(
     body: Callable[..., Any], carry: Any, fixed: Any, steps: int, clock: Callable = timed
 ) -> float:
-    """Seconds of one `carry = body(carry, i, fixed)`, in a scan of `steps` whose buffers are donated, as in training."""
+    """Seconds of one `carry = body(carry, i, fixed)`.
 
-    def loop(carry, fixed):  # `fixed` is an argument, lest XLA fold it as a constant
-        return jax.lax.scan(
-            lambda carry, i: (body(carry, i, fixed), None), carry, jnp.arange(steps)
-        )[0]
+    Measured in a scan of `steps` whose buffers are donated, as in training.
+    """
+
+    def loop(carry, fixed):  # `fixed` is an argument, so that XLA does not fold it as a constant
+        def step(carry, i):
+            return body(carry, i, fixed), None
+
+        return jax.lax.scan(step, carry, jnp.arange(steps))[0]
 
     program = jax.jit(loop, donate_argnums=0)
     held = [jax.block_until_ready(program(jax.tree.map(jnp.copy, carry), fixed))]
@@ -104,7 +107,10 @@ def measure_peaks() -> Peaks:
 
 @dataclasses.dataclass
 class Steps:
-    """`steps` train steps of an experiment as one program on all local devices, with a state to run it on."""
+    """`steps` train steps of an experiment as one program on all local devices.
+
+    It holds a state, from which `call` continues.
+    """
 
     target: Target
     params: Any
@@ -112,8 +118,8 @@ class Steps:
     steps: int
     step: Callable  # one step, (state, params, key) -> (state, metrics), for one device
     make_state: Callable[[], step_lib.TrainState]
-    call: Callable[[], Any]  # runs the program on and returns its metrics; blocks
-    traced: Callable[[int], Any]  # jaxpr of one step on so many devices
+    call: Callable[[], Any]  # runs the next `steps` steps; returns their metrics once done
+    traced: Callable[[int], Any]  # number of devices -> jaxpr of one step
 
     @classmethod
     def build(
@@ -126,14 +132,19 @@ class Steps:
         instances: int = 1,
         num_devices: int | None = None,
     ) -> Steps:
-        """`params`: of the target; None takes those it is initialised with. `num_devices`: None takes all."""
+        """Builds the program and its first state.
+
+        Args:
+          params: the target's weights; None takes initial ones.
+          batch_size: None takes the config's.
+          instances: how many runs the program holds, side by side by `jax.vmap`.
+          num_devices: None takes all.
+        """
         config = experiment.apd
         with config.unlocked():
             config.batch_size = batch_size or config.batch_size
-        target, devices = (
-            targets.build(experiment.target, config.batch_size),
-            jax.local_devices()[:num_devices],
-        )
+        target = targets.build(experiment.target, config.batch_size)
+        devices = jax.local_devices()[:num_devices]
         params = target.init_fn(jax.random.key(0)) if params is None else params
 
         def make_state(key):
@@ -162,37 +173,37 @@ class Steps:
             return jax.block_until_ready((held[0], metrics))[1]
 
         def traced(size):
-            return jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])(
-                make_first(), params, jax.random.key(0)
-            ).jaxpr
+            trace = jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])
+            return trace(make_first(), params, jax.random.key(0)).jaxpr
 
         return cls(target, params, config, steps, make(None), make_first, call, traced)
 
     @functools.cached_property
     def state(self) -> step_lib.TrainState:
-        """The first state, beside the one that `call` runs on: it counts in the peak memory from here on."""
+        """A second copy of the first state.
+
+        `call` has its own. From the first use on, this copy adds to the peak memory.
+        """
         return self.make_state()
 
     def ms_and_compile_s(self, windows: int = WINDOWS) -> tuple[float, float]:
-        """Median ms of a step from here on, and what the first call took beyond its steps."""
+        """Median ms of a step, and the seconds that the first call took beyond its steps."""
         first = timed(self.call, 1)
         seconds = timed(self.call, windows) / self.steps
         return seconds * 1e3, max(first - seconds * self.steps, 0.0)
 
 
 def peak_memory_gib() -> float:
-    """The most this process has used: of the accelerator's memory, or on a CPU of the machine's."""
+    """Peak use of the accelerator's memory, or on a CPU of main memory, by this process."""
     stats = jax.local_devices()[0].memory_stats()
     if stats and "peak_bytes_in_use" in stats:
         return stats["peak_bytes_in_use"] / 2**30
-    status = Path(
-        "/proc/self/status"
-    )  # elsewhere ru_maxrss, which a child process begins with its parent's
+    # Preferred to ru_maxrss, which in a child process starts at the parent's value.
+    status = Path("/proc/self/status")
     if status.exists():
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
-        2**30 if sys.platform == "darwin" else 2**20
-    )
+    unit = 2**30 if sys.platform == "darwin" else 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def write_json(path: str | Path | None, value: Any) -> None:
@@ -208,7 +219,11 @@ def show(
     *,
     markdown: bool = False,
 ) -> None:
-    """Prints rows as a table, or as Markdown for the docs. columns: {heading: key}; numbers with three digits."""
+    """Prints rows as a table, or as Markdown for the docs. Numbers get three digits.
+
+    Args:
+      columns: {heading: key in the rows}.
+    """
 
     def text(value: Any) -> str:
         if not isinstance(value, float):

@@ -1,9 +1,13 @@
-"""What a train step sends between devices, read off the compiled programs: `jax.pmap` beside meshes ("data", "component").
+r"""What a train step sends between devices: `jax.pmap` beside meshes ("data", "component").
 
-    python benchmarks/communication.py [--config=configs/resid_mlp.py] [--shards=1,2,4,8] [--json FILE] [--config.apd.batch_size=2048]
+    python benchmarks/communication.py [--config=configs/resid_mlp.py] [--shards=1,2,4,8] \
+        [--json FILE] [--config.apd.batch_size=2048]
 
-On 8 virtual CPU devices, with a network of random weights: nothing is run, so sizes are those of any devices. Good: what crosses the
-component axis does not grow with C, and on the data axis the gradient of a device's own components, 1/M of all, is nearly everything.
+The bytes are read off the programs compiled for 8 virtual CPU devices, with random weights. Nothing
+is run, so the numbers hold for any 8 devices.
+
+Good: what crosses the component axis does not grow with C. On the data axis nearly everything is
+the gradient of a device's own components, 1/M of all, where M is the number of component shards.
 """
 
 from __future__ import annotations
@@ -33,10 +37,11 @@ _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 
 
 def transfers(config: Any, num_component_shards: int) -> list[communication.Transfer]:
-    """Of one step of this experiment on all devices."""
+    """What one step of this experiment sends on all devices."""
     apd = config.apd.copy_and_resolve_references()
     apd.num_component_shards = num_component_shards
-    apd.num_components += -apd.num_components % NUM_DEVICES  # the same for all rows, and divisible
+    # Rounded up so that it is the same for every number of shards, and divisible by it.
+    apd.num_components += -apd.num_components % NUM_DEVICES
     target = targets.build(config.target, apd.batch_size)
     params = jax.jit(target.init_fn)(jax.random.key(0))
     placed = placement.arrange(apd, jax.devices())
@@ -48,39 +53,25 @@ def transfers(config: Any, num_component_shards: int) -> list[communication.Tran
         jax.random.key(0),
     )
     params, key = placed.share((params, jax.random.key(1)))
-    compiled = (
-        placed.program(step, NUM_STEPS).lower(placed.put(state), params, key, (), None).compile()
-    )
+    program = placed.program(step, NUM_STEPS)
+    compiled = program.lower(placed.put(state), params, key, (), None).compile()
     return communication.read(compiled.as_text(), placed.shape, num_steps=NUM_STEPS)
 
 
 def main(_: list[str]) -> None:
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", NUM_DEVICES)
-    table = Table(
-        "devices",
-        "where",
-        "axes",
-        "operation",
-        "times",
-        "bytes per device",
-        title="Sent between devices",
-    )
+    columns = ("devices", "where", "axes", "operation", "times", "bytes per device")
+    table = Table(*columns, title="Sent between devices")
     rows = []
     for M in map(int, _SHARDS.value):
         label = f"pmap, {NUM_DEVICES}" if M == 1 else f"mesh, {NUM_DEVICES // M} x {M}"
         for t in transfers(_CONFIG.value, M):
             rows.append({"devices": label} | dataclasses.asdict(t))
             where = "an iteration of a search" if t.per_iteration else "a step"
-            table.add_row(
-                label,
-                where,
-                " and ".join(t.axes),
-                t.operation,
-                f"{t.count:.4g}",
-                f"{t.num_bytes:,.0f}",
-            )
-            label = ""
+            count, num_bytes = f"{t.count:.4g}", f"{t.num_bytes:,.0f}"
+            table.add_row(label, where, " and ".join(t.axes), t.operation, count, num_bytes)
+            label = ""  # only in the first row of a number of shards
         table.add_section()
     Console(width=120).print(table)
     if _JSON.value:

@@ -1,8 +1,9 @@
-"""How long XLA takes to compile the train step of every shipped config: tracing and compiling, with no cache.
+"""How long the train step of every shipped config takes to trace and compile, without a cache.
 
     python benchmarks/compile_time.py [--json FILE] [--markdown] [--quick]
 
-The program is that of a run on one device: `steps_per_call` steps, with an untrained target; of a recipe, that of its config's own fields.
+The program is that of a run on one device: `steps_per_call` steps, with an untrained target. Of a
+recipe, which trains in stages, it is the program of the fields in its config.
 `--quick` takes the smoke variant of two configs.
 """
 

@@ -1,6 +1,8 @@
-"""Many runs in one program: ms per step and run of TMS 40-10 (C = 50, batch 2048), instances side by side by vmap.
+"""Many runs in one program, side by side by `jax.vmap`: ms per step, and per step and run.
 
-python benchmarks/instances.py [--json FILE] [--markdown] [--quick]
+    python benchmarks/instances.py [--json FILE] [--markdown] [--quick]
+
+The runs are of TMS 40-10 with C = 50 and batch 2048.
 """
 
 from __future__ import annotations

@@ -1,15 +1,25 @@
-"""How often the truth is recovered: many seeds of one config, each with a target network of its own, and what each came to.
+r"""How often the truth is recovered: many seeds of one config, each with its own target network.
 
-    python benchmarks/recovery.py --config recipe.py:tms,40-10 --seeds 0:20 --json runs/recovery/tms_40-10.json
-    python benchmarks/recovery.py --config recipe.py:tms,5-2 --set recipe.polish.learning_rate=1e-2 --seeds 0:5
-    python benchmarks/recovery.py --summary runs/recovery/*.json --csv docs/recovery.csv --figure docs/images/recovery.png
+    python benchmarks/recovery.py --config recipe.py:tms,40-10 --seeds 0:20 \
+        --json runs/recovery/tms_40-10.json
+    python benchmarks/recovery.py --config recipe.py:tms,5-2 \
+        --set recipe.polish.learning_rate=1e-2 --seeds 0:5
+    python benchmarks/recovery.py --summary runs/recovery/*.json \
+        --csv docs/recovery.csv --figure docs/images/recovery.png
 
-A seed is the run of `python -m apd_jax.main --config=configs/FILE --config.seed=S` without figures and report. What is in the file already
-is not run again, and a run that fails is a row too. A seed succeeds
-    TMS        MMCS >= 0.999 and ML2R = 1 ± 0.01, one to one, and every feature has a component of its own
-    ResidMLP   every feature has a top-1 component that is no other's, and with it (and what is always on) alone an error to the label
-               within 10 % of the target's; what it reads of the feature through W_in of all layers together has a cosine >= 0.99 and
-               a length of 1 ± 0.02 times the network's (means); scrubbed <= 1.5 sparse, anti-scrubbed >= 10 scrubbed
+A seed is the run of `python -m apd_jax.main --config=configs/FILE --config.seed=S` without figures
+and report. Seeds that the file already holds are not run again. A run that fails is a row too.
+
+A seed of TMS succeeds if all of these hold:
+  one to one, MMCS >= 0.999 and ML2R = 1 ± 0.01
+  every feature has a component of its own
+A seed of ResidMLP succeeds if all of these hold:
+  every feature has a top-1 component (the one with the largest attribution where the feature is
+    alone) that is not another feature's
+  with it alone (and those always on), the error to the label is within 10 % of the target's
+  what it reads of the feature through W_in of all layers together, compared with the whole network,
+    has a cosine >= 0.99 and a length of 1 ± 0.02, both as means over features
+  scrubbed error <= 1.5 sparse error, anti-scrubbed error >= 10 scrubbed error
 """
 
 from __future__ import annotations
@@ -32,12 +42,12 @@ from rich.table import Table
 
 from apd_jax import evaluation, targets
 from apd_jax.errors import InputError, NonFiniteError
-from apd_jax.methods.config import Config
 from apd_jax.recipe import stages as recipe
 from apd_jax.targets import pretrain
+from apd_jax.targets.base import Config
 from apd_jax.train import loop as train
 
-MARGIN = 0.1  # of a feature's error, relative to the target's own
+MARGIN = 0.1  # by which a feature's error may exceed the target's, relative to the target's
 SHOWN = (
     "mmcs_one_to_one",
     "ml2r_one_to_one",
@@ -63,16 +73,15 @@ KEPT = (
     "device",
 )
 KEPT += ("date", "error")
+# {kind of settings: its colour in the figure}
 RECIPES = {"paper's settings": "C1", "recipe with learned masks": "C2", "recipe": "C0"}
-SHOWN_TMS = (
-    (1e-8, 1.0),
-    (1e-5, 1.0),
-)  # of 1 - MMCS and |ML2R - 1| in the figure: what is outside is drawn at the edge
-SHOWN_RESID_MLP = (1e-8, 1e-2), (1e-10, 1e-2)  # likewise of sparse and scrubbed errors
+# Ranges of the figure's axes. A point outside of them is drawn at the edge.
+SHOWN_TMS = (1e-8, 1.0), (1e-5, 1.0)  # 1 - MMCS, |ML2R - 1|
+SHOWN_RESID_MLP = (1e-8, 1e-2), (1e-10, 1e-2)  # sparse error, scrubbed error
 
 
 def experiment(name: str, seed: int, changes: dict[str, Any]) -> Config:
-    """The config of a seed, e.g. of "recipe.py:tms,5-2", with some fields changed."""
+    """The config named e.g. "recipe.py:tms,5-2", with its seed and some fields changed."""
     file, _, variant = name.partition(":")
     config = load_config(file, variant)
     config.update_from_flattened_dict({"seed": seed} | changes)
@@ -123,9 +132,15 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
 
 
 def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
-    """W_in and W_out apart: what a feature's component reads of it, and writes to it, beside the whole network; means over features.
+    """What a feature's component reads of it (W_in) and writes to it (W_out), apart.
 
-    `owner` is the component with the largest attribution where the feature is alone; `distinct` says how many of them there are.
+    Both are compared with those of the whole network, over all layers together.
+
+    Args:
+      owner: [F], the component with the largest attribution where the feature is alone.
+    Returns:
+      distinct: number of different components in `owner`.
+      cosine_w_{in,out}, norm_ratio_w_{in,out}: component against network, means over features.
     """
     found: dict[str, float] = {"distinct": len(set(owner.tolist()))}
     parts: dict[str, Any] = {name: np.asarray(f.U @ f.V) for name, f in components.factors.items()}
@@ -133,7 +148,7 @@ def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
         names = sorted(name for name in parts if name.startswith(f"mlp_{side}_"))
         cosine, ratio = [], []
         for f, c in enumerate(owner):
-            own, whole = [
+            own, whole = (
                 np.concatenate(
                     [
                         params["W_E"][f] @ w[n] if side == "in" else w[n] @ params["W_U"][:, f]
@@ -141,11 +156,10 @@ def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
                     ]
                 )
                 for w in ({n: parts[n][c] for n in names}, params)
-            ]
-            cosine.append(
-                float(own @ whole / (np.linalg.norm(own) * np.linalg.norm(whole) + 1e-30))
             )
-            ratio.append(float(np.linalg.norm(own) / np.linalg.norm(whole)))
+            length, full = np.linalg.norm(own), np.linalg.norm(whole)
+            cosine.append(float(own @ whole / (length * full + 1e-30)))
+            ratio.append(float(length / full))
         found |= {
             f"cosine_w_{side}": float(np.mean(cosine)),
             f"norm_ratio_w_{side}": float(np.mean(ratio)),
@@ -154,6 +168,7 @@ def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
 
 
 def succeeds(target: str, row: dict[str, Any]) -> bool:
+    """Whether a row meets the conditions in the docstring of this file."""
     owned = row["num_features_owned"] == row["num_features"]
     if target == "resid_mlp":
         apart = row["distinct"] == row["within_margin"] == row["num_features"]
@@ -168,17 +183,15 @@ def succeeds(target: str, row: dict[str, Any]) -> bool:
 
 
 def summary(rows: list[dict[str, Any]]) -> Table:
-    """A column per config and changes, means with least and most over seeds; failures included."""
+    """A column per config with its changes: mean (min to max) over seeds, failures included."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(
-            "\n".join((row["config"], *(f"{k}={v}" for k, v in row["changes"].items()))), []
-        ).append(row)
-    table = Table("mean\n(least to most)", *groups)
+        heading = "\n".join((row["config"], *(f"{k}={v}" for k, v in row["changes"].items())))
+        groups.setdefault(heading, []).append(row)
+    table = Table("mean\n(min to max)", *groups)
     table.add_row("seeds", *(str(len(group)) for group in groups.values()))
-    table.add_row(
-        "succeed", *(str(sum(row["success"] for row in group)) for group in groups.values())
-    )
+    succeed = (str(sum(row["success"] for row in group)) for group in groups.values())
+    table.add_row("succeed", *succeed)
     for key in (*SHOWN, *SCRUBBED, "seconds"):
         each = [[row[key] for row in group if key in row] for group in groups.values()]
         if any(each):
@@ -190,7 +203,10 @@ def summary(rows: list[dict[str, Any]]) -> Table:
 
 
 def recipe_and_target(name: str) -> tuple[str, str]:
-    """Which of RECIPES a config is, and of what: ("recipe", "tms,5-2") of "recipe.py:tms,5-2"."""
+    """The kind of settings, one of RECIPES, and the target.
+
+    E.g. ("recipe", "tms,5-2") of "recipe.py:tms,5-2".
+    """
     file, _, variant = name.partition(":")
     if file != "recipe.py":
         return "paper's settings", ",".join(filter(None, (file.removesuffix(".py"), variant)))
@@ -199,7 +215,10 @@ def recipe_and_target(name: str) -> tuple[str, str]:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """A panel per target, a point per seed: filled where it succeeds; grey is where the measures that are drawn allow success."""
+    """A figure with a panel per target and a point per seed, filled where the seed succeeds.
+
+    Grey is the region in which the two drawn measures allow success.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -208,43 +227,10 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     names.sort(key=lambda name: not name.startswith("tms"))
     columns = min(4, len(names))
     height = -(-len(names) // columns)
-    figure, axes = plt.subplots(
-        height,
-        columns,
-        figsize=(3 * columns, 3 * height + 0.4),
-        layout="constrained",
-        squeeze=False,
-    )
+    size = (3 * columns, 3 * height + 0.4)
+    figure, axes = plt.subplots(height, columns, figsize=size, layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, names, strict=False):
-        tms, counts = name.startswith("tms"), []
-        limits = SHOWN_TMS if tms else SHOWN_RESID_MLP
-        axis.set(xscale="log", yscale="log", xlim=limits[0], ylim=limits[1])
-        for kind, colour in RECIPES.items():
-            here = [row for row in rows if recipe_and_target(row["config"]) == (kind, name)]
-            x = [1 - row["mmcs_one_to_one"] if tms else row["minimality_topk"] for row in here]
-            y = [abs(row["ml2r_one_to_one"] - 1) if tms else row["scrub_scrubbed"] for row in here]
-            x, y = (np.clip(values, *shown) for values, shown in zip((x, y), limits, strict=True))
-            faces = [colour if row["success"] else "none" for row in here]
-            axis.scatter(
-                x,
-                y,
-                s=26,
-                facecolors=faces,
-                edgecolors=colour,
-                linewidths=1.2,
-                label=kind,
-                zorder=3,
-                clip_on=False,
-            )
-            counts += [f"{sum(row['success'] for row in here)} of {len(here)}"] if here else []
-        axis.set_title(f"{name}\n{', '.join(counts)} succeed", fontsize=9)
-        axis.set_xlabel("1 - MMCS" if tms else "sparse error")
-        axis.set_ylabel("|ML2R - 1|" if tms else "scrubbed error")
-        (left, right), (lowest, _) = limits
-        edge, allowed = (
-            ([left, 1e-3], [1e-2, 1e-2]) if tms else ([left, right], [1.5 * left, 1.5 * right])
-        )
-        axis.fill_between(edge, lowest, allowed, color="0.92", zorder=0)
+        draw_target(axis, name, rows)
     for axis in axes.flat[len(names) :]:
         axis.remove()
     handles = [
@@ -255,17 +241,37 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     figure.savefig(path, dpi=120)
 
 
+def draw_target(axis: Any, name: str, rows: list[dict[str, Any]]) -> None:
+    """One panel of the figure: the seeds of a target, by all RECIPES."""
+    tms, counts = name.startswith("tms"), []
+    limits = SHOWN_TMS if tms else SHOWN_RESID_MLP
+    axis.set(xscale="log", yscale="log", xlim=limits[0], ylim=limits[1])
+    for kind, colour in RECIPES.items():
+        here = [row for row in rows if recipe_and_target(row["config"]) == (kind, name)]
+        x = [1 - row["mmcs_one_to_one"] if tms else row["minimality_topk"] for row in here]
+        y = [abs(row["ml2r_one_to_one"] - 1) if tms else row["scrub_scrubbed"] for row in here]
+        x, y = (np.clip(values, *shown) for values, shown in zip((x, y), limits, strict=True))
+        look = {"s": 26, "edgecolors": colour, "linewidths": 1.2, "zorder": 3, "clip_on": False}
+        faces = [colour if row["success"] else "none" for row in here]
+        axis.scatter(x, y, facecolors=faces, label=kind, **look)
+        counts += [f"{sum(row['success'] for row in here)} of {len(here)}"] if here else []
+    axis.set_title(f"{name}\n{', '.join(counts)} succeed", fontsize=9)
+    axis.set_xlabel("1 - MMCS" if tms else "sparse error")
+    axis.set_ylabel("|ML2R - 1|" if tms else "scrubbed error")
+    (left, right), (lowest, _) = limits
+    edge, allowed = ([left, right], [1.5 * left, 1.5 * right])
+    if tms:
+        edge, allowed = ([left, 1e-3], [1e-2, 1e-2])
+    axis.fill_between(edge, lowest, allowed, color="0.92", zorder=0)
+
+
 def write_csv(rows: list[dict[str, Any]], path: str) -> None:
-    """The rows, of every one what KEPT names, to six digits."""
+    """The fields KEPT of all rows, numbers with six digits."""
 
     def short(value: Any) -> Any:
-        return (
-            f"{value:.6g}"
-            if isinstance(value, float)
-            else json.dumps(value)
-            if isinstance(value, dict)
-            else value
-        )
+        if isinstance(value, float):
+            return f"{value:.6g}"
+        return json.dumps(value) if isinstance(value, dict) else value
 
     with open(path, "w", newline="") as file:
         writer = csv.DictWriter(file, KEPT, extrasaction="ignore", lineterminator="\n")
@@ -273,27 +279,46 @@ def write_csv(rows: list[dict[str, Any]], path: str) -> None:
         writer.writerows({key: short(row[key]) for key in KEPT if key in row} for row in rows)
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--config", help="a file of configs/ with its argument")
-    parser.add_argument("--seeds", default="0:20", help="first:end")
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="FIELD=VALUE", help="fields of the config to change"
-    )
-    parser.add_argument("--json", default=None, help="file that rows are added to")
-    parser.add_argument(
-        "--summary",
-        nargs="*",
-        default=[],
-        metavar="FILE",
-        help="only print the table of these files",
-    )
-    parser.add_argument(
-        "--csv", default=None, help="file that the rows of the --summary are written to"
-    )
-    parser.add_argument("--figure", default=None, help="picture of the rows of the --summary")
+    add = parser.add_argument
+    add("--config", help="a file of configs/ with its argument")
+    add("--seeds", default="0:20", help="first:end")
+    add("--set", nargs="*", default=[], metavar="FIELD=VALUE", help="config fields to change")
+    add("--json", default=None, help="file that rows are added to")
+    add("--summary", nargs="*", default=[], metavar="FILE", help="only print their table")
+    add("--csv", default=None, help="file that the rows of the --summary are written to")
+    add("--figure", default=None, help="picture of the rows of the --summary")
+    return parser
+
+
+def run_all(
+    config: str, seeds: range, changes: dict[str, Any], file: Path | None, console: Console
+) -> list[dict[str, Any]]:
+    """Runs the seeds that the file does not hold yet, and writes it after each.
+
+    Returns:
+      All rows of the file, with the new ones.
+    """
+    rows = json.loads(file.read_text()) if file is not None and file.exists() else []
+    done = {(row["config"], row["seed"], json.dumps(row["changes"])) for row in rows}
+    for seed in seeds:
+        if (config, seed, json.dumps(changes)) in done:
+            continue
+        rows.append(run(config, seed, changes))
+        console.print(
+            {key: rows[-1].get(key) for key in ("seed", "success", *SHOWN, "seconds", "error")}
+        )
+        if file is not None:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def main() -> None:
+    parser = make_parser()
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 240)
     if options.summary:
@@ -311,19 +336,8 @@ def main() -> None:
         for field, value in (entry.split("=", 1) for entry in options.set)
     }
     file = None if options.json is None else Path(options.json)
-    rows = json.loads(file.read_text()) if file is not None and file.exists() else []
-    done = {(row["config"], row["seed"], json.dumps(row["changes"])) for row in rows}
-    for seed in range(*map(int, options.seeds.split(":"))):
-        if (options.config, seed, json.dumps(changes)) in done:
-            continue
-        rows.append(run(options.config, seed, changes))
-        console.print(
-            {key: rows[-1].get(key) for key in ("seed", "success", *SHOWN, "seconds", "error")}
-        )
-        if file is not None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(json.dumps(rows, indent=1))
-    console.print(summary(rows))
+    seeds = range(*map(int, options.seeds.split(":")))
+    console.print(summary(run_all(options.config, seeds, changes, file, console)))
 
 
 if __name__ == "__main__":

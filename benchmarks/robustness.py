@@ -1,11 +1,15 @@
-"""How far each setting can be moved before the truth is lost: the paper's recipe beside ours, on TMS 5-2.
+r"""How far a setting can be moved before the truth is lost, by the paper's recipe and by ours.
 
-    python benchmarks/robustness.py --json runs/recovery/robustness.json [--seeds 0:5] [--figure docs/images/robustness.png]
+    python benchmarks/robustness.py --json runs/recovery/robustness.json [--seeds 0:5] \
+        [--figure docs/images/robustness.png]
 
-Every setting alone is multiplied by 0.1, 0.32, 1, 3.2 and 10 (whole numbers rounded, at least 1). Two bars:
-features found, every one with a component of its own and a mean cosine one to one of at least 0.99, whatever their lengths; and success as
-`benchmarks/recovery.py` has it, MMCS >= 0.999 and ML2R = 1 ± 0.01.
-Two recipes have no setting in common but in meaning; FIELDS says which is which. Rows that the file holds already are not run again.
+The target is TMS 5-2. One setting at a time is multiplied by 0.1, 0.32, 1, 3.2 and 10 (integers
+are rounded, to at least 1). Two bars count the seeds:
+  features found  every feature has a component of its own, and the mean cosine one to one is at
+                  least 0.99; lengths do not matter
+  success         as in `benchmarks/recovery.py`: MMCS >= 0.999 and ML2R = 1 ± 0.01
+The two recipes name their settings differently; FIELDS says which fields have the same meaning.
+Rows that the file already holds are not run again.
 """
 
 from __future__ import annotations
@@ -23,7 +27,9 @@ import recovery
 from apd_jax.recipe import stages as recipe
 
 FACTORS = (0.1, 10**-0.5, 1.0, 10**0.5, 10.0)
-PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2,told"  # of k, to have something to multiply
+# `told`: k is set, not estimated, so that it can be multiplied.
+PAPER, OURS = "tms.py:5-2", "recipe.py:tms,5-2,told"
+# {setting: (fields of PAPER, fields of OURS)}
 FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "k": (("apd.topk",), ("apd.topk",)),
     "simplicity": (
@@ -45,7 +51,7 @@ FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def changed(name: str, fields: tuple[str, ...], factor: float) -> dict[str, Any]:
-    """The fields of the config `name`, multiplied."""
+    """{field of the config `name`: its value times the factor}."""
     flat = recovery.experiment(name, 0, {}).to_dict()
     values = {}
     for field in fields:
@@ -57,6 +63,7 @@ def changed(name: str, fields: tuple[str, ...], factor: float) -> dict[str, Any]
 
 
 def found(row: dict[str, Any]) -> bool:
+    """Whether all features are found: see the docstring of this file."""
     return (
         "error" not in row
         and row["num_features_owned"] == row["num_features"]
@@ -71,25 +78,22 @@ def rates(
     rows: list[dict[str, Any]], met: Callable[[dict[str, Any]], bool]
 ) -> dict[str, dict[str, list[float]]]:
     """{setting: {config: share of seeds that meet the bar, by factor}}."""
-    shares: dict[str, dict[str, list[float]]] = {}
-    for setting in FIELDS:
-        for name in (PAPER, OURS):
-            here = [
-                [
-                    met(r)
-                    for r in rows
-                    if (r["config"], r["setting"], r["factor"]) == (name, setting, f)
-                ]
-                for f in FACTORS
-            ]
-            shares.setdefault(setting, {})[name] = [
-                float(np.mean(h)) if h else float("nan") for h in here
-            ]
-    return shares
+
+    def share(*key: Any) -> float:
+        here = [met(row) for row in rows if (row["config"], row["setting"], row["factor"]) == key]
+        return float(np.mean(here)) if here else float("nan")
+
+    return {
+        setting: {name: [share(name, setting, f) for f in FACTORS] for name in (PAPER, OURS)}
+        for setting in FIELDS
+    }
 
 
 def draw(shares: dict[str, dict[str, dict[str, list[float]]]], path: str) -> None:
-    """A panel per setting: the share of seeds over the factor, of both recipes (colours) by both bars (filled, open)."""
+    """A panel per setting: the share of seeds that meet a bar, over the factor.
+
+    Colours are the recipes. Filled markers are `success`, open ones `features found`.
+    """
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -123,6 +127,55 @@ def draw(shares: dict[str, dict[str, dict[str, list[float]]]], path: str) -> Non
     figure.savefig(path, dpi=120)
 
 
+def run_all(file: Path, seeds: range) -> list[dict[str, Any]]:
+    """Runs what the file does not hold yet, and writes it after each run.
+
+    Returns:
+      All rows of the file, with the new ones.
+    """
+    rows = json.loads(file.read_text()) if file.exists() else []
+    done = {(row["config"], row["setting"], row["factor"], row["seed"]): row for row in rows}
+    wanted = [
+        (name, setting, factor, seed, fields)
+        for seed in seeds
+        for setting, both in FIELDS.items()
+        for name, fields in zip((PAPER, OURS), both, strict=True)
+        for factor in FACTORS
+    ]
+    for name, setting, factor, seed, fields in wanted:
+        if (name, setting, factor, seed) in done:
+            continue
+        # At factor 1 all settings are the shipped ones: one run serves for all.
+        same = [(name, other, factor, seed) for other in FIELDS if factor == 1]
+        shipped = [done[key] for key in same if key in done]
+        row = shipped[0] if shipped else recovery.run(name, seed, changed(name, fields, factor))
+        row = row | {"setting": setting, "factor": factor}
+        rows.append(row)
+        done[name, setting, factor, seed] = row
+        met = [bar for bar, met in BARS.items() if met(row)]
+        outcome = ", ".join(met) or row.get("error", "lost")
+        print(setting, name, f"{factor:.2g}", seed, outcome, flush=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(rows, indent=1))
+    return rows
+
+
+def print_shares(by_setting: dict[str, dict[str, list[float]]]) -> None:
+    """A line per setting, and the mean of each recipe's shares over all settings and factors."""
+    for setting, by_config in by_setting.items():
+        each = (
+            f"{name}: " + " ".join(f"{share:.2f}" for share in values)
+            for name, values in by_config.items()
+        )
+        print(f"{setting:15}", *each, sep="   ")
+    areas = {
+        name: float(np.nanmean([by_config[name] for by_config in by_setting.values()]))
+        for name in (PAPER, OURS)
+    }
+    ratio = f"ratio {areas[OURS] / areas[PAPER]:.2f}" if areas[PAPER] else "no ratio to 0"
+    print(f"mean share: {areas}, {ratio}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,56 +184,11 @@ def main() -> None:
     parser.add_argument("--seeds", default="0:5", help="first:end")
     parser.add_argument("--figure", default=None)
     options = parser.parse_args()
-    file = Path(options.json)
-    rows = json.loads(file.read_text()) if file.exists() else []
-    done = {(row["config"], row["setting"], row["factor"], row["seed"]): row for row in rows}
-    for seed in range(*map(int, options.seeds.split(":"))):
-        for setting, fields in FIELDS.items():
-            for name, own in zip((PAPER, OURS), fields, strict=True):
-                for factor in FACTORS:
-                    if (name, setting, factor, seed) in done:
-                        continue
-                    shipped = [
-                        done[key]
-                        for other in FIELDS
-                        if factor == 1 and (key := (name, other, factor, seed)) in done
-                    ]  # one run for all
-                    row = (
-                        shipped[0]
-                        if shipped
-                        else recovery.run(name, seed, changed(name, own, factor))
-                    ) | {
-                        "setting": setting,
-                        "factor": factor,
-                    }
-                    rows.append(row)
-                    done[name, setting, factor, seed] = row
-                    met = [bar for bar, met in BARS.items() if met(row)]
-                    print(
-                        setting,
-                        name,
-                        f"{factor:.2g}",
-                        seed,
-                        ", ".join(met) or row.get("error", "lost"),
-                        flush=True,
-                    )
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    file.write_text(json.dumps(rows, indent=1))
+    rows = run_all(Path(options.json), range(*map(int, options.seeds.split(":"))))
     shares = {bar: rates(rows, met) for bar, met in BARS.items()}
     for bar, by_setting in shares.items():
         print(bar)
-        for setting, by_config in by_setting.items():
-            each = (
-                f"{name}: " + " ".join(f"{share:.2f}" for share in values)
-                for name, values in by_config.items()
-            )
-            print(f"{setting:15}", *each, sep="   ")
-        areas = {
-            name: float(np.nanmean([by_config[name] for by_config in by_setting.values()]))
-            for name in (PAPER, OURS)
-        }
-        ratio = f"ratio {areas[OURS] / areas[PAPER]:.2f}" if areas[PAPER] else "no ratio to 0"
-        print(f"mean share: {areas}, {ratio}")
+        print_shares(by_setting)
     if options.figure:
         draw(shares, options.figure)
 

@@ -1,11 +1,14 @@
-"""How time and memory of a step grow with components, rank, batch and devices; a cost model fitted to it; a transformer on paper.
+"""How time and memory of a step grow with components, rank, batch and devices.
 
     python benchmarks/scaling.py [--json FILE] [--markdown] [--quick]
 
-The network: ResidMLP with 100 features, residual width 256 and 32 neurons, untrained. Operations of each term are counted in its traced
-program (`bounds.py`). The model, fitted by non-negative least squares to relative errors:
+The network: ResidMLP with 100 features, residual width 256 and 32 neurons, untrained. Operations of
+each term are counted in its traced program (`bounds.py`). A cost model is fitted by non-negative
+least squares to the relative errors:
 
   ms = a·attributions + b·sparse pass + c·faithfulness (GFLOP each) + d·component parameters + e
+
+With the model's efficiencies, `pod.py` computes a transformer on paper.
 """
 
 from __future__ import annotations
@@ -48,20 +51,15 @@ def build(point: dict[str, int], steps: int, *, quick: bool, num_devices: int | 
 
 
 def term_gflop(running: Steps) -> dict[str, float]:
-    """Operations of the products in each term."""
-    target, params, config, cs = (
-        running.target,
-        running.params,
-        running.config,
-        running.state.components,
-    )
+    """GFLOP of the products in each term."""
+    target, params, config = running.target, running.params, running.config
+    cs = running.state.components
     x = target.sample_fn(jax.random.key(0), 0)
     mask = jax.numpy.zeros((config.batch_size, config.num_components), bool)
+    slots = dispatch.slots_for(config.topk, *mask.shape)
 
     def sparse_loss(cs):
-        out = sparse.apply(
-            target.apply_fn, params, cs, mask, x, slots=dispatch.slots_for(config.topk, *mask.shape)
-        )
+        out = sparse.apply(target.apply_fn, params, cs, mask, x, slots=slots)
         return losses.minimality(step_lib.split_result(out)[0], x)
 
     programs = {
@@ -75,6 +73,7 @@ def term_gflop(running: Steps) -> dict[str, float]:
 
 
 def measure(point: dict[str, int], *, quick: bool) -> dict[str, Any]:
+    """The row of one point (C, rank and batch): time, memory and operations."""
     running = build(point, 2 if quick else 10, quick=quick)
     ms, _ = running.ms_and_compile_s(2 if quick else 5)
     one = jax.jit(running.step).lower(running.state, running.params, jax.random.key(0)).compile()
@@ -91,7 +90,7 @@ def measure(point: dict[str, int], *, quick: bool) -> dict[str, Any]:
 
 
 def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Coefficients of the cost model, and how far it is off the measured times."""
+    """Coefficients of the cost model, and its relative errors; puts `model_ms` into the rows."""
     columns = [*TERMS, "params_m"]
     design = np.array([[row[name] for name in columns] + [1.0] for row in rows])
     ms = np.array([row["ms"] for row in rows])
@@ -111,7 +110,12 @@ def fit(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def efficiencies(model: dict[str, Any], matmul_gflops: float, overall: float) -> dict[str, float]:
-    """Share of the matmul peak per term, at most 1; where the fit gives a term no time of its own, the share of the whole step."""
+    """Share of the matmul peak that each term reaches, at most 1.
+
+    Args:
+      model: what `fit` returns.
+      overall: the share of the whole step, taken for a term whose fitted time is 0.
+    """
     return {
         name: min(1.0, 1e3 / ms / matmul_gflops if ms > 0 else overall)
         for name, ms in model["ms_per_gflop"].items()
@@ -119,23 +123,26 @@ def efficiencies(model: dict[str, Any], matmul_gflops: float, overall: float) ->
 
 
 def on_devices() -> list[dict[str, Any]]:
-    """Data parallel over virtual devices: what is sent, and whether the losses are those of one device. Not how fast: they share cores."""
+    """Data parallel over virtual devices: what is sent, and whether losses equal one device's.
+
+    No times are measured, because the virtual devices share the cores.
+    """
     rows: list[dict[str, Any]] = []
     for n in DEVICES:
         running = build(BASE | {"batch": 64, "C": 16}, 3, quick=True, num_devices=n)
-        summed = [
-            v.aval
-            for eqn, _ in bounds.equations(running.traced(n))
-            if eqn.primitive.name.startswith("psum")
-            for v in eqn.invars
-        ]
+        summed = []  # of what is summed over devices, shape and dtype; with one, nothing is sent
+        if n > 1:
+            summed = [
+                v.aval
+                for eqn, _ in bounds.equations(running.traced(n))
+                if eqn.primitive.name.startswith("psum")
+                for v in eqn.invars
+            ]
         rows.append(
             {
                 "devices": n,
-                "gradient_bytes": sum(a.size * a.dtype.itemsize for a in summed if a.ndim)
-                if n > 1
-                else 0,
-                "scalars": sum(not a.ndim for a in summed) if n > 1 else 0,
+                "gradient_bytes": sum(a.size * a.dtype.itemsize for a in summed if a.ndim),
+                "scalars": sum(not a.ndim for a in summed),
                 "total": np.asarray(running.call()["total"]).tolist(),
             }
         )
@@ -210,12 +217,12 @@ def main() -> None:
     parser.add_argument("--json", default=None)
     parser.add_argument("--markdown", action="store_true")
     parser.add_argument(
-        "--quick", action="store_true", help="tiny shapes, for a look whether everything runs"
+        "--quick", action="store_true", help="tiny shapes, to see whether everything runs"
     )
     parser.add_argument(
         "--devices-only",
         action="store_true",
-        help="the table of virtual devices, as JSON (used by the others)",
+        help="write only the table of virtual devices, as JSON (this command calls itself so)",
     )
     options = parser.parse_args()
     if options.devices_only:
@@ -225,11 +232,8 @@ def main() -> None:
     points = [base] + [base | {name: value} for name, values in grid.items() for value in values]
     rows = [measure(point, quick=options.quick) for point in points]
     model, peaks = fit(rows), measure_peaks()
-    overall = (
-        float(np.median([sum(row[name] for name in TERMS) / row["ms"] for row in rows]))
-        * 1e3
-        / peaks.matmul_gflops
-    )
+    gflop_per_ms = np.median([sum(row[name] for name in TERMS) / row["ms"] for row in rows])
+    overall = float(gflop_per_ms) * 1e3 / peaks.matmul_gflops
     efficiency = efficiencies(model, peaks.matmul_gflops, overall)
     result = {
         "device": jax.devices()[0].device_kind,
@@ -246,15 +250,14 @@ def main() -> None:
 
 
 def devices_in_another_process() -> list[dict[str, Any]]:
+    """`on_devices` in a process that begins with virtual devices, which this one cannot add."""
+    flags = f"--xla_force_host_platform_device_count={max(DEVICES)}"
+    flags = f"{flags} {os.environ.get('XLA_FLAGS', '')}"
+    environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "devices.json"
-        flags = f"--xla_force_host_platform_device_count={max(DEVICES)} {os.environ.get('XLA_FLAGS', '')}"
-        environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        subprocess.run(
-            [sys.executable, __file__, "--devices-only", "--json", str(file)],
-            env=environment,
-            check=True,
-        )
+        command = [sys.executable, __file__, "--devices-only", "--json", str(file)]
+        subprocess.run(command, env=environment, check=True)
         return json.loads(file.read_text())
 
 

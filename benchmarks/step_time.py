@@ -1,11 +1,18 @@
-"""Milliseconds per train step of the paper's settings, beside the least they could be, the original's time and its memory.
+r"""Milliseconds per train step of the paper's settings.
 
-    python benchmarks/step_time.py [--json FILE] [--settings tms_5-2_b2048,resid_mlp_1_b256] [--markdown] [--quick]
+Beside them stand a lower bound, and time and memory of the released PyTorch code.
 
-Every setting runs in a process of its own, on a target trained as its config says, from the first step on. Time: median of WINDOWS
-windows of many steps in one XLA call, compilation apart. The bound: `bounds.py`, at the peaks measured in the same process. Parts are
-timed alone, each in a loop of its own, so they need not add up to the step, where XLA shares work between them.
-`--quick` takes a small version of one setting with an untrained target: it shows that everything runs, its numbers mean nothing.
+    python benchmarks/step_time.py [--json FILE] [--markdown] [--quick] \
+        [--settings tms_5-2_b2048,resid_mlp_1_b256]
+
+Every setting runs in a process of its own, on a target trained as its config says, from the first
+step on.
+  time   median of 7 windows of many steps in one XLA call, without compilation
+  bound  by `bounds.py`, at the peaks measured in the same process
+  parts  each timed alone, in a loop of its own; they need not add up to the step, in which XLA may
+         share work between them
+`--quick` takes a small version of one setting with an untrained target. It shows that everything
+runs; its numbers mean nothing.
 """
 
 from __future__ import annotations
@@ -33,7 +40,8 @@ from apd_jax.targets import pretrain
 from apd_jax.train import step as step_lib
 
 # setting -> (config file, variant, batch size, steps in a window, steps of a published run,
-#             the released PyTorch code: ms per step and GiB on 2 CPU cores whose matmul peak was 330 GFLOP/s)
+#             (ms per step, peak GiB) of the released PyTorch code on 2 CPU cores whose matmul peak
+#             was ORIGINAL_GFLOPS)
 SETTINGS = {
     "tms_5-2_b2048": ("tms.py", "5-2", 2048, 500, 20_000, (4.6, 0.37)),
     "tms_40-10_b2048": ("tms.py", "40-10", 2048, 50, 20_000, (57, 0.64)),
@@ -44,23 +52,31 @@ SETTINGS = {
 }
 QUICK = ("resid_mlp_1_b256",)
 ORIGINAL_GFLOPS = 330
+# Parts of the names of profiled events that are not single operations of the program.
+NO_OPERATION = ("Execut", "while", "::", "$", "(", " ")
 
 _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 _SETTINGS = flags.DEFINE_list("settings", list(SETTINGS), "Which settings to time.")
 _MARKDOWN = flags.DEFINE_bool("markdown", False, "Print tables for the docs.")
-_QUICK = flags.DEFINE_bool("quick", False, "Small versions, for a look whether everything runs.")
+_QUICK = flags.DEFINE_bool("quick", False, "Small versions, to see whether everything runs.")
 _ONE = flags.DEFINE_string(
-    "one", None, "Time one setting in this process and print its row (used by the others)."
+    "one", None, "Time one setting in this process, print its row (this command calls itself so)."
 )
 
 
 def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]:
-    """The step's parts, each alone. A carry multiplied by 1e-30 keeps XLA from moving the work out of the loop."""
+    """ms of each part of the step, timed alone.
+
+    Every iteration depends on the one before, where needed through a term times 1e-30. So XLA
+    cannot move the work out of the loop.
+    """
     cs, x = state.components, target.sample_fn(key, 0)
     mask_fn, optimizer = step_lib.make_mask_fn(config), step_lib.make_optimizer(config)
-    scores = jax.jit(
-        lambda cs: attributions.squared("gradient", target.attribution_fn, params, cs, x)
-    )(cs)
+
+    def squared(params, cs, x):
+        return attributions.squared("gradient", target.attribution_fn, params, cs, x)
+
+    scores = jax.jit(lambda cs: squared(params, cs, x))(cs)
     mask = mask_fn(scores, x)
     fixed = {
         "params": params,
@@ -70,29 +86,15 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
     }
 
     def descend(loss: Callable) -> Callable:
-        return lambda cs, i, fixed: jax.tree.map(
-            lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs, fixed)
-        )
+        def body(cs, i, fixed):
+            return jax.tree.map(lambda a, g: a - 1e-30 * g, cs, jax.grad(loss)(cs, fixed))
 
-    def sparse_loss(cs, fixed):
-        slots = dispatch.slots_for(config.topk, *mask.shape)
-        result = sparse.apply(
-            target.apply_fn, fixed["params"], cs, fixed["mask"], fixed["x"], slots=slots
-        )
-        (out, hidden), (target_out, target_hidden) = step_lib.split_result(result), fixed["target"]
-        loss = losses.minimality(out, target_out)
-        return (
-            loss + losses.hidden_reconstruction(hidden, target_hidden)
-            if config.hidden_reconstruction_coeff
-            else loss
-        )
+        return body
 
     def attribute(carry, i, fixed):
         cs, total = carry
         moved = fixed["x"] * (1 + 1e-30 * total[:1, :1])
-        return cs, total + attributions.squared(
-            "gradient", target.attribution_fn, fixed["params"], cs, moved
-        )
+        return cs, total + squared(fixed["params"], cs, moved)
 
     def update(carry, i, fixed):
         cs, opt_state = carry
@@ -103,7 +105,7 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
         "data": (lambda total, i, fixed: total + target.sample_fn(key, i).sum(), jnp.zeros(())),
         "attributions": (attribute, (cs, scores)),
         "mask": (lambda a, i, fixed: a + 1e-30 * mask_fn(a, x), scores),
-        "sparse_pass": (descend(sparse_loss), cs),
+        "sparse_pass": (descend(make_sparse_loss(target, config, mask.shape)), cs),
         "faithfulness": (descend(lambda cs, fixed: losses.faithfulness(cs, fixed["params"])), cs),
         "simplicity": (
             descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], config.schatten_p)),
@@ -114,6 +116,22 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
     return {
         name: 1e3 * looped_s(body, carry, fixed, steps) for name, (body, carry) in parts.items()
     }
+
+
+def make_sparse_loss(target, config, mask_shape: tuple[int, int]) -> Callable:
+    """(components, {params, x, mask, target: the target's outputs}) -> loss of the sparse pass."""
+    slots = dispatch.slots_for(config.topk, *mask_shape)
+
+    def sparse_loss(cs, fixed):
+        params, mask, x = fixed["params"], fixed["mask"], fixed["x"]
+        result = sparse.apply(target.apply_fn, params, cs, mask, x, slots=slots)
+        (out, hidden), (target_out, target_hidden) = step_lib.split_result(result), fixed["target"]
+        loss = losses.minimality(out, target_out)
+        if config.hidden_reconstruction_coeff:
+            loss += losses.hidden_reconstruction(hidden, target_hidden)
+        return loss
+
+    return sparse_loss
 
 
 def largest_operations(call: Callable[[], Any], steps: int, num: int = 5) -> list[dict[str, Any]]:
@@ -128,9 +146,7 @@ def largest_operations(call: Callable[[], Any], steps: int, num: int = 5) -> lis
         for plane in on_device or planes:
             for line in plane.lines:
                 for event in line.events:
-                    if not any(
-                        word in event.name for word in ("Execut", "while", "::", "$", "(", " ")
-                    ):
+                    if not any(word in event.name for word in NO_OPERATION):
                         took[event.name] += event.duration_ns
     return [
         {"operation": name, "ms_per_step": ns / 1e6 / steps} for name, ns in took.most_common(num)
@@ -138,27 +154,25 @@ def largest_operations(call: Callable[[], Any], steps: int, num: int = 5) -> lis
 
 
 def floor_gib() -> float:
-    """What a process takes that imports jax and these modules, and adds two numbers."""
-    code = "import common, jax; jax.numpy.add(1, 1).block_until_ready(); print(common.peak_memory_gib())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=Path(__file__).parent,
-        stdout=subprocess.PIPE,
-        text=True,
-        check=True,
+    """Peak GiB of a process that only imports jax and these modules, and adds two numbers."""
+    code = (
+        "import common, jax; jax.numpy.add(1, 1).block_until_ready(); "
+        "print(common.peak_memory_gib())"
     )
+    command, here = [sys.executable, "-c", code], Path(__file__).parent
+    done = subprocess.run(command, cwd=here, stdout=subprocess.PIPE, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
 def time_setting(name: str, quick: bool) -> dict[str, Any]:
+    """The row of one setting."""
     file, variant, batch_size, steps, full_run, (original_ms, original_gib) = SETTINGS[name]
     experiment = load_config(file, f"{variant},smoke" if quick else variant)
     batch_size, steps, windows = (32, 2, 2) if quick else (batch_size, steps, 7)
     params = None
     if not quick:
-        params, _ = pretrain.pretrain(
-            targets.build(experiment.target, batch_size), experiment.target
-        )
+        target = targets.build(experiment.target, batch_size)
+        params, _ = pretrain.pretrain(target, experiment.target)
     running = Steps.build(experiment, params, steps=steps, batch_size=batch_size)
     ms, compile_s = running.ms_and_compile_s(windows)
     used = peak_memory_gib()
@@ -166,7 +180,8 @@ def time_setting(name: str, quick: bool) -> dict[str, Any]:
     counts = bounds.count(running.step, running.state, running.params, jax.random.key(0))
     components = running.state.components
     limits = bounds.bound(counts, sum(leaf.size for leaf in jax.tree.leaves(components)), peaks)
-    skinny_ms = bounds.dots_ms(counts["dots"])
+    products_ms = bounds.dots_ms(counts["dots"])  # at their own shapes, which may be slow ones
+    at_equal_peak = ORIGINAL_GFLOPS / peaks.matmul_gflops
     return {
         "setting": name,
         "ms_per_step": ms,
@@ -177,16 +192,13 @@ def time_setting(name: str, quick: bool) -> dict[str, Any]:
         "original_ms_per_step": original_ms,
         "original_peak_rss_gib": original_gib,
         "times_faster": original_ms / ms,
-        "times_faster_at_equal_matmul_peak": original_ms
-        / ms
-        * ORIGINAL_GFLOPS
-        / peaks.matmul_gflops,
+        "times_faster_at_equal_matmul_peak": original_ms / ms * at_equal_peak,
         "full_run_minutes": full_run * ms / 6e4,
         **limits,
         "times_bound": ms / limits["bound_ms"],
         "share_of_matmul_peak": limits["gflop"] / ms / peaks.matmul_gflops * 1e3,
-        "products_alone_ms": skinny_ms,
-        "products_alone_gflops": limits["gflop"] / skinny_ms * 1e3,
+        "products_alone_ms": products_ms,
+        "products_alone_gflops": limits["gflop"] / products_ms * 1e3,
         "device": jax.local_devices()[0].device_kind,
         "num_devices": jax.local_device_count(),
         "largest_operations": largest_operations(running.call, steps),
@@ -267,9 +279,9 @@ def main(argv) -> None:
         print(f"unknown settings {sorted(unknown)}; known: {', '.join(SETTINGS)}.", file=sys.stderr)
         sys.exit(2)
     rows = []
-    for name in (
-        [name for name in _SETTINGS.value if name in QUICK] if _QUICK.value else _SETTINGS.value
-    ):
+    for name in _SETTINGS.value:
+        if _QUICK.value and name not in QUICK:
+            continue
         command = [sys.executable, __file__, f"--one={name}", f"--quick={_QUICK.value}"]
         child = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         rows.append(json.loads(child.stdout.splitlines()[-1]))

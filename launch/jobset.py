@@ -1,6 +1,7 @@
-"""Fills in launch/jobset.yaml and hands it to kubectl.
+r"""Fills in launch/jobset.yaml and hands it to kubectl.
 
-python launch/jobset.py --name=apd --image=IMAGE --processes=4 [--gpus=8] [--module=apd_jax.main] [--dry-run] -- --config=... --workdir=gs://...
+    python launch/jobset.py --name=apd --image=IMAGE --processes=4 [--gpus=8] [--dry-run] \
+        [--module=apd_jax.main] -- --config=... --workdir=gs://...
 """
 
 import argparse

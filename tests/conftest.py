@@ -76,6 +76,7 @@ from apd_jax.components import Components, Factors
 from apd_jax.forward.capture import Reading
 from apd_jax.forward.sparse import SiteWeights
 from apd_jax.gates.base import Activity, Observation
+from apd_jax.gates.piece_mlp import PieceMLP
 from apd_jax.methods import registry
 from apd_jax.methods.apd import APD
 from apd_jax.methods.base import Method
@@ -85,7 +86,7 @@ from apd_jax.train.state import TrainState
 
 # jax also builds these pytree nodes from stand-ins (abstract shapes, one copy per device): what
 # their fields hold is not checked. Numbers of methods may be traced.
-NODES = (Factors, Components, Trained, TrainState, Sources, Kept, Reading, SiteWeights)
+NODES = (PieceMLP, Factors, Components, Trained, TrainState, Sources, Kept, Reading, SiteWeights)
 for node in (*NODES, Activity, Observation, *registry.METHODS.values()):
     node.__init__ = inspect.unwrap(node.__init__)
 
@@ -129,6 +130,11 @@ def make_problem(apply_fn: Callable, params: Any, sample_fn: Any, **fields: Any)
 def method_of(config: ConfigDict) -> Method:
     """The settings that an experiment's config (or its `apd`) holds."""
     return registry.of(config.apd if "apd" in config else config)
+
+
+def seen(scores: jax.Array, x: Any = None, **fields: Any) -> Observation:
+    """What a gate on attributions is given of a batch with these ones."""
+    return Observation(x, Components({}, scores.shape[-1]), scores, **fields)
 
 
 def get_config(file: str, *args: str) -> ConfigDict:

@@ -31,7 +31,8 @@ class Behaviour:
 
     attributions: Float[np.ndarray, "B *T C"]  # in units of the output
     mask: Bool[np.ndarray, "B *T C"]  # as in training
-    cut: float  # the smallest score above 0 that the mask kept; infinite if there is none
+    # the smallest score above 0 that the mask kept, of what is not always on; infinite if none
+    cut: float
     cuts: Float[np.ndarray, " C"]  # the same of every component
     firing_rates: Float[np.ndarray, " C"]  # share of examples (or positions) on which it fires
     damage: Float[np.ndarray, " C"]  # in units of the minimality loss
@@ -61,8 +62,8 @@ def behaviour(decomposition: Decomposition, x: PyTree, *, num_examples: int = 6)
         _, examples = jax.lax.top_k(strongest.T, min(num_examples, strongest.shape[0]))
         damage, change = _without_each(method, problem, trained.components, params, x, examples)
         fires = fired(activity)
-        cut = jnp.min(jnp.where(fires, scores, jnp.inf))
         cuts = jnp.min(jnp.where(fires, scores, jnp.inf).reshape(-1, C), axis=0)
+        cut = jnp.min(cuts[method.always_on :])
         rates = jnp.mean(fires, axis=range(fires.ndim - 1), dtype=jnp.float32)
         return scores, activity.active, cut, cuts, rates, damage, examples, change
 

@@ -26,6 +26,7 @@ from apd_jax.forward import sparse
 from apd_jax.gates.base import Activity
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
+from apd_jax.network.outputs import split_result
 from apd_jax.network.problem import Problem
 from apd_jax.targets.base import FeatureTarget
 from apd_jax.targets.scoring import alive_components
@@ -50,13 +51,14 @@ class _Model:
 
     def out(self, x: Array) -> tuple[Array, Any]:
         """The target's outputs [B, F] and hidden activations."""
-        return self.target.apply_fn(self.params, x)
+        return split_result(self.target.apply_fn(self.params, x))
 
     def activity(self, x: Array) -> Activity:
         return activity_of(self.method, self.problem, self.trained, self.params, x)
 
     def sparse(self, mask: Array, x: Array) -> tuple[Array, Any]:
-        return sparse.apply(self.target.apply_fn, self.params, self.components, mask, x)
+        apply_fn = self.target.apply_fn
+        return split_result(sparse.apply(apply_fn, self.params, self.components, mask, x))
 
     def top1(self, scores: Array) -> Bool[Array, "B C"]:
         """The largest of every example, beside what is always on."""

@@ -40,13 +40,12 @@ def spearman(a: np.ndarray, b: np.ndarray) -> float:
 
 def only(components: Components, leaf: str) -> Components:
     """The components of one leaf; the others count as not decomposed."""
-    return Components(
-        jax.tree_util.tree_map_with_path(
-            lambda path, f: f if path_name(path) == leaf else None,
-            components.tree,
-            is_leaf=components_lib.is_slot,
-        )
+    tree = jax.tree_util.tree_map_with_path(
+        lambda path, f: f if path_name(path) == leaf else None,
+        components.tree,
+        is_leaf=components_lib.is_slot,
     )
+    return Components(tree, components.num_components)
 
 
 @functools.partial(jax.jit, static_argnames=("kind", "mode", "leaf"))
@@ -172,6 +171,11 @@ def tempered(case: Case) -> Check:
 
 
 def _trained_kind(subject: Subject) -> Float[Array, "n C"]:
-    """The attributions that masks are made of; the root of their mean square over positions."""
-    a = subject.attributions
-    return a if a.ndim == 2 else jnp.sqrt(jnp.mean(a**2, axis=1))
+    """The scores that masks are made of, of every example.
+
+    Of scores per position the root mean square if they are attributions, else the largest.
+    """
+    a = subject.scores
+    if a.ndim == 2:
+        return a
+    return jnp.sqrt(jnp.mean(a**2, axis=1)) if subject.ranks_by_attributions else jnp.max(a, axis=1)

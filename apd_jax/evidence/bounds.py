@@ -19,7 +19,7 @@ from jaxtyping import Array, Float
 
 from apd_jax import components as components_lib
 from apd_jax.evidence.subject import Subject
-from apd_jax.network.outputs import outputs as outputs_of
+from apd_jax.network.outputs import split_result
 
 
 class UnboundedError(Exception):
@@ -111,9 +111,8 @@ def output_bounds(subject: Subject, count: int) -> Interval:
             is_leaf=lambda a: isinstance(a, Interval),
         )
         found = _evaluate(jaxpr, args)
-        out = outputs_of(
-            jax.tree.unflatten(jax.tree.structure(shape), [_Held(a) for a in found])
-        ).value
+        result = jax.tree.unflatten(jax.tree.structure(shape), [_Held(a) for a in found])
+        out = split_result(result)[0].value
         return tuple(end[0] for end in _ends(out))
 
     bounded = jax.jit(jax.vmap(one))(*jax.tree.map(lambda a: a[:count], (subject.mask, subject.x)))

@@ -62,13 +62,10 @@ class Case:
     num_batches: int  # how many batches there are to draw
     target: Target | None = None
     evaluation: Evaluation | None = None
-    seeds: Sequence[
-        Components
-    ] = ()  # other seeds: decompositions of this target by the same settings
+    seeds: Sequence[Trained] = ()  # other seeds: runs on this target by the same settings
     other: Components | None = None  # another run of this target, to be compared with
-    earlier: Mapping[int, Trained] = dataclasses.field(
-        default_factory=dict
-    )  # {step: components} of the other checkpoints
+    # {step: what was trained} of the other checkpoints
+    earlier: Mapping[int, Trained] = dataclasses.field(default_factory=dict)
     provenance: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     bits_per_rank: float = 1.0
     full: bool = False

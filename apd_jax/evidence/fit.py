@@ -31,6 +31,11 @@ SIZE_BAR = 0.01  # norm ratio and gain lie within 1 ± this
 THRESHOLD = 0.1  # of the largest attribution in the batch
 SHARP = 10.0  # the least active alive component fires this many times as often as the most active dead one
 FIRING_BATCHES = 10
+# The losses that must have levelled off: all but those whose coefficient or power is annealed.
+LEVELLED = (
+    *("faithfulness", "minimality", "simplicity"),
+    *("stochastic", "layerwise", "adversarial", "elsewhere", "unmasked"),
+)
 WINDOW = 0.1  # of the logged rows
 MIN_ROWS = 5  # of a window
 LEVEL = 0.1  # what a loss may still change from one window to the next
@@ -237,7 +242,7 @@ def convergence(case: Case) -> Check:
         why = f"the training log has {len(rows)} rows; two windows of {length} are needed"
         return Check(about.number, about.name, about.title, bar=bar, why=why)
     values, level = {}, []
-    for name in [n for n in ("faithfulness", "minimality", "simplicity") if n in rows[-1]]:
+    for name in [n for n in LEVELLED if n in rows[-1]]:
         before, last = (
             np.array([row[name] for row in part], float)
             for part in (rows[-2 * length : -length], rows[-length:])

@@ -30,7 +30,7 @@ def bits(subject: Subject, mask: Array, bits_per_rank: float) -> Float[Array, ""
         components_lib.effective_ranks(subject.components).values(), jnp.zeros((), jnp.int32)
     )
     each = jnp.log2(float(subject.num_components)) + bits_per_rank * ranks
-    active = mask & (subject.scores > 0)
+    active = mask & (subject.scores > 0) if subject.ranks_by_attributions else mask
     return jnp.mean(jnp.sum(active * each.reshape(*[1] * (mask.ndim - 1), -1), axis=-1))
 
 

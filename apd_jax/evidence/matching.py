@@ -10,7 +10,7 @@ from jaxtyping import Float, Int
 from apd_jax.components import Components
 from apd_jax.evaluation.matching import cosines, one_to_one
 from apd_jax.evidence.subject import norms
-from apd_jax.targets.scoring import ALIVE_NORM
+from apd_jax.targets.scoring import large_components
 
 SAME = 0.9  # cosine from which on two components count as the same
 
@@ -45,4 +45,4 @@ def agreement(a: Components, b: Components) -> Agreement:
     norm = np.asarray(norms(a), np.float64)
     match, matched = np.full(a.num_components, -1), np.zeros(a.num_components)
     match[rows], matched[rows] = columns, cosine[rows, columns]
-    return Agreement(match, matched, norm > ALIVE_NORM * norm.max())
+    return Agreement(match, matched, large_components(norm))

@@ -19,6 +19,7 @@ from apd_jax.components import Components
 from apd_jax.decomposition import activity_of
 from apd_jax.evaluation import masks
 from apd_jax.forward import sparse
+from apd_jax.gates.base import INPUTS
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import outputs as outputs_of
@@ -76,6 +77,12 @@ class Subject:
     @property
     def attributions(self) -> Any:
         return self.scores
+
+    @property
+    def ranks_by_attributions(self) -> bool:
+        """Whether the scores are attributions, at least 0; else logits of a learned gate."""
+        gate = self.setting.method.gate(self.trained.gate, self.setting.problem)
+        return INPUTS not in gate.reads
 
     @property
     def num_components(self) -> int:

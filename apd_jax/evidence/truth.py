@@ -16,7 +16,7 @@ from apd_jax.evaluation.masks import always_on as always_on_mask
 from apd_jax.evidence.check import ERROR_BAR, Case, Check
 from apd_jax.evidence.subject import Subject, errors, norms
 from apd_jax.targets.base import FeatureTarget
-from apd_jax.targets.scoring import ALIVE_NORM
+from apd_jax.targets.scoring import large_components
 
 SEPARATION = 3.0  # antiscrubbed / scrubbed
 COSINE_BAR, NORM_BAR, PURITY_BAR = 0.999, 0.01, 0.98
@@ -151,7 +151,7 @@ def cross_leaf_share(s: Subject) -> float:
         ]
     )
     norm = np.asarray(norms(s.components))
-    held = of_leaf[:, norm > ALIVE_NORM * norm.max()]
+    held = of_leaf[:, large_components(norm)]
     return (
         float(np.mean(1 - held.max(axis=0) / np.maximum(held.sum(axis=0), 1e-30)))
         if held.size

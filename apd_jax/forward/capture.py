@@ -9,6 +9,7 @@ Shapes: B examples, T positions, n pieces of a site, m rank, *batch axes that co
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,12 +20,13 @@ from jaxtyping import Array, PyTree
 
 from apd_jax.collectives import into_components
 from apd_jax.components import Components, Factors, layout, named_leaves
-from apd_jax.components.layout import Layout, matrix_shape
+from apd_jax.components.layout import Layout
 from apd_jax.errors import InputError
-from apd_jax.forward import meetings, positions
+from apd_jax.forward import meetings
 from apd_jax.forward.dispatch import is_lookup
 from apd_jax.forward.harvest import harvest
 from apd_jax.forward.meetings import Meeting, Sites
+from apd_jax.forward.rules import conv_patches
 
 
 @jax.tree_util.register_dataclass
@@ -70,7 +72,8 @@ def inputs(
         positions cannot be told.
     Cost: a forward pass. A site of matrices that are used one by one is stacked.
     """
-    shapes = {name: tuple(leaf.shape) for name, leaf in named_leaves(params).items() if leaf is not None}
+    leaves = {name: leaf for name, leaf in named_leaves(params).items() if leaf is not None}
+    shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     known = Sites(shapes, _layouts(apply_fn, params, sites, x, shapes))
     T = _num_positions(x, num_positions) if per_position else None
 
@@ -78,8 +81,8 @@ def inputs(
         batch = jax.tree.map(lambda a: a[None], x_b)
         closed, result = jax.make_jaxpr(apply_fn, return_shape=True)(params, batch)
         found = meetings.find(closed.jaxpr, known, jax.tree.leaves(batch), T)
-        leaves = [*jax.tree.leaves(params), *jax.tree.leaves(batch)]
-        outs, seen = harvest(closed.jaxpr, closed.consts, leaves, found.watch)
+        args = [*leaves.values(), *jax.tree.leaves(batch)]
+        outs, seen = harvest(closed.jaxpr, closed.consts, args, found.watch)
         read = {
             name: _reading(name, uses, [seen[use.key] for use in uses], known, T)
             for name, uses in found.uses.items()
@@ -100,8 +103,8 @@ def inner(f: Factors, reading: Reading) -> Array:
     rows, b = reading.rows, len(f.axes.batch)
     if is_lookup(rows):
         look = _looked_up
-        for _ in range(b):
-            look = jax.vmap(look, in_axes=(-1, 1), out_axes=-3)
+        for k in range(1, b + 1):
+            look = jax.vmap(look, in_axes=(-k, 1), out_axes=-2 - k)
         return look(rows, U)
     rows = into_components(rows.astype(jnp.result_type(rows, U)), f.axis)
     letters = "uvwxyz"[:b]
@@ -138,27 +141,70 @@ def _reading(
     name: str, uses: Sequence[Meeting], seen: Sequence[Array], known: Sites, T: int | None
 ) -> Reading:
     """The rows of all uses of one site, put in order."""
-    leaf, axes = known.shapes[name], known.layouts[name]
-    arranged = [_arranged(name, use, a, T) for use, a in zip(uses, seen, strict=True)]
-    sizes = {rows.shape[: -2 + is_lookup(rows)] for rows in arranged}
-    if len(sizes) > 1 or len({(use.side, rows.ndim) for use, rows in zip(uses, arranged, strict=True)}) > 1:
+    arranged = [_arranged(use, a, T) for use, a in zip(uses, seen, strict=True)]
+    place = -1 if uses[0].kind == "lookup" else -2  # of the axis of matrices
+    kinds = {(use.side, use.kind == "lookup") for use in uses}
+    shapes = {rows.shape[:place] for rows in arranged}
+    if len(kinds) > 1 or len(shapes) > 1:
         raise InputError(
             f"the matrices of params leaf {name!r} read activations of different shapes, so what "
-            "they read cannot be one array; unstack the leaf."
+            "they read is no single array; unstack the leaf."
         )
-    place = -1 if is_lookup(arranged[0]) else -2
     rows = arranged[0] if len(arranged) == 1 else jnp.concatenate(arranged, axis=place)
     rows = _permuted(rows, meetings.order_of(uses), place)
-    batch = [leaf[axis] for axis in axes.batch]
-    end = rows.shape[rows.ndim + place + 1 :]
-    rows = rows.reshape(*rows.shape[:place], *batch, *end)
+    batch = [known.shapes[name][axis] for axis in known.layouts[name].batch]
+    width = rows.shape[-1:] if place == -2 else ()
+    rows = rows.reshape(*rows.shape[:place], *batch, *width)
     return Reading(rows, "in" if uses[0].side == "i" else "out")
 
 
-def _arranged(name: str, use: Meeting, a: Array, T: int | None) -> Array:
+def _arranged(use: Meeting, a: Array, T: int | None) -> Array:
     """[*scans, *axes of the activations] -> [(T,) *rows, matrices, d], or without d."""
     s = use.num_scans
-    if use.patches is not None:
+    if use.kind == "patches":
+        make = functools.partial(conv_patches, window=use.window, params=use.params)
         for _ in range(s):
-            raise AssertionError
-    return a
+            make = jax.vmap(make)
+        a = make(a)
+    elif use.kind == "lookup":
+        a = jnp.clip(a[..., 0], 0, len(use.columns) - 1)
+        if not _in_order(use.columns):
+            a = jnp.asarray(use.columns)[a]
+    first = _position_first(use, a.shape[s:], T)
+    dropped = _examples(use, a.shape[s:], first)
+    lead = [*first, *(i for i in use.free if i not in first and i not in dropped)]
+    order = [*lead, *range(-s, 0), *use.batch, *use.contract, *dropped]
+    rows = jnp.transpose(a, [s + i for i in order])
+    width = [len(use.columns)] if use.contract else []
+    rows = rows.reshape(*(a.shape[s + i] for i in lead), len(use.matrices), *width)
+    if use.contract:
+        rows = _permuted(rows, np.argsort(use.columns), -1)
+    return rows[None] if T == 1 and not first else rows
+
+
+def _position_first(use: Meeting, shape: tuple[int, ...], T: int | None) -> list[int]:
+    """The axis of the positions."""
+    if T is None or (T == 1 and len(use.carrying) != 1):
+        return []
+    if len(use.carrying) != 1:
+        said = "several do" if use.carrying else "none is known to"
+        raise InputError(
+            f"params leaf {use.site!r} reads activations of shape {shape}, and it cannot be told "
+            f"which of their axes carries the {T} positions ({said}); leave it out of select, or "
+            "use mask_per = 'example'."
+        )
+    return list(use.carrying)
+
+
+def _examples(use: Meeting, shape: tuple[int, ...], first: Sequence[int]) -> list[int]:
+    """The axis of the one example: where it cannot be told, the first axis of size 1."""
+    ones = [i for i in use.free if shape[i] == 1 and i not in first]
+    return [i for i in ones if i in use.examples] or ones[:1]
+
+
+def _permuted(a: Array, order: np.ndarray, axis: int) -> Array:
+    return a if _in_order(order) else jnp.take(a, order, axis=axis)
+
+
+def _in_order(numbers: np.ndarray) -> bool:
+    return np.array_equal(numbers, np.arange(len(numbers)))

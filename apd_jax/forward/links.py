@@ -81,12 +81,14 @@ def _broadcast(eqn: JaxprEqn) -> Iterator[Link]:
 def _reshape(eqn: JaxprEqn) -> Iterator[Link]:
     """An axis survives alone, or among axes of size 1."""
     old, new = shape_of(eqn.invars[0]), shape_of(eqn.outvars[0])
-    for left, right in regroup(old, new) or ():
-        pair = (left, right)
-        if (len(left), len(right)) != (1, 1):
-            pair = ([i for i in left if old[i] > 1], [i for i in right if new[i] > 1])
-        if len(pair[0]) == len(pair[1]) == 1:
-            yield 0, pair[0][0], 0, pair[1][0]
+    first = 0
+    while first < min(len(old), len(new)) and old[first] == new[first]:
+        yield 0, first, 0, first
+        first += 1
+    for left, right in regroup(old[first:], new[first:]) or ():
+        large = [i for i in left if old[first + i] > 1], [i for i in right if new[first + i] > 1]
+        if len(large[0]) == len(large[1]) == 1:
+            yield 0, first + large[0][0], 0, first + large[1][0]
 
 
 def _dot(eqn: JaxprEqn) -> Iterator[Link]:

@@ -8,7 +8,7 @@ works on the materialised weight, of this leaf only: it has no rule, or its rule
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -102,9 +102,22 @@ def _(positions: Positions, lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, **pa
     others = {side for i, side in enumerate(sides) if i != out_axis}
     if not simple or "b" in sides or others != {reading} or sides[out_axis] == reading:
         return None
+    rows = conv_patches(jnp.asarray(lhs), [rhs.shape[axis] for axis in window], params)
+    of_reading = rhs.axes_of(reading)
+    dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs.dtype)
+    ins = [of_reading.index(axis) for axis in (in_axis, *window)]
+    out = rhs.product(rows, reading, dtype, ins=ins)
+    batch_axis, feature_axis, *spatial = numbers.out_spec
+    order = (batch_axis, *spatial, feature_axis)
+    return jnp.transpose(out, [order.index(axis) for axis in range(out.ndim)])
+
+
+def conv_patches(lhs: Array, window: Sequence[int], params: Mapping[str, Any]) -> Array:
+    """What a convolution sees: [batch, *spatial, features], features ordered (channel, *window)."""
+    numbers = params["dimension_numbers"]
     patches = lax.conv_general_dilated_patches(
-        jnp.asarray(lhs),
-        [rhs.shape[axis] for axis in window],
+        lhs,
+        window,
         params["window_strides"],
         params["padding"],
         params["lhs_dilation"],
@@ -112,16 +125,7 @@ def _(positions: Positions, lhs: ArrayLike | Kappa, rhs: ArrayLike | Kappa, **pa
         dimension_numbers=numbers,
     )
     batch_axis, feature_axis, *spatial = numbers.out_spec
-    rows = jnp.transpose(
-        patches, (batch_axis, *spatial, feature_axis)
-    )  # features ordered (channel, *window)
-    of_reading = [axis for axis, side in enumerate(sides) if side == reading]
-    dtype = params["preferred_element_type"] or jnp.result_type(lhs, rhs.dtype)
-    out = rhs.product(
-        rows, reading, dtype, ins=[of_reading.index(axis) for axis in (in_axis, *window)]
-    )
-    order = (batch_axis, *spatial, feature_axis)
-    return jnp.transpose(out, [order.index(axis) for axis in range(out.ndim)])
+    return jnp.transpose(patches, (batch_axis, *spatial, feature_axis))
 
 
 @_meeting("gather")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -92,6 +92,7 @@ class Rule:
     always_on: int = 0
 
 
+@runtime_checkable
 class Gate(Protocol):
     """Who decides. Its arrays, where it has any, are trained; its numbers are a method's settings.
 

@@ -75,7 +75,7 @@ def _apply(mlp, h):
     def unit(w_in, b_in, w_out):
         return w_out * _gelu(h * w_in + b_in)[0]
 
-    return _sum_over_units(unit, mlp.w_in, mlp.b_in, mlp.w_out) + mlp.b_out[None]
+    return _sum_over_units(unit, h, mlp) + mlp.b_out[None]
 
 
 def _apply_fwd(mlp, h):
@@ -89,13 +89,11 @@ def _apply_bwd(residuals, g):
     w̄_out = Σ ḡ gelu(z)                w̄_in  = w_out Σ ḡ h gelu'(z)    b̄_out = Σ ḡ
     """
     mlp, h = residuals
-    # Else XLA keeps what both passes compute, d arrays [B, C], where they are in one program.
-    h, g = lax.optimization_barrier((h, g))
 
     def unit(w_in, b_in, w_out):
         return w_out * w_in * _gelu(h * w_in + b_in)[1]
 
-    h_bar = g * _sum_over_units(unit, mlp.w_in, mlp.b_in, mlp.w_out)
+    h_bar = g * _sum_over_units(unit, h, mlp)
     values, slopes, slopes_h = _sums_over_rows(mlp, h, g)
     return PieceMLP(
         w_in=mlp.w_out * slopes_h,
@@ -108,23 +106,23 @@ def _apply_bwd(residuals, g):
 _apply.defvjp(_apply_fwd, _apply_bwd)
 
 
-def _sum_over_units(unit: Callable[..., Array], *weights: Array) -> Array:
-    """Σ_k unit(weight[:, k] for each of the weights), as [1, C]: unrolled, so that XLA fuses it.
+def _sum_over_units(unit: Callable[..., Array], h: Array, mlp: PieceMLP) -> Array:
+    """Σ_k unit(w_in[:, k], b_in[:, k], w_out[:, k]), each [1, C]: [B, C] like h.
 
-    In a scan over groups of units LLVM does not vectorise (8 times slower): a slice at a running
-    index that a loop uses twice is found anew at every element.
+    A loop over pairs of units whose body is one loop over [B, C]. Two things keep LLVM from
+    vectorising the inner one (twice to eight times slower) and are avoided: weights with a stride,
+    which is how XLA reads a transpose unless it is what an outer loop iterates over; and two slices
+    of one array at a running index, so the units of a pair are in arrays of their own.
     """
-    units = zip(*_by_unit(*weights), strict=True)
-    return sum((unit(*(w[None] for w in weights)) for weights in units), start=jnp.float32(0))
+    weights = [w.T for w in (mlp.w_in, mlp.b_in, mlp.w_out)]  # [d, C]
+    odd = len(weights[0]) % 2
+    first = unit(*(w[:1] for w in weights)) if odd else jnp.zeros_like(h)
 
+    def step(total, pair):
+        return total + sum(unit(*(w[None] for w in of_unit)) for of_unit in pair), None
 
-def _by_unit(*weights: Array) -> list[Array]:
-    """[C, d] -> [d, C], contiguous.
-
-    Of a mere transpose XLA makes strided loads in the loops that read it, twice as slow.
-    """
-    flat = lax.optimization_barrier([jnp.ravel(w.T) for w in weights])
-    return [f.reshape(w.T.shape) for f, w in zip(flat, weights, strict=True)]
+    pairs = [[w[start::2] for w in weights] for start in (odd, odd + 1)]
+    return lax.scan(step, first, pairs)[0]
 
 
 _FOLD = 4  # 2 is as fast, 8 eight times slower: too long for LLVM to unroll, hence to vectorise
@@ -150,7 +148,7 @@ def _sums_over_rows(mlp: PieceMLP, h: Array, g: Array) -> tuple[Array, Array, Ar
         folded = lax.reduce(terms, (np.float32(0),) * 3, _add, (0,))
         return None, [jnp.sum(x, axis=0) for x in folded]
 
-    _, (values, slopes, slopes_h) = lax.scan(of_unit, None, _by_unit(mlp.w_in, mlp.b_in), unroll=2)
+    _, (values, slopes, slopes_h) = lax.scan(of_unit, None, (mlp.w_in.T, mlp.b_in.T), unroll=2)
     return values.T, slopes.T, slopes_h.T
 
 

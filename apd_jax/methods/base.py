@@ -10,7 +10,7 @@ import functools
 import types
 import typing
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ Number = (
     float | int | jax.Array
 )  # a setting that may be traced: runs that differ in it share a program
 HERE, ELSEWHERE = "here", "elsewhere"  # the two streams of data
+Own = TypeVar("Own", bound="Method")
 MASK_PER = ("example", "position")
 SPARSE_ROUTES = ("auto", "materialize", "masked", "dispatch")
 
@@ -351,7 +352,7 @@ class Method:
 
     # Settings as values
 
-    def replace(self, **changes: Any) -> Self:
+    def replace(self: Own, **changes: Any) -> Own:
         """The same method with other settings.
 
         Raises:

@@ -31,6 +31,7 @@ def scene(
     x: PyTree,
     rng: Array | None = None,
     *,
+    reads: frozenset[str] | None = None,
     axis_name: str | None = None,
     component_axis: str | None = None,
 ) -> Scene:
@@ -38,9 +39,11 @@ def scene(
 
     Args:
       rng: of attributions that are estimated from random directions: a key, or one per example.
+      reads: what to compute for it, if not what the gate says itself.
     """
+    reads = gate.reads if reads is None else reads
     inputs, here = None, components_lib.split_over(components, component_axis)
-    if INPUTS in gate.reads:
+    if INPUTS in reads:
         result, inputs = capture.inputs(
             problem.apply_fn, params, here, x, per_position=method.per_position
         )
@@ -53,7 +56,7 @@ def scene(
         return method.attribute(problem)(components, params, x, rng)
 
     attributions = None
-    if ATTRIBUTIONS in gate.reads:
+    if ATTRIBUTIONS in reads:
         attributions = jnp.sqrt(attribute(here))
     valid = problem.valid_fn(x) if problem.valid_fn is not None and method.per_position else None
     seen = Observation(x, here, attributions, inputs, valid, axis_name, component_axis)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from apd_jax.ablations import Keep, PersistentAdversary, Uniform
+from apd_jax.ablations import Keep, Uniform
 from apd_jax.methods import terms
 from apd_jax.methods.base import ELSEWHERE, HERE, Number, Pass, Term
 from apd_jax.methods.vpd import VPD
@@ -44,13 +44,8 @@ class Targeted(VPD):
         return (HERE, ELSEWHERE)
 
     def passes(self) -> dict[str, Pass]:
-        adversary = PersistentAdversary(
-            ascents=self.adversary_ascents,
-            learning_rate=self.adversary_learning_rate,
-            shared=self.adversary_shared,
-        )
         return {
-            "adversarial": Pass(adversary, delta="masked"),
+            "adversarial": Pass(self.make_adversary(), delta="masked"),
             "stochastic": Pass(Uniform(), delta="masked"),
             "elsewhere": Pass(Uniform(), delta="on", stream=ELSEWHERE),
             "unmasked": Pass(Keep()),

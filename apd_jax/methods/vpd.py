@@ -14,12 +14,15 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from apd_jax.ablations import PersistentAdversary, Uniform
+from apd_jax.ablations import Ablation, Adversary, PersistentAdversary, Pool, Uniform
 from apd_jax.ablations.adversary import SHARED
 from apd_jax.errors import one_of
 from apd_jax.methods import terms
 from apd_jax.methods.base import Number, Pass, Term
 from apd_jax.methods.gated import Gated
+
+
+ADVERSARIES = ("persistent", "pooled", "fresh")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,20 +49,23 @@ class VPD(Gated):
     importance_p_final: Number | None = 0.4
     frequency_coeff: Number = 1e-4  # β = ½ of importance_coeff
 
-    adversary_ascents: int = 2  # before the training pass, which is one more
-    adversary_learning_rate: Number = 0.01
+    adversary: str = "persistent"  # persistent | pooled | fresh: see `apd_jax.ablations.adversary`
+    adversary_ascents: int = 2  # before the training pass, which of what is kept is one more
+    adversary_rate: Number = 0.01  # the step of an ascent
     adversary_shared: str = "position"  # batch | example | position: what has sources of its own
 
     def passes(self) -> dict[str, Pass]:
-        adversary = PersistentAdversary(
-            ascents=self.adversary_ascents,
-            learning_rate=self.adversary_learning_rate,
-            shared=self.adversary_shared,
-        )
         return {
-            "adversarial": Pass(adversary, delta="masked"),
+            "adversarial": Pass(self.make_adversary(), delta="masked"),
             "stochastic": Pass(Uniform(), sites="subset", delta="masked"),
         }
+
+    def make_adversary(self) -> Ablation:
+        n, rate, shared = self.adversary_ascents, self.adversary_rate, self.adversary_shared
+        if self.adversary == "fresh":
+            return Adversary(steps=n, step_size=rate, shared=shared)
+        kept = Pool if self.adversary == "pooled" else PersistentAdversary
+        return kept(ascents=n, learning_rate=rate, shared=shared)
 
     def terms(self) -> dict[str, Term]:
         kind = self.minimality_loss
@@ -82,8 +88,9 @@ class VPD(Gated):
 
     def check(self) -> None:
         super().check()
+        one_of("adversary", self.adversary, ADVERSARIES)
         one_of("adversary_shared", self.adversary_shared, SHARED)
         self.not_negative(
             *("adversarial_coeff", "stochastic_coeff", "frequency_coeff", "adversary_ascents")
         )
-        self.above_zero("adversary_learning_rate")
+        self.above_zero("adversary_rate")

@@ -30,6 +30,7 @@ from apd_jax.evaluation import components_view
 from apd_jax.evaluation.components_view import Behaviour, Matrix
 from apd_jax.report import panel, tables
 from apd_jax.targets.base import FeatureTarget, Target
+from apd_jax.targets.scoring import large_components
 from apd_jax.train.progress import loss_names
 from apd_jax.train.workdir import flat
 
@@ -204,7 +205,7 @@ def _measured(source: Source) -> Behaviour | None:
 
 def _component(source: Source, sizes: Sizes, acts: Behaviour | None, c: int) -> dict[str, Any]:
     """One row of the page's table of components. Norms are over those of the target's leaves."""
-    is_large = bool(sizes.whole[c] > 0.01 * sizes.whole.max())
+    is_large = bool(large_components(sizes.whole)[c])
     row = {
         "norms": [float(sizes.norms[n][c] / max(norm, 1e-12)) for n, norm in sizes.target.items()],
         "ranks": [int(sizes.ranks[name][c]) for name in sizes.target],

@@ -22,7 +22,8 @@ from apd_jax.targets.base import Target
 TOLERANCES = (1e-4, 1e-5, 1e-6, 1e-7)  # of the leaf's largest singular value
 UNCHANGED = 1e-6  # largest change of an output by what is left out, over max(1, largest output)
 NUM_CHECKED = 64  # examples on which that is checked, each with random factors of all components
-_AT_THE_CUT = 1 - 1e-5  # the page computes in double precision: what lies at the cut is kept
+# The batch kept what lies at the cut, and the page, in double precision, may find a bit less there.
+_BELOW = 1 - 1e-5
 
 
 def build(
@@ -65,14 +66,19 @@ def build(
 def mask_rule(decomposition: Decomposition, cut: float) -> dict[str, Any] | None:
     """How the gate chooses one input's components on the page; see `gates.base.Rule`.
 
-    None where the page cannot: for attributions of another kind, or gates that read more.
+    Of an input alone it keeps the `topk` largest, or every component above its cut.
+
+    Args:
+      cut: of `components_view.behaviour`; for a gate that is decided by the batch.
+    Returns: None where the page cannot tell: for attributions of another kind, or gates that read
+      more.
     """
     d = decomposition
     at, rule = d.method.gradients_at, d.method.gate(d.gate, d.problem).rule()
     if at is None or rule is None:
         return None
-    cuts = np.asarray(cut if rule.cuts is None else rule.cuts, np.float64) * _AT_THE_CUT
-    cuts = np.broadcast_to(cuts, (d.components.num_components,))
+    cuts = cut * _BELOW if rule.cuts is None else rule.cuts
+    cuts = np.broadcast_to(np.asarray(cuts, np.float64), (d.components.num_components,))
     return {
         "at": at,
         "num_always_on": rule.always_on,

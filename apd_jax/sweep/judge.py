@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float, PyTree
 
 from apd_jax.components import Components
+from apd_jax.decomposition import one_instance
 from apd_jax.evaluation import geometry
 from apd_jax.evaluation.general import STREAM
 from apd_jax.evidence import ablate, length
@@ -83,8 +84,7 @@ def criteria(
         ]
 
     runs = len(jax.tree.leaves(trained)[0])
-    each = [jax.tree.map(lambda a, i=i: a[i], trained) for i in range(runs)]
-    found = np.array([judged(one) for one in each], np.float64)
+    found = np.array([judged(one_instance(trained, i)) for i in range(runs)], np.float64)
     return dict(zip(CRITERIA, np.where(np.isfinite(found), found, np.inf).T, strict=True))
 
 

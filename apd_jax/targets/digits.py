@@ -95,7 +95,7 @@ def score(
         on one class.
       num_classes_served: number of classes that have such a component.
       attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
-    Cost: C + 3 forward passes on 360 images, and the attributions.
+    Cost: C + 3 forward passes on 360 images, the gate, and attributions of every kind.
     """
     problem = decomposition.problem
     images, labels = jnp.asarray(test["image"]), np.asarray(test["label"])
@@ -103,18 +103,17 @@ def score(
     def right(result) -> np.ndarray:
         return np.asarray(jnp.argmax(result[0], axis=-1)) == labels
 
-    scores = jax.jit(decomposition.attributions)(images)
-    mask = decomposition.mask_of(scores, images)
+    activity = decomposition.activity(images)
     answers = {
         "target": right(problem.apply_fn(problem.params, images)),
-        "sparse": right(jax.jit(decomposition.sparse_output)(images, mask)),
+        "sparse": right(decomposition.sparse_output(images, activity.active)),
         "all": right(decomposition.ablate([], images)),
     }
     C = decomposition.components.num_components
     without = np.stack([right(decomposition.ablate([c], images)) for c in range(C)], axis=1)
     lost = answers["all"][:, None].astype(float) - without  # [B, C]
     damage = np.maximum(by_class(lost, labels), 0)
-    firing = by_class(np.asarray(mask & (scores > 0)), labels)
+    firing = by_class(np.asarray(activity.active & (activity.scores > 0)), labels)
     own = alive & (damage.max(axis=0) > ONE_CLASS * damage.sum(axis=0))
     metrics = {
         **{f"{who}_accuracy": float(answer.mean()) for who, answer in answers.items()},

@@ -273,14 +273,13 @@ def score(
         in first blocks and at determined positions, on one of the two.
       spans_layers: share of alive components with more than IN_LAYER of their norm in each layer.
       attribution_rank_correlation_{kind}: see `scoring.rank_correlations`.
-    Cost: C + 3 forward passes, and the attributions.
+    Cost: C + 3 forward passes, the gate, and attributions of every kind.
     """
     problem, components = decomposition.problem, decomposition.components
     tokens = sample_fn(key, 0)
-    attributions = jax.jit(decomposition.attributions)(tokens)
-    mask = decomposition.mask_of(attributions, tokens)
+    activity = decomposition.activity(tokens)
     target = problem.apply_fn(problem.params, tokens)
-    sparse = jax.jit(decomposition.sparse_output)(tokens, mask)
+    sparse = decomposition.sparse_output(tokens, activity.active)
     heads = Heads.of(target[1], tokens)
     measured = {
         "target": heads.measure(target, tokens),
@@ -295,7 +294,7 @@ def score(
     )
     lost = measured["all"] - without  # [C, 3]
     needed = (lost > NEEDED * measured["all"]) & alive[:, None]
-    kept = kept_by_kind(mask & (attributions > 0), tokens)
+    kept = kept_by_kind(activity.active & (activity.scores > 0), tokens)
     steps = kept[:2].max(axis=0) > ONE_STEP * kept[:2].sum(axis=0)
     spans = layer_shares(components).min(axis=1) > IN_LAYER
     metrics = {

@@ -7,14 +7,14 @@ Shapes: B examples, T positions (only with a mask per position), C components.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import numpy as np
-from jaxtyping import Bool, Float, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 from scipy.stats import rankdata
 
 from apd_jax import attributions
+from apd_jax import components as components_lib
+from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 
 ALIVE_NORM = 0.01  # an alive component has more than this part of the largest component's norm
@@ -43,7 +43,12 @@ def alive_components(
 
     `firing_rates` count an example only where the attribution is above 0.
     """
-    return (firing_rates > 0) & (norms > ALIVE_NORM * norms.max())
+    return (firing_rates > 0) & large_components(norms)
+
+
+def large_components(norms: Float[np.ndarray, " C"]) -> Bool[np.ndarray, " C"]:
+    """Components whose norm exceeds ALIVE_NORM times the largest."""
+    return norms > ALIVE_NORM * norms.max()
 
 
 def rank_correlations(
@@ -52,15 +57,25 @@ def rank_correlations(
     """Spearman's rank correlation between each kind of attribution and true ablation.
 
     Taken over all pairs of an example of x and an alive component; 0 if either side is constant.
+    Attributions are per example, in the method's metric, whatever its gate reads.
 
     Returns:
       {"attribution_rank_correlation_{kind}": value} for every kind but "ablation".
     """
+    method, problem = decomposition.method, decomposition.problem
 
     def ranks(kind: str) -> np.ndarray:
-        config = decomposition.config.copy_and_resolve_references()
-        config.update(attribution=kind, mask_per="example", attribution_mode="auto")
-        given = jax.jit(dataclasses.replace(decomposition, config=config).attributions)(x)
+        @jax.jit
+        def attribute(components: Components, params: PyTree, x: PyTree) -> Float[Array, "B C"]:
+            at = params
+            if method.gradients_at == "components":
+                at = components_lib.total(components, params)
+            valid = None if problem.valid_fn is None else problem.valid_fn(x)
+            return attributions.squared(
+                kind, problem.apply_fn, at, components, x, metric=method.metric, valid=valid
+            )
+
+        given = attribute(decomposition.components, problem.params, x)
         return rankdata(np.asarray(given)[:, alive])
 
     truth, found = ranks("ablation"), {}

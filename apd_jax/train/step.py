@@ -246,7 +246,7 @@ def scan_steps(step: Callable, num_steps: int) -> Callable:
     """
 
     def many(state, params, key, *batches, settings=None):
-        def one(state: TrainState, x: tuple) -> tuple[TrainState, Metrics]:
+        def one(state: TrainState, x: tuple) -> tuple[TrainState, PyTree]:
             return step(state, params, key, *x, settings=settings)
 
         return lax.scan(one, state, batches, length=num_steps)

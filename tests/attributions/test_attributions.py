@@ -1,4 +1,7 @@
-"""Gradient attributions, every mode, against the materialised Jacobian and against finite differences in float64."""
+"""Gradient attributions against the materialised Jacobian and finite differences in float64.
+
+In every mode. And that ablation is the real change.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,8 +10,10 @@ import pytest
 from conftest import close
 
 from apd_jax import attributions, components
+from apd_jax.attributions import chunks, tangents
 from apd_jax.components import Components
 from apd_jax.errors import InputError
+from apd_jax.network.outputs import outputs
 
 
 def mlp(params, x):
@@ -67,7 +72,7 @@ def network(request):
 
 def by_jacobian(apply_fn, params, comps, x):
     """sqrt(mean_o (∂f_o/∂θ · P_c)²) from `jax.jacrev` and every P_c."""
-    out = lambda p: attributions.outputs(apply_fn(p, x)).reshape(x.shape[0], -1)  # noqa: E731
+    out = lambda p: outputs(apply_fn(p, x)).reshape(x.shape[0], -1)  # noqa: E731
     jacobian, weights = jax.jacrev(out)(params), components.materialize(comps)
     dot = sum(
         jnp.einsum(
@@ -84,12 +89,10 @@ def test_against_the_jacobian(network, monkeypatch):
 
     def every_way():
         results = {}
-        for chunk_bytes in (
-            2**20,
-            1,
-            600,
-        ):  # all at once; one component or example at a time; a few, the rest shorter where none divides
-            monkeypatch.setitem(attributions._CHUNK_BYTES, "cpu", chunk_bytes)
+        # All at once; one component or example at a time; a few, the rest shorter where none
+        # divides.
+        for chunk_bytes in (2**20, 1, 600):
+            monkeypatch.setitem(chunks.CHUNK_BYTES, "cpu", chunk_bytes)
             for mode in ("auto", "forward", "reverse"):
                 results[f"{mode}, {chunk_bytes}"] = attributions.gradient(
                     apply_fn, params, comps, x, mode=mode
@@ -104,7 +107,7 @@ def test_against_the_jacobian(network, monkeypatch):
 def test_through_the_factors_against_the_jacobian(network, monkeypatch):
     """What components of low rank take; the networks here are too small for it to pay."""
     apply_fn, params, comps, x = network
-    monkeypatch.setattr(attributions, "_TWO_PRODUCTS", 0)
+    monkeypatch.setattr(tangents, "_TWO_PRODUCTS", 0)
     measured, expected = jax.jit(
         lambda: (
             attributions.gradient(apply_fn, params, comps, x, mode="forward"),
@@ -118,7 +121,7 @@ def test_when_attributions_pass_the_factors():
     """Rank 2 of 40 x 50: 2·90·4 = 720 < 2000; rank 6: 2160."""
     params = {"w": jnp.zeros((40, 50))}
     assert [
-        attributions._low_rank(components.init(jax.random.key(0), params, num_components=3, rank=m))
+        tangents.is_low_rank(components.init(jax.random.key(0), params, num_components=3, rank=m))
         for m in (2, 6)
     ] == [True, False]
 
@@ -137,7 +140,7 @@ def test_against_finite_differences_in_float64(network):
             moved = {
                 n: params[n] if P is None else params[n] + scale * P[c] for n, P in weights.items()
             }
-            return attributions.outputs(apply_fn(moved, x)).reshape(x.shape[0], -1)
+            return outputs(apply_fn(moved, x)).reshape(x.shape[0], -1)
 
         slopes = jax.jit(
             lambda: jnp.stack([(at(h, c) - at(-h, c)) / (2 * h) for c in range(6)], axis=1)
@@ -157,7 +160,8 @@ def test_squared_has_finite_gradients_where_it_is_zero(mode):
 
     value, gradient = jax.jit(jax.value_and_grad(loss))(dead)
     assert all(jnp.isfinite(g).all() for g in jax.tree.leaves(gradient))
-    # Directional derivative along the components themselves: A² is quadratic in (U, V) jointly of degree 4 along U -> tU, V -> tV.
+    # The directional derivative along the components themselves: along U -> tU, V -> tV the A² grow
+    # with the fourth power of t.
     along = sum(
         jnp.sum(g * c)
         for g, c in zip(jax.tree.leaves(gradient), jax.tree.leaves(dead), strict=True)
@@ -167,7 +171,7 @@ def test_squared_has_finite_gradients_where_it_is_zero(mode):
 
 def test_ablation_is_the_real_change(network):
     apply_fn, params, comps, x = network
-    out = lambda p: attributions.outputs(apply_fn(p, x)).reshape(x.shape[0], -1)  # noqa: E731
+    out = lambda p: outputs(apply_fn(p, x)).reshape(x.shape[0], -1)  # noqa: E731
 
     @jax.jit
     def both():
@@ -185,9 +189,10 @@ def test_ablation_is_the_real_change(network):
 
 
 def test_pentagon_by_hand(pentagon):
-    # Feature f alone, in relu(W Wᵀ x + b). Moving W_f by P_f = W_f moves output f by 2·|W_f|² = 2 (both uses), and those of its two
-    # neighbours, which are just on at 0.009, by cos 72° (first use). A neighbour's own P moves that neighbour's output by cos 72°
-    # (second use). All other outputs are off. The square root of the mean over 5 outputs:
+    # Feature f alone, in relu(W Wᵀ x + b). Moving W_f by P_f = W_f moves output f by 2·|W_f|² = 2
+    # (both uses), and those of its two neighbours, which are just on at 0.009, by cos 72° (first
+    # use). A neighbour's own P moves that neighbour's output by cos 72° (second use). All other
+    # outputs are off. The square root of the mean over 5 outputs:
     cos = np.cos(2 * np.pi / 5)
     own, neighbour = np.sqrt((2**2 + 2 * cos**2) / 5), np.sqrt(cos**2 / 5)
     ring = np.roll(np.eye(5), 1, 0) + np.roll(np.eye(5), -1, 0)

@@ -2,22 +2,17 @@
 
 import jax.numpy as jnp
 import numpy as np
-from conftest import close, make_config
+from conftest import close, make_method, make_problem
 
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import components_view
-from apd_jax.network.problem import Problem
 
 
 def decomposed(pentagon, **fields):
-    config = make_config(num_components=5, topk=1.0, batch_size=5, **fields)
-    return Decomposition(
-        Problem(pentagon.apply_fn, pentagon.params, None, uses={"W": 2}),
-        pentagon.components,
-        config,
-        [],
-    )
+    method = make_method(num_components=5, topk=1.0, batch_size=5, **fields)
+    problem = make_problem(pentagon.apply_fn, pentagon.params, None, uses={"W": 2})
+    return Decomposition(problem, pentagon.components, method)
 
 
 def by_hand(params, x, without=None):
@@ -41,12 +36,24 @@ def test_behaviour_of_the_pentagon(pentagon):
     # Batch top-k keeps 7 of 7 · 5 pairs: the five features, the sixth input's, and one more.
     assert found.mask.sum() == 7 and found.mask[range(6), [0, 1, 2, 3, 4, 2]].all()
     close(found.cut, found.attributions[found.mask].min())
+    of_each = np.where(found.mask & (found.attributions > 0), found.attributions, np.inf)
+    close(found.cuts, of_each.min(axis=0))
     close(found.firing_rates, found.mask.mean(axis=0))
 
 
 def test_nothing_is_kept_where_nothing_is_attributed(pentagon):
     found = components_view.behaviour(decomposed(pentagon), jnp.zeros((4, 5)))
     assert found.cut == np.inf and found.firing_rates.max() == 0 and found.damage.max() == 0
+
+
+def test_what_is_always_on_does_not_lower_the_cut(pentagon):
+    # Component 0 is on everywhere, also where its attribution is next to nothing; of the others
+    # batch top-k keeps the five with the largest.
+    found = components_view.behaviour(decomposed(pentagon, num_always_on=1), pentagon.x)
+    others = found.attributions[:, 1:]
+    assert found.mask[:, 0].all() and found.mask[:, 1:].sum() == 5
+    close(found.cut, np.sort(others.ravel())[-5])
+    assert 0 < found.attributions[1, 0] < found.cut
 
 
 def test_damage_in_nats(pentagon):
@@ -69,19 +76,15 @@ def test_matrices_as_they_are(pentagon):
 
 
 def test_of_large_matrices_the_strongest_part():
-    # Component 0 has its weight in row 6 and column 1, component 1 in row 0; the target's largest rows are 0 and 6.
-    weights = (
-        jnp.zeros((2, 7, 3))
-        .at[0, 6]
-        .set(jnp.array([1.0, 5.0, 2.0]))
-        .at[1, 0]
-        .set(jnp.array([3.0, 0.1, 0.0]))
-    )
-    components = components_lib.from_materialized({"w": weights})
-    problem = Problem(lambda params, x: x @ params["w"], {"w": weights.sum(0)}, None)
-    (matrix,) = components_view.matrices(
-        Decomposition(problem, components, make_config(num_components=2), []), side=2
-    )
+    # Component 0 has its weight in row 6 and column 1, component 1 in row 0.
+    # The target's largest rows are 0 and 6.
+    weights = np.zeros((2, 7, 3), np.float32)
+    weights[0, 6], weights[1, 0] = (1.0, 5.0, 2.0), (3.0, 0.1, 0.0)
+    components = components_lib.from_materialized({"w": jnp.asarray(weights)})
+    params = {"w": jnp.asarray(weights.sum(0))}
+    problem = make_problem(lambda params, x: x @ params["w"], params, None)
+    decomposition = Decomposition(problem, components, make_method(num_components=2))
+    (matrix,) = components_view.matrices(decomposition, side=2)
     assert 6 in matrix.rows[0] and 0 in matrix.rows[1]
     assert matrix.columns.tolist() == [[1, 2], [0, 1]]
     close(matrix.values[0][matrix.rows[0].tolist().index(6)], np.array([5.0, 2.0]))
@@ -91,15 +94,13 @@ def test_of_large_matrices_the_strongest_part():
 
 
 def test_stacked_matrices_stand_one_by_one():
-    weights = jnp.arange(2 * 3 * 2 * 2, dtype=jnp.float32).reshape(
-        2, 3, 2, 2
-    )  # C = 2, three matrices
+    # C = 2, three matrices.
+    weights = jnp.arange(2 * 3 * 2 * 2, dtype=jnp.float32).reshape(2, 3, 2, 2)
     layout = components_lib.Layout(batch=(0,), ins=(1,), outs=(2,))
     components = components_lib.from_materialized({"w": weights}, layouts={"w": layout})
-    problem = Problem(lambda params, x: x, {"w": weights.sum(0)}, None)
-    found = components_view.matrices(
-        Decomposition(problem, components, make_config(num_components=2), []), side=4
-    )
+    problem = make_problem(lambda params, x: x, {"w": weights.sum(0)}, None)
+    decomposition = Decomposition(problem, components, make_method(num_components=2))
+    found = components_view.matrices(decomposition, side=4)
     assert [matrix.name for matrix in found] == ["w[0]", "w[1]", "w[2]"]
     for k, matrix in enumerate(found):
         close(matrix.values, weights[:, k], 1e-4)

@@ -7,6 +7,7 @@ import pytest
 from networks import NETWORKS
 
 from apd_jax import attributions, components, decompose, default_config
+from apd_jax.attributions import tangents
 from apd_jax.components import layout
 from apd_jax.components.layout import Layout
 from apd_jax.forward import kappa as factored
@@ -56,7 +57,7 @@ LOOPS = (
 )
 def test_forward_attributions_through_the_factors(name, monkeypatch):
     """Loops, convolutions, mixed precision, and a leaf that must be formed."""
-    monkeypatch.setattr(attributions, "_TWO_PRODUCTS", 0)
+    monkeypatch.setattr(tangents, "_TWO_PRODUCTS", 0)
     fn, params, x, cs = setup(name)
     A = jacobian_attributions(fn, params, cs, x)
     found = jax.jit(lambda cs: attributions.gradient(fn, params, cs, x, mode="forward"))(cs)

@@ -1,6 +1,7 @@
 """Checkpoints: what is saved comes back, a few are kept, a torn one is skipped and says so."""
 
 import contextlib
+import dataclasses
 import logging
 import shutil
 
@@ -8,20 +9,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method, make_problem
 
 from apd_jax.errors import InputError
 from apd_jax.train import checkpoint
-from apd_jax.train import step as step_lib
+from apd_jax.train.state import init_state
 
 PARAMS = {"layer": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)}}
 
 
+def apply_fn(params, x):
+    return x @ params["layer"]["kernel"] + params["layer"]["bias"][None]
+
+
+PROBLEM = make_problem(apply_fn, PARAMS, lambda key, step: jnp.ones((8, 4)))
+METHOD = make_method(num_components=2, mask="learned", threshold=0.1)  # a gate with arrays
+
+
 def make_state(seed=0):
-    state = step_lib.init_state(jax.random.key(seed), PARAMS, make_config(num_components=2))
-    return step_lib.TrainState(
-        jnp.int32(seed), state.components, jax.tree.map(lambda a: a + seed, state.opt_state)
-    )
+    state = init_state(jax.random.key(seed), PROBLEM, METHOD)
+    opt_state, gate = jax.tree.map(lambda a: a + seed, (state.opt_state, state.gate))
+    return dataclasses.replace(state, step=jnp.int32(seed), opt_state=opt_state, gate=gate)
 
 
 def write(folder, *steps, keep=9):
@@ -62,7 +70,8 @@ def delete_all_inside(path):
     shutil.rmtree(path / "default")
 
 
-# orbax reads the arrays side by side and drops the other reads' errors when one fails; Python reports those when they are collected.
+# orbax reads the arrays side by side and drops the other reads' errors when one fails.
+# Python reports those when they are collected.
 drops_errors = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 TORN = [truncate, empty, delete_arrays, delete_all_inside]
 
@@ -128,9 +137,8 @@ def test_all_torn_is_an_error(tmp_path, tear):
 def test_an_unfinished_save_is_not_a_checkpoint(tmp_path):
     write(tmp_path, 1)
     shutil.copytree(tmp_path / "1", tmp_path / "2.orbax-checkpoint-tmp-7")
-    assert (
-        checkpoint.read(tmp_path, make_state(1))[1] == 1
-    )  # not `restore`: orbax clears such folders in a thread that close() leaves running
+    # Not `restore`: orbax clears such folders in a thread that close() leaves running.
+    assert checkpoint.read(tmp_path, make_state(1))[1] == 1
     write(tmp_path, 2)
     assert restore(tmp_path)[0] == 2
     assert not list(tmp_path.glob("*tmp*"))

@@ -4,11 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method, make_problem
 
 from apd_jax.errors import InputError
 from apd_jax.train import parallel
 from apd_jax.train import step as step_lib
+from apd_jax.train.state import init_state
 
 PARAMS = {
     "W": jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32),
@@ -27,16 +28,17 @@ def sample_fn(key, step):
     return jax.random.uniform(value, (16, 6)) * jax.random.bernoulli(on, 0.1, (16, 6))
 
 
-def run(num_devices, config, num_steps=3):
+def num_active(x):
+    return jnp.sum(x != 0, axis=1)
+
+
+PROBLEM = make_problem(apply_fn, PARAMS, sample_fn, uses={"W": 2}, num_active_fn=num_active)
+
+
+def run(num_devices, method, num_steps=3):
     devices = jax.local_devices()[:num_devices]
-    step = step_lib.make_step(
-        apply_fn,
-        sample_fn,
-        config,
-        num_active_fn=lambda x: jnp.sum(x != 0, axis=1),
-        axis_name=parallel.AXIS,
-    )
-    state = step_lib.init_state(jax.random.key(0), PARAMS, config, uses={"W": 2})
+    step = step_lib.make_step(PROBLEM, method, axis_name=parallel.AXIS)
+    state = init_state(jax.random.key(0), PROBLEM, method)
     state, metrics = parallel.pmap_steps(step, num_steps, devices)(
         parallel.replicate(state, devices), PARAMS, jax.random.key(1)
     )
@@ -51,10 +53,8 @@ def run(num_devices, config, num_steps=3):
     "fields",
     [
         {"topk": 1.1, "hidden_reconstruction_coeff": 0.5},
-        {
-            "topk": 4.0,
-            "sparse_route": "dispatch",
-        },  # more kept than there are pairs with attributions: the cut lies among the ties
+        # More kept than there are pairs with attributions: the cut lies among the ties.
+        {"topk": 4.0, "sparse_route": "dispatch"},
         {"mask": "topk", "topk": 2.0, "unit_norm_U": True},
         {"mask": "exact", "attributions_at": "components"},
         {"mask": "none", "attribution_lp_coeff": 0.1, "minimality_coeff": 0.0},
@@ -62,16 +62,9 @@ def run(num_devices, config, num_steps=3):
     ids=str,
 )
 def test_one_two_and_four_devices_agree(fields):
-    config = make_config(
-        num_components=5,
-        num_steps=20,
-        batch_size=16,
-        init_scale=3.0,
-        warmup_fraction=0.0,
-        learning_rate=1e-2,
-        **fields,
-    )
-    (one, metrics), *others = [run(n, config) for n in (1, 2, 4)]
+    sizes = {"num_components": 5, "num_steps": 20, "batch_size": 16, "init_scale": 3.0}
+    method = make_method(**sizes, warmup_fraction=0.0, learning_rate=1e-2, **fields)
+    (one, metrics), *others = [run(n, method) for n in (1, 2, 4)]
     for components, theirs in others:
         assert set(theirs) == set(metrics)
         np.testing.assert_array_equal(theirs["mean_active"], metrics["mean_active"])

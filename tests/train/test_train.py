@@ -1,4 +1,7 @@
-"""The host loop: what it logs and writes, and what it refuses. Stopping and going on: test_resume.py."""
+"""The host loop: what it logs and writes, and what it refuses.
+
+Stopping and going on: test_resume.py.
+"""
 
 import json
 
@@ -6,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method
 
 from apd_jax.errors import InputError, NonFiniteError
+from apd_jax.methods import registry
 from apd_jax.network.problem import Problem
 from apd_jax.train import checkpoint
 from apd_jax.train import loop as train
@@ -23,64 +27,72 @@ def make_problem(batch_size=8, **more):
     return Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn, **more)
 
 
-def config_of(**fields):
-    small = {
-        "num_components": 3,
-        "num_steps": 12,
-        "batch_size": 8,
-        "init_scale": 3.0,
-        "learning_rate": 1e-2,
-    }
-    return make_config(
-        **small | {"steps_per_call": 5, "log_every_steps": 4, "checkpoint_every_steps": 5} | fields
-    )
+def small(**fields):
+    sizes = {"num_components": 3, "num_steps": 12, "batch_size": 8}
+    sizes |= {"init_scale": 3.0, "learning_rate": 1e-2}
+    every = {"steps_per_call": 5, "log_every_steps": 4, "checkpoint_every_steps": 5}
+    return make_method(**sizes | every | fields)
 
 
 def test_rows_do_not_depend_on_the_steps_per_call():
-    # 12 steps, a row every 4th and the last: 4, 8, 12, whether in calls of 5, 5, 2 or of 1 or all at once.
-    runs = [train.fit(make_problem(), config_of(steps_per_call=n)) for n in (5, 1, 100)]
-    for components, rows in runs:
+    # 12 steps, a row every 4th and the last: 4, 8, 12.
+    # Whether in calls of 5, 5, 2, or of 1, or all at once.
+    runs = [train.fit(make_problem(), small(steps_per_call=n)) for n in (5, 1, 100)]
+    names = ("total", "faithfulness")
+    terms = {*names, "minimality", "simplicity", "mean_active"}
+    first, first_rows = runs[0]
+    for trained, rows in runs:
         assert [row["step"] for row in rows] == [4, 8, 12]
-        assert set(rows[0]) == {
-            "step",
-            "total",
-            "faithfulness",
-            "minimality",
-            "simplicity",
-            "mean_active",
-            "seconds_per_step",
-        }
-        for row, expected in zip(rows, runs[0][1], strict=True):
+        assert set(rows[0]) == {"step", *terms, "seconds_per_step"}
+        for row, expected in zip(rows, first_rows, strict=True):
             np.testing.assert_allclose(
-                [row[k] for k in ("total", "faithfulness")],
-                [expected[k] for k in ("total", "faithfulness")],
-                rtol=1e-6,
+                [row[k] for k in names], [expected[k] for k in names], rtol=1e-6
             )
         np.testing.assert_allclose(
-            components.factors["w"].U, runs[0][0].factors["w"].U, rtol=1e-5, atol=1e-7
+            trained.components.factors["w"].U,
+            first.components.factors["w"].U,
+            rtol=1e-5,
+            atol=1e-7,
         )
-    rows = runs[0][1]
-    assert all(row["mean_active"] == 1.0 and row["seconds_per_step"] > 0 for row in rows)
+    assert all(row["mean_active"] == 1.0 and row["seconds_per_step"] > 0 for row in first_rows)
+
+
+def test_a_config_is_taken_as_well_as_an_object():
+    method = small(num_steps=3)
+    trained, rows = train.fit(make_problem(), method)
+    other, other_rows = train.fit(make_problem(), registry.settings(method))
+    jax.tree.map(np.testing.assert_array_equal, other, trained)
+    assert [row["total"] for row in rows] == [row["total"] for row in other_rows]
 
 
 def test_the_last_step_is_always_logged():
-    _, rows = train.fit(make_problem(), config_of(num_steps=7, log_every_steps=100))
+    _, rows = train.fit(make_problem(), small(num_steps=7, log_every_steps=100))
     assert [row["step"] for row in rows] == [7]
 
 
 def test_workdir_files(tmp_path):
-    components, rows = train.fit(make_problem(), config_of(keep_checkpoints=2), workdir=tmp_path)
-    assert [
-        json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ] == rows
+    trained, rows = train.fit(make_problem(), small(keep_checkpoints=2), workdir=tmp_path)
+    factors = trained.components.factors["w"]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == rows
     assert list((tmp_path / "tensorboard").glob("events.*"))
-    # In calls of 5, 5 and 2 with one due every 5 steps, and one at the end: 5, 10, 12, of which 2 are kept.
+    # In calls of 5, 5 and 2 with one due every 5 steps, and one at the end: 5, 10, 12.
+    # Two of them are kept.
     sizes, step, state = checkpoint.read(tmp_path / "checkpoints")
     assert list(sizes) == [10, 12] and step == 12
-    np.testing.assert_array_equal(state["components"]["tree"]["w"]["U"], components.factors["w"].U)
-    step, restored = train.restore_components(make_problem(), config_of(), tmp_path)
+    np.testing.assert_array_equal(state["components"]["tree"]["w"]["U"], factors.U)
+    step, restored = train.restore_trained(make_problem(), small(), tmp_path)
     assert step == 12
-    np.testing.assert_array_equal(restored.factors["w"].V, components.factors["w"].V)
+    np.testing.assert_array_equal(restored.components.factors["w"].V, factors.V)
+
+
+def test_a_learned_gate_comes_back(tmp_path):
+    method = small(mask="learned", threshold=0.1, importance_coeff=0.1)
+    trained, _ = train.fit(make_problem(), method, workdir=tmp_path)
+    thresholds = trained.gate["log_thresholds"]
+    assert thresholds.shape == (3,) and np.ptp(thresholds) > 0
+    _, restored = train.restore_trained(make_problem(), method, tmp_path)
+    np.testing.assert_array_equal(restored.gate["log_thresholds"], thresholds)
 
 
 def test_tensorboard_gets_every_loss_of_every_instance(tmp_path, monkeypatch):
@@ -89,72 +101,64 @@ def test_tensorboard_gets_every_loss_of_every_instance(tmp_path, monkeypatch):
         "tensorboardX.SummaryWriter.add_scalar",
         lambda self, tag, value, step: seen.add((tag, step)),
     )
-    train.fit(make_problem(), config_of(num_instances=2), workdir=tmp_path)
-    assert {
-        (f"{name}/{i}", 12)
-        for name in ("total", "faithfulness", "minimality", "simplicity")
-        for i in (0, 1)
-    } <= seen
+    train.fit(make_problem(), small(num_instances=2), workdir=tmp_path)
+    names = ("total", "faithfulness", "minimality", "simplicity")
+    assert {(f"{name}/{i}", 12) for name in names for i in (0, 1)} <= seen
 
 
 def test_a_finished_run_only_returns(tmp_path, monkeypatch):
-    first = train.fit(make_problem(), config_of(), workdir=tmp_path)
+    first = train.fit(make_problem(), small(), workdir=tmp_path)
     monkeypatch.delattr("apd_jax.train.parallel.pmap_steps")  # it must not take a step
-    again = train.fit(make_problem(), config_of(), workdir=tmp_path)
+    again = train.fit(make_problem(), small(), workdir=tmp_path)
     assert again[1] == first[1]
-    np.testing.assert_array_equal(again[0].factors["w"].U, first[0].factors["w"].U)
+    U, expected = (run[0].components.factors["w"].U for run in (again, first))
+    np.testing.assert_array_equal(U, expected)
 
 
 def test_restoring_without_a_checkpoint_is_refused(tmp_path):
     with pytest.raises(InputError, match="does not exist; let the run write its first checkpoint"):
-        train.restore_components(make_problem(), config_of(), tmp_path)
+        train.restore_trained(make_problem(), small(), tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_restoring_leaves_what_a_running_training_is_writing(tmp_path):
-    train.fit(make_problem(), config_of(), workdir=tmp_path)
+    train.fit(make_problem(), small(), workdir=tmp_path)
     unfinished = tmp_path / "checkpoints" / "99.orbax-checkpoint-tmp"
     unfinished.mkdir()
-    assert train.restore_components(make_problem(), config_of(), tmp_path)[0] == 12
+    assert train.restore_trained(make_problem(), small(), tmp_path)[0] == 12
     assert unfinished.is_dir()
 
 
 @pytest.mark.parametrize("num_instances", [1, 2])
 def test_not_finite_names_step_and_term_and_keeps_the_last_good_checkpoint(tmp_path, num_instances):
-    # The batch of step 8 (counted from 0), the 9th, holds an infinity: outputs and minimality are then not finite.
+    # The batch of step 8 (counted from 0), the 9th, holds an infinity.
+    # Outputs and minimality are then not finite.
     def sample_fn(key, step):
-        return jnp.where(step == 8, jnp.inf, 1.0) * jax.random.normal(
-            jax.random.fold_in(key, step), (8, 4)
-        )
+        x = jax.random.normal(jax.random.fold_in(key, step), (8, 4))
+        return jnp.where(step == 8, jnp.inf, 1.0) * x
 
     problem = Problem(lambda params, x: x @ params["w"], PARAMS, sample_fn)
+    method = small(num_instances=num_instances)
     with pytest.raises(NonFiniteError) as caught:
-        train.fit(problem, config_of(num_instances=num_instances), workdir=tmp_path)
+        train.fit(problem, method, workdir=tmp_path)
     assert str(caught.value).startswith("training stopped at step 9: not finite: minimality")
     assert str(caught.value).endswith("The checkpoint of step 5 is kept.")
     assert checkpoint.read(tmp_path / "checkpoints")[1] == 5
-    assert [
-        json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    ] == [4]
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [4]
     with pytest.raises(
         NonFiniteError,
         match=r"stopped at step 9: [^.]*; try a smaller learning_rate or init_scale\.$",
     ):
-        train.fit(
-            problem, config_of(num_instances=num_instances)
-        )  # no workdir: no checkpoint to speak of
+        train.fit(problem, method)  # no workdir: no checkpoint to speak of
 
 
 def test_divergence_is_caught():
+    fields = {"optimizer": "sgd", "learning_rate": 1e30, "schedule": "constant"}
     with pytest.raises(
         NonFiniteError, match=r"training stopped at step \d+: not finite: .*faithfulness"
     ):
-        train.fit(
-            make_problem(),
-            config_of(
-                optimizer="sgd", learning_rate=1e30, schedule="constant", warmup_fraction=0.0
-            ),
-        )
+        train.fit(make_problem(), small(**fields, warmup_fraction=0.0))
 
 
 @pytest.mark.parametrize(
@@ -166,25 +170,26 @@ def test_divergence_is_caught():
         ({}, {"mask": "exact"}, "mask = 'exact'"),
         ({"select": "kernel"}, {}, "'kernel' matches no leaf"),
         ({}, {"hidden_reconstruction_coeff": 1.0}, "hidden"),
+        ({"elsewhere": lambda key, step: jnp.ones((8, 4))}, {}, "not by 'apd'"),
     ],
 )
 def test_refused(problem, fields, message):
     with pytest.raises(InputError, match=message):
-        train.fit(make_problem(**problem), config_of(**fields))
+        train.fit(make_problem(**problem), small(**fields))
 
 
 def test_instances_are_single_runs_of_their_own_keys():
-    components, rows = train.fit(make_problem(), config_of(num_instances=2))
-    assert components.factors["w"].U.shape == (2, 3, 4, 3)
+    trained, rows = train.fit(make_problem(), small(num_instances=2))
+    U = trained.components.factors["w"].U
+    assert U.shape == (2, 3, 4, 3)
     assert len(rows[0]["total"]) == 2 and rows[0]["total"][0] != rows[0]["total"][1]
     # Instance 0 is the run without instances.
-    alone, alone_rows = train.fit(make_problem(), config_of())
-    np.testing.assert_allclose(
-        components.factors["w"].U[0], alone.factors["w"].U, rtol=1e-4, atol=1e-6
-    )
+    alone, alone_rows = train.fit(make_problem(), small())
+    np.testing.assert_allclose(U[0], alone.components.factors["w"].U, rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(rows[-1]["total"][0], alone_rows[-1]["total"], rtol=1e-5)
 
 
 def test_always_on_and_unit_norm_are_in_what_comes_back():
-    components, _ = train.fit(make_problem(), config_of(unit_norm_U=True, num_always_on=1))
-    np.testing.assert_allclose(jnp.linalg.norm(components.factors["w"].U, axis=1), 1.0, rtol=1e-5)
+    trained, _ = train.fit(make_problem(), small(unit_norm_U=True, num_always_on=1))
+    lengths = jnp.linalg.norm(trained.components.factors["w"].U, axis=1)
+    np.testing.assert_allclose(lengths, 1.0, rtol=1e-5)

@@ -80,7 +80,7 @@ apd.network = (data) => {
   });
   const mask = (given) => {
     const ranked = d3.range(rule.num_always_on, num_components).sort((a, b) => given[b] - given[a]).slice(0, rule.topk);
-    return given.map((value, c) => (rule.all || c < rule.num_always_on || ("topk" in rule ? ranked.includes(c) : rule.cuts[c] !== null && value >= rule.cuts[c]) ? 1 : 0));
+    return given.map((value, c) => (rule.all || c < rule.num_always_on || ("topk" in rule ? ranked.includes(c) : rule.cuts[c] !== null && value > rule.cuts[c]) ? 1 : 0));
   };
   return { num_components, run, attributions, mask, has_rule: rule !== null };
 };

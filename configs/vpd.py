@@ -1,0 +1,57 @@
+"""VPD: a transformer as gate, Δ as a component, an adversary (Bushnaq et al. 2026); on toys.
+
+    python -m apd_jax.main --config=configs/vpd.py:tms,40-10 --workdir=runs/vpd_tms
+    python -m apd_jax.main --config=configs/vpd.py:resid_mlp,2layer,whole --workdir=runs/whole
+
+Argument: the name of a target's file in configs/, then that file's own arguments, and
+    whole    one number and one gate for pieces at every site (`apd_jax.methods.whole`)
+    nested   the same with nested ranks and a price on them
+    smoke    every stage in seconds on a CPU; the result means nothing
+Distances are in units of the outputs' variance. The adversary is fresh and shared over the batch,
+since the examples of a toy do not come again. Results: docs/results.md.
+"""
+
+import importlib.util
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+_spec = importlib.util.spec_from_file_location("_target", Path(__file__).with_name("_target.py"))
+assert _spec is not None and _spec.loader is not None
+_target = importlib.util.module_from_spec(_spec)
+_spec.loader.exec_module(_target)
+
+OWN = ("whole", "nested", "smoke")
+
+
+def get_config(arg: str = "tms,40-10") -> ConfigDict:
+    """The experiment `arg`, e.g. "tms,5-2" or "resid_mlp,2layer,whole".
+
+    Raises:
+      InputError: an unknown target, or what the target's own file refuses.
+    """
+    variants = arg.split(",")
+    whole = "whole" in variants or "nested" in variants
+    rest = ",".join(variant for variant in variants if variant not in OWN[:2])
+    config, name = _target.experiment(rest, "whole" if whole else "vpd")
+    target, apd = config.target, config.apd
+    variance = 1.0
+    if name == "tms":
+        F, p = target.num_features, target.feature_probability
+        apd.num_components, variance = round(1.5 * F) + 2, p / 3 - p**2 / 4
+    elif name == "resid_mlp":
+        F, p = target.num_features, target.feature_probability
+        apd.num_components, variance = round(1.3 * F), p * 5 / 6
+    apd.update(learning_rate=3e-3, num_steps=5000, batch_size=1024, optimizer="adam")
+    apd.update(faithfulness_coeff=1e4, faithfulness_warmup_steps=400, gradient_clip=None)
+    apd.update(stochastic_coeff=0.5 / variance, adversarial_coeff=0.5 / variance)
+    apd.update(importance_coeff=3e-2, importance_p=2.0, importance_p_final=0.7)
+    apd.update(frequency_coeff=0.0, gate_kind="pieces")
+    apd.update(adversary="fresh", adversary_ascents=4, adversary_rate=0.05)
+    apd.adversary_shared = "batch"
+    if "nested" in variants:
+        apd.update(rank=4, nested=True, trim_coeff=1e-3)
+    if "smoke" in variants:
+        _target.smoke(config)
+        apd.faithfulness_warmup_steps = 10
+    return config.lock()
