@@ -1,7 +1,8 @@
-"""Which axes of a weight are inputs and which outputs: found by looking at how the network uses it.
+"""Which axes of a weight are inputs and which outputs: found by looking at how it is used.
 
-A weight meets the activations in a matrix product, a convolution or a lookup. What is contracted there (or indexed) are its
-inputs, what remains are its outputs, and axes that only choose among several matrices (stacked layers, experts) are batch.
+A weight meets the activations in a matrix product, a convolution or a lookup. What is contracted
+there (or indexed) are its inputs, what remains are its outputs, and axes that only choose among
+several matrices (stacked layers, experts) are batch.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxtyping import Array, Float, PyTree
 
 _SAME_AXES = (
@@ -28,14 +29,16 @@ _SAME_AXES = (
     "sharding_constraint",
 )
 
-Axes = tuple[
-    frozenset[int], ...
-]  # for every axis of a value, the axes of the leaf that it is made of
+Axes = tuple[frozenset[int], ...]  # of every axis of a value, the leaf's axes that it is made of
+Seen = tuple[str, Axes]  # a leaf, and the axes of a view of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Which axes of a leaf are inputs and which outputs of its matrix; `batch` axes count matrices (stacked layers, experts)."""
+    """Which axes of a leaf are inputs and which outputs of its matrix.
+
+    `batch` axes count matrices (stacked layers, experts).
+    """
 
     batch: tuple[int, ...]
     ins: tuple[int, ...]
@@ -88,11 +91,11 @@ def unfold(leaf: Float[Array, "..."], layout: Layout) -> Float[Array, "..."]:
 
 
 def infer(apply_fn: Callable, params: PyTree, x: PyTree) -> dict[str, Layout]:
-    """{dotted path: layout} of the leaves that apply_fn(params, x) multiplies, convolves or looks up; by their first such use.
+    """{dotted path: layout} of the leaves that apply_fn(params, x) multiplies or looks up.
 
-    Rows of a lookup that are multiplied in turn (experts chosen by index) are matrices of a stack.
-
-    Vectors that are stacked for a scan (one bias per layer) have a layout without inputs.
+    By the first product, convolution or lookup of each. Rows of a lookup that are multiplied in
+    turn (experts chosen by index) are matrices of a stack. Vectors that are stacked for a scan (one
+    bias per layer) have a layout without inputs.
 
     Cost: one trace; nothing is computed, and x may be abstract.
     """
@@ -116,89 +119,105 @@ def infer(apply_fn: Callable, params: PyTree, x: PyTree) -> dict[str, Layout]:
     return tentative | found
 
 
-def _uses(
-    jaxpr: Jaxpr, env: dict[Any, tuple[str, Axes]]
-) -> Iterator[tuple[str, set[int], set[int], bool]]:
-    """(leaf, axes contracted, axes kept, whether a later use knows better) of every product, convolution, lookup and stack of
-    vectors; follows views and inner jaxprs."""
+def _uses(jaxpr: Jaxpr, env: dict[Any, Seen]) -> Iterator[tuple[str, set[int], set[int], bool]]:
+    """Every product, convolution, lookup and stack of vectors; follows views and inner jaxprs.
+
+    As (leaf, axes contracted, axes kept, whether a later use knows better).
+    """
     for eqn in jaxpr.eqns:
-        shapes: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in eqn.invars]
-        known = [None if isinstance(v, Literal) or v not in env else env[v] for v in eqn.invars]
+        known = [None if isinstance(v, Literal) else env.get(v) for v in eqn.invars]
         if not any(known):
             continue
-        name, p = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            contracting, batching = p["dimension_numbers"]
-            for operand, contract, batch in zip(known, contracting, batching, strict=True):
-                if operand is not None and contract:
-                    kept = [
-                        axis
-                        for axis in range(len(operand[1]))
-                        if axis not in contract and axis not in batch
-                    ]
-                    yield operand[0], _union(operand[1], contract), _union(operand[1], kept), False
-        elif name == "conv_general_dilated" and known[1] is not None:
-            out = p["dimension_numbers"].rhs_spec[0]
-            axes = known[1][1]
-            yield (
-                known[1][0],
-                _union(axes, [i for i in range(len(axes)) if i != out]),
-                set(axes[out]),
-                False,
-            )
-        elif name == "gather" and known[0] is not None:
-            looked_up, axes = p["dimension_numbers"].start_index_map, known[0][1]
-            rest = tuple(a for i, a in enumerate(axes) if i not in looked_up)
-            offsets = p["dimension_numbers"].offset_dims
-            one = len(shapes[1]) == 1
-            if len(offsets) == len(rest) and (
-                one or len(rest) > 1
-            ):  # a matrix of a stack, or several
-                row = dict(zip(offsets, rest, strict=True))
-                env[eqn.outvars[0]] = (
-                    known[0][0],
-                    tuple(row.get(i, frozenset()) for i in range(len(rest) + len(shapes[1]) - 1)),
-                )
-            if not one:
-                yield (
-                    known[0][0],
-                    _union(axes, looked_up),
-                    _union(rest, range(len(rest))),
-                    len(rest) > 1,
-                )
-        elif name == "split" and known[0] is not None:
-            env |= dict.fromkeys(eqn.outvars, known[0])
-        elif (
-            name in ("mul", "div")
-            and () in shapes
-            and (scaled := [k for k in known if k is not None and k[1]])
-        ):  # by a number
-            env[eqn.outvars[0]] = scaled[0]
-        elif known[0] is not None and (axes := _view(name, p, known[0][1], shapes[0])) is not None:
-            env[eqn.outvars[0]] = (known[0][0], axes)
-        else:
-            if name == "scan":
-                yield from (
-                    (k[0], set(), set(k[1][1]), False)
-                    for k in known[_first_scanned(p) :]
-                    if k is not None and len(k[1]) == 2
-                )
-            for inner, operands in _inner(eqn, known):
-                within = {
-                    v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None
-                }
-                yield from _uses(inner, within)
-                if name not in ("scan", "while", "cond"):
-                    outs = zip(eqn.outvars, inner.outvars, strict=True)
-                    env |= {
-                        outer: within[v]
-                        for outer, v in outs
-                        if not isinstance(v, Literal) and v in within
-                    }
+        name = eqn.primitive.name
+        if name in _MEETINGS:
+            yield from _MEETINGS[name](eqn, known)
+        views = _views(eqn, known)
+        if views is not None:
+            env |= zip(eqn.outvars, views, strict=False)
+        elif name not in _MEETINGS:
+            yield from _uses_inside(eqn, known, env)
+
+
+def _uses_inside(eqn: JaxprEqn, known: list[Seen | None], env: dict[Any, Seen]) -> Iterator[Any]:
+    name = eqn.primitive.name
+    if name == "scan":
+        stacked = [k for k in known[_first_scanned(eqn.params) :] if k is not None]
+        yield from ((leaf, set(), set(axes[1]), False) for leaf, axes in stacked if len(axes) == 2)
+    for inner, operands in _inner(eqn, known):
+        within = {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None}
+        yield from _uses(inner, within)
+        if name not in ("scan", "while", "cond"):
+            for outer, v in zip(eqn.outvars, inner.outvars, strict=True):
+                if not isinstance(v, Literal) and v in within:
+                    env[outer] = within[v]
+
+
+def _of_dot(eqn: JaxprEqn, known: list[Seen | None]) -> Iterator[Any]:
+    contracting, batching = eqn.params["dimension_numbers"]
+    for operand, contract, batch in zip(known, contracting, batching, strict=True):
+        if operand is not None and contract:
+            leaf, axes = operand
+            kept = [i for i in range(len(axes)) if i not in contract and i not in batch]
+            yield leaf, _union(axes, contract), _union(axes, kept), False
+
+
+def _of_conv(eqn: JaxprEqn, known: list[Seen | None]) -> Iterator[Any]:
+    if known[1] is not None:
+        leaf, axes = known[1]
+        out = eqn.params["dimension_numbers"].rhs_spec[0]
+        rest = [i for i in range(len(axes)) if i != out]
+        yield leaf, _union(axes, rest), set(axes[out]), False
+
+
+def _of_gather(eqn: JaxprEqn, known: list[Seen | None]) -> Iterator[Any]:
+    """Several rows are a lookup; one is only a matrix of a stack."""
+    if known[0] is not None and len(_shape(eqn.invars[1])) > 1:
+        leaf, axes = known[0]
+        looked_up = eqn.params["dimension_numbers"].start_index_map
+        rest = _others(axes, looked_up)
+        yield leaf, _union(axes, looked_up), _union(rest, range(len(rest))), len(rest) > 1
+
+
+_MEETINGS = {"dot_general": _of_dot, "conv_general_dilated": _of_conv, "gather": _of_gather}
+
+
+def _others(axes: Axes, chosen: Any) -> Axes:
+    return tuple(a for i, a in enumerate(axes) if i not in chosen)
+
+
+def _shape(var: Any) -> tuple[int, ...]:
+    return getattr(var.aval, "shape", ())
 
 
 def _union(axes: Axes, chosen: Any) -> set[int]:
     return set().union(*(axes[i] for i in chosen))
+
+
+def _views(eqn: JaxprEqn, known: list[Seen | None]) -> list[Seen] | None:
+    """What an operation makes of a weight; None where that is no view of it."""
+    name, p, count = eqn.primitive.name, eqn.params, len(eqn.outvars)
+    if name in ("mul", "div"):  # by a number
+        operands = list(zip(known, reversed(eqn.invars), strict=True))[: 2 if name == "mul" else 1]
+        return [k for k, x in operands if k is not None and k[1] and not _shape(x)] or None
+    if known[0] is None:
+        return None
+    leaf, axes = known[0]
+    if name == "split":
+        return [(leaf, axes)] * count
+    if name == "unstack":
+        return [(leaf, _others(axes, [p["axis"]]))] * count
+    found = _rows(eqn, axes) if name == "gather" else _view(name, p, axes, _shape(eqn.invars[0]))
+    return None if found is None else [(leaf, found)]
+
+
+def _rows(eqn: JaxprEqn, axes: Axes) -> Axes | None:
+    """The axes of looked up rows that may be matrices of a stack."""
+    numbers, indices = eqn.params["dimension_numbers"], _shape(eqn.invars[1])
+    rest, offsets = _others(axes, numbers.start_index_map), numbers.offset_dims
+    if len(offsets) != len(rest) or (len(indices) > 1 and len(rest) < 2):
+        return None
+    row = dict(zip(offsets, rest, strict=True))
+    return tuple(row.get(i, frozenset()) for i in range(len(rest) + len(indices) - 1))
 
 
 def _view(name: str, p: dict[str, Any], axes: Axes, shape: tuple[int, ...]) -> Axes | None:
@@ -208,7 +227,7 @@ def _view(name: str, p: dict[str, Any], axes: Axes, shape: tuple[int, ...]) -> A
     if name == "transpose":
         return tuple(axes[i] for i in p["permutation"])
     if name == "squeeze":
-        return tuple(a for i, a in enumerate(axes) if i not in p["dimensions"])
+        return _others(axes, p["dimensions"])
     if name == "reshape":
         groups = regroup(shape, p["new_sizes"])
         return (
@@ -220,7 +239,10 @@ def _view(name: str, p: dict[str, Any], axes: Axes, shape: tuple[int, ...]) -> A
 
 
 def regroup(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]] | None:
-    """The finest runs of axes of equal size that a reshape maps to each other; None for empty arrays."""
+    """The finest runs of axes of equal size that a reshape maps to each other.
+
+    None for empty arrays.
+    """
     groups: list[tuple[list[int], list[int]]] = []
     i = j = 0
     while i < len(old) or j < len(new):
@@ -265,5 +287,8 @@ def _inner(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
 
 
 def _first_scanned(p: dict[str, Any]) -> int:
-    """Which of a scan's operands is the first that it slices: the body sees this one and all after it with one axis less."""
+    """Which of a scan's operands is the first that it slices.
+
+    The body sees this one and all after it with one axis less.
+    """
     return p["num_consts"] + p["num_carry"]

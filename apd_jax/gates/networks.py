@@ -74,7 +74,7 @@ class GateTransformer(nn.Module):
     @nn.compact
     def __call__(
         self,
-        inputs: Mapping[str, Float[Array, "B T _"]],
+        inputs: Mapping[str, Array],  # {site: [B, T, d_s]}
         valid: Bool[Array, "B T"] | None = None,
     ) -> Float[Array, "B T C"]:
         """Args: valid: False at padding, which is not attended to; its own logits mean nothing."""

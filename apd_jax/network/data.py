@@ -1,10 +1,12 @@
 """Where batches come from: a sampler on the device, arrays in memory, or any iterable of batches.
 
-Shapes: a batch is a pytree of arrays whose first axis is B = `batch_size`, the examples of one step over *all* devices.
+Shapes: a batch is a pytree of arrays whose first axis is B = `batch_size`, the examples of one step
+over *all* devices.
 
   sampler    a pure function (rng, step) -> batch, run inside the train step.
   arrays     `from_arrays` makes a sampler of them.
-  iterable   a list, a generator, a data loader: pulled on the host, several steps at a time, while the devices work.
+  iterable   a list, a generator, a data loader: pulled on the host, several steps at a time, while
+             the devices work.
 """
 
 from __future__ import annotations
@@ -23,9 +25,8 @@ from jaxtyping import Array, PyTree
 from apd_jax.components import path_name
 from apd_jax.errors import InputError
 
-MAX_STACK_BYTES = (
-    2**28
-)  # of the batches of one XLA call; those of the next call are pulled beside them
+# Of the batches of one XLA call; those of the next call are pulled beside them.
+MAX_STACK_BYTES = 2**28
 _ELSEWHERE = 0xE15E  # sets the draws of the second stream apart
 MAX_ARRAYS_BYTES = 2**30  # XLA refuses programs with constants of 2 GiB
 
@@ -33,16 +34,19 @@ MAX_ARRAYS_BYTES = 2**30  # XLA refuses programs with constants of 2 GiB
 def from_arrays(arrays: PyTree, batch_size: int, shuffle: bool = True) -> Callable[..., PyTree]:
     """A sampler that goes through the examples epoch by epoch, each once per epoch.
 
-    Batch i of epoch e has the rows π_e(iB), ..., π_e(iB + B - 1), with π_e the permutation drawn from fold_in(rng, e). The
-    remainder of an epoch that fills no batch is left out of it: other examples in every epoch if shuffled, else always the last.
+    Batch i of epoch e has the rows π_e(iB), ..., π_e(iB + B - 1), with π_e the permutation drawn
+    from fold_in(rng, e). The rest of an epoch that fills no batch is left out of it: other examples
+    in every epoch if shuffled, else always the last.
 
     Args:
-      arrays: pytree of arrays [N, ...], one row per example, 1 GiB at most: they become constants of the compiled program.
+      arrays: pytree of arrays [N, ...], one row per example, 1 GiB at most: they become constants
+        of the compiled program.
       shuffle: False takes the rows in their order.
     Returns: (rng, step) -> batch, pure in both.
     Raises:
-      InputError: no arrays, not numbers, different N, fewer examples than a batch has, or too large.
-    Cost: shuffled, every step draws its epoch's permutation anew, a sort of N numbers: about 0.5 ms per 1,000 examples on a CPU core.
+      InputError: no arrays, not numbers, different N, fewer examples than a batch, or too large.
+    Cost: if shuffled, every step draws its epoch's permutation anew. This is a sort of N numbers:
+      about 0.5 ms per 1,000 examples on a CPU core.
     """
     rows = jax.tree_util.tree_map_with_path(
         lambda path, a: _numbers(a, f"arrays leaf {_named(path)}"), arrays
@@ -51,7 +55,8 @@ def from_arrays(arrays: PyTree, batch_size: int, shuffle: bool = True) -> Callab
     leading = {leaf.shape[:1] for leaf in leaves}
     if len(leading) != 1 or leading == {()}:
         raise InputError(
-            f"arrays must all lead with the number of examples; their leading sizes are {sorted(leading)}."
+            "arrays must all lead with the number of examples; their leading sizes are "
+            f"{sorted(leading)}."
         )
     (size,), num_bytes = leading.pop(), sum(leaf.nbytes for leaf in leaves)
     if not 1 <= batch_size <= size:
@@ -60,7 +65,8 @@ def from_arrays(arrays: PyTree, batch_size: int, shuffle: bool = True) -> Callab
         )
     if num_bytes > MAX_ARRAYS_BYTES:
         raise InputError(
-            f"arrays hold {num_bytes / 2**30:.1f} GiB, but at most 1 GiB fits into a program; give an iterable of batches."
+            f"arrays hold {num_bytes / 2**30:.1f} GiB, but at most 1 GiB fits into a program; give "
+            "an iterable of batches."
         )
     rows, per_epoch = jax.tree.map(jnp.asarray, rows), size // batch_size
 
@@ -79,18 +85,18 @@ def from_arrays(arrays: PyTree, batch_size: int, shuffle: bool = True) -> Callab
 class Batches:
     """An iterable of batches as one endless stream: where it ends, it is begun again.
 
-    A resumed run begins it from its start and drops the batches that the steps before have used. If it yields the same batches
-    again, the run ends bit for bit as if it had never been stopped. Of several processes, every one must iterate over the same
-    batches; each device takes its slice of them. All instances see the same batches.
+    A resumed run begins it from its start and drops the batches that the steps before have used.
+    If it yields the same batches again, the run ends bit for bit as if it had never been stopped.
+    Of several processes, every one must iterate over the same batches; each device takes its slice
+    of them. All instances see the same batches.
 
-    Batches may be numpy or jax arrays, or what numpy can read, such as torch tensors. What they hold is copied at once.
+    Batches may be numpy or jax arrays, or what numpy can read, such as torch tensors. What they
+    hold is copied at once.
     """
 
     def __init__(self, iterable: Iterable[PyTree]):
         self._iterable = iterable
-        self._begun: Iterator[PyTree] | None = (
-            None  # of which `shapes` has looked at the first batch
-        )
+        self._begun: Iterator[PyTree] | None = None  # whose first batch `shapes` has looked at
 
     @functools.cached_property
     def first(self) -> PyTree[np.ndarray]:
@@ -115,10 +121,13 @@ class Batches:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.first)
 
     def since(self, step: int) -> Iterator[PyTree]:
-        """The batches of steps `step`, `step` + 1, ..., without end, as numpy arrays that the iterable may own.
+        """The batches of steps `step`, `step` + 1, ..., without end.
+
+        They are numpy arrays that the iterable may own.
 
         Raises:
-          InputError: a batch that differs from the first one, or an end after which it cannot be begun again.
+          InputError: a batch that differs from the first one, or an end after which it cannot be
+            begun again.
         """
         shapes = self.shapes  # which may begin it
         begun, self._begun = self._begun, None
@@ -126,7 +135,8 @@ class Batches:
             begun = iter(self._iterable)
             if begun is self._iterable:
                 raise InputError(
-                    "this iterator of batches was begun by an earlier run; give a new one, or a list or loader."
+                    "this iterator of batches was begun by an earlier run; give a new one, or a "
+                    "list or loader."
                 )
         for number in itertools.count():
             try:
@@ -136,7 +146,8 @@ class Batches:
                 batch = None if begun is self._iterable else next(begun, None)
                 if batch is None:
                     raise InputError(
-                        f"the data ended before step {number + 1} and cannot be begun again; give more batches, or a list or loader."
+                        f"the data ended before step {number + 1} and cannot be begun again; give "
+                        "more batches, or a list or loader."
                     ) from None
             if number >= step:
                 yield _same(_host_arrays(batch, number), shapes, number)
@@ -153,7 +164,8 @@ def source(sample_fn: Any) -> Any:
     if hasattr(sample_fn, "__iter__"):
         return Batches(sample_fn)
     raise InputError(
-        f"sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a {type(sample_fn).__name__}."
+        "sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a "
+        f"{type(sample_fn).__name__}."
     )
 
 
@@ -165,7 +177,8 @@ def paired(here: Any, elsewhere: Any) -> Any:
     """
     if isinstance(here, Batches) != isinstance(elsewhere, Batches):
         raise InputError(
-            "sample_fn and elsewhere must both be functions (rng, step) -> batch, or both iterables."
+            "sample_fn and elsewhere must both be functions (rng, step) -> batch, or both be "
+            "iterables."
         )
     if isinstance(here, Batches):
         return Batches(_Zipped(here, elsewhere))
@@ -187,14 +200,17 @@ class _Zipped:
 
 
 def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of a batch. A sampler is not run for it; of an iterable the first batch is pulled, and kept for step 0.
+    """Shapes and dtypes of a batch.
+
+    A sampler is not run for it; of an iterable the first batch is pulled, and kept for step 0.
 
     Raises:
       InputError: there is no data.
     """
     if sample_fn is None:
         raise InputError(
-            "there is no data to train on; give sample_fn, a function (rng, step) -> batch or an iterable of batches."
+            "there is no data to train on; give sample_fn, a function (rng, step) -> batch or an "
+            "iterable of batches."
         )
     if isinstance(sample_fn, Batches):
         return sample_fn.shapes
@@ -204,9 +220,10 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
 def calls(
     sample_fn: Callable | Batches | None, start: int, num_steps: int, steps_per_call: int
 ) -> Iterator[tuple[int, tuple[PyTree, ...]]]:
-    """The XLA calls from step `start` to `num_steps`: (number of steps, what each gets besides state, params and key).
+    """The XLA calls from step `start` to `num_steps`: (number of steps, the batches it is given).
 
-    That is () for a sampler, and (batches,) for an iterable, with leaves [steps, B, ...]: no more than fit into MAX_STACK_BYTES.
+    The batches are () for a sampler, and (batches,) for an iterable, with leaves [steps, B, ...]:
+    no more than fit into MAX_STACK_BYTES.
     """
     stream = None
     if isinstance(sample_fn, Batches):
@@ -221,7 +238,10 @@ def calls(
 
 
 def _stacked(stream: Iterator[PyTree], length: int, shapes: PyTree) -> PyTree:
-    """The next batches along a new leading axis. Each is copied before the next is pulled: a loader may use its memory again."""
+    """The next batches along a new leading axis.
+
+    Each is copied before the next is pulled: a loader may use its memory again.
+    """
     stack = jax.tree.map(lambda s: np.empty((length, *s.shape), s.dtype), shapes)
     for i, batch in zip(range(length), stream, strict=False):
         jax.tree.map(lambda into, a, i=i: np.copyto(into[i], a), stack, batch)
@@ -255,15 +275,17 @@ def _same(batch: PyTree, shapes: PyTree, number: int) -> PyTree:
     """The batch, if it is like the first one."""
     if jax.tree.structure(batch) != jax.tree.structure(shapes):
         raise InputError(
-            f"batch {number} is {jax.tree.structure(batch)}, but the first one was {jax.tree.structure(shapes)}; make them equal."
+            f"batch {number} is {jax.tree.structure(batch)}, but the first one was "
+            f"{jax.tree.structure(shapes)}; make them equal."
         )
     for (path, a), s in zip(
         jax.tree_util.tree_flatten_with_path(batch)[0], jax.tree.leaves(shapes), strict=True
     ):
         if (a.shape, a.dtype) != (s.shape, s.dtype):
             raise InputError(
-                f"batch {number}, leaf {_named(path)} is {a.dtype}{list(a.shape)}, but the first one was {s.dtype}{list(s.shape)}; "
-                "give equal batches, and drop what is left over at the end of an epoch."
+                f"batch {number}, leaf {_named(path)} is {a.dtype}{list(a.shape)}, but the first "
+                f"one was {s.dtype}{list(s.shape)}; give equal batches, and drop what is left over "
+                "at the end of an epoch."
             )
     return batch
 

@@ -1,4 +1,7 @@
-"""What is to be decomposed: a function, its parameters, its data. All that the method knows of a network."""
+"""What is to be decomposed: a function, its parameters, its data.
+
+All that a method knows of a network.
+"""
 
 from __future__ import annotations
 
@@ -63,6 +66,12 @@ class Problem:
         """The leaves to decompose."""
         return components_lib.selected_paths(self.params, self.select, self.layouts)
 
+    @property
+    def sites(self) -> dict[str, Any]:
+        """Their weights, by dotted path."""
+        leaves = components_lib.named_leaves(self.params)
+        return {name: leaves[name] for name in self.site_names}
+
     def example_batch(self, key: Any = None, step: int = 0) -> PyTree:
         """A batch of the data, on the device: of an iterable always the first."""
         if isinstance(self.sample_fn, data.Batches):
@@ -77,68 +86,69 @@ class Problem:
 
 
 def check_function(problem: Problem) -> None:
-    """Checks that apply_fn returns what the method can work with, by shapes alone: nothing is computed.
+    """Checks that apply_fn returns what a method can work with, by shapes alone.
+
+    Nothing is computed.
 
     Raises:
-      InputError: apply_fn fails on params and a batch; its output is not a floating array (or (array, {name: array})) with the
-        batch's leading size; or it does not depend on a leaf that is to be decomposed, or has no derivative by it.
+      InputError: apply_fn fails on params and a batch; its output is not a floating array (or
+        (array, {name: array})) with the batch's leading size; or it does not depend on a leaf that
+        is to be decomposed, or has no derivative by it.
     """
     x = data.shapes(problem.sample_fn)
-    sizes = {leaf.shape[:1] for leaf in jax.tree.leaves(x)}
     try:
         jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
     except Exception as error:
         raise InputError(
             f"apply_fn fails on params and a batch of sample_fn: {_first_line(error)}"
         ) from error
+    _check_result(result, {leaf.shape[:1] for leaf in jax.tree.leaves(x)})
+    _check_dependence(problem, jaxpr.jaxpr)
+    _check_derivative(problem, x)
+
+
+def _check_result(result: Any, sizes: set[tuple[int, ...]]) -> None:
     out, hidden = split_result(result)
     if not isinstance(hidden, Mapping):
         raise InputError(
-            f"apply_fn must return an array, or (array, {{name: array}}); its second value is a {type(hidden).__name__}."
+            "apply_fn must return an array, or (array, {name: array}); its second value is a "
+            f"{type(hidden).__name__}."
         )
-    for what, array in {
-        "its output": out,
-        **{f"activation {name!r}": h for name, h in hidden.items()},
-    }.items():
-        if not isinstance(array, jax.ShapeDtypeStruct) or not jnp.issubdtype(
-            array.dtype, jnp.floating
-        ):
+    named = {f"activation {name!r}": array for name, array in hidden.items()}
+    for what, array in ({"its output": out} | named).items():
+        is_array = isinstance(array, jax.ShapeDtypeStruct)
+        if not is_array or not jnp.issubdtype(array.dtype, jnp.floating):
             raise InputError(
-                f"apply_fn must return a floating array, or (array, {{name: array}}); {what} is {array}."
+                "apply_fn must return a floating array, or (array, {name: array}); "
+                f"{what} is {array}."
             )
         if sizes != {array.shape[:1]}:
             raise InputError(
-                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the inputs lead with {sorted(sizes)}."
+                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the "
+                f"inputs lead with {sorted(sizes)}."
             )
-    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
-    leaf_names = [
-        components_lib.path_name(path)
-        for path, _ in jax.tree_util.tree_flatten_with_path(problem.params)[0]
-    ]
-    reaching = _reaching_outputs(jaxpr.jaxpr)
-    unused = [
-        name
-        for name, var in zip(leaf_names, jaxpr.jaxpr.invars, strict=False)
-        if name in names and var not in reaching
-    ]
-    if unused:
-        raise InputError(
-            f"the output of apply_fn does not depend on params leaf {unused[0]!r}; pass the weights as its first argument, "
-            "not by closure, or leave that leaf out of `select`."
-        )
-    leaves = {
-        name: leaf
-        for name, leaf in zip(leaf_names, jax.tree.leaves(problem.params), strict=True)
-        if name in names
-    }
 
-    def summed(leaves, params, x):
-        return jnp.sum(
-            split_result(problem.apply_fn(components_lib.replace_leaves(params, leaves), x))[0]
-        )
+
+def _check_dependence(problem: Problem, jaxpr: Any) -> None:
+    """Whether the outputs of this jaxpr of apply_fn depend on all leaves to be decomposed."""
+    chosen, reaching = problem.site_names, _reaching_outputs(jaxpr)
+    leaves = components_lib.named_leaves(problem.params)
+    names = [name for name, leaf in leaves.items() if leaf is not None]
+    for name, var in zip(names, jaxpr.invars, strict=False):
+        if name in chosen and var not in reaching:
+            raise InputError(
+                f"the output of apply_fn does not depend on params leaf {name!r}; pass the weights "
+                "as its first argument, not by closure, or leave that leaf out of `select`."
+            )
+
+
+def _check_derivative(problem: Problem, x: PyTree) -> None:
+    def summed(leaves: dict[str, Any], params: PyTree, x: PyTree) -> Any:
+        result = problem.apply_fn(components_lib.replace_leaves(params, leaves), x)
+        return jnp.sum(split_result(result)[0])
 
     try:
-        jax.eval_shape(jax.grad(summed), leaves, problem.params, x)
+        jax.eval_shape(jax.grad(summed), problem.sites, problem.params, x)
     except Exception as error:
         raise InputError(
             f"apply_fn has no derivative by its weights: {_first_line(error)}"
@@ -146,28 +156,29 @@ def check_function(problem: Problem) -> None:
 
 
 def check_examples(problem: Problem) -> None:
-    """Checks that an example's output is its own affair: the first one alone must give what it gives among others.
+    """Checks that examples do not mix: the first one alone must give what it gives among others.
 
     Raises:
-      InputError: apply_fn cannot take one example, or mixes examples (batch statistics, dropout, attention over the batch).
+      InputError: apply_fn cannot take one example, or mixes examples (batch statistics, dropout,
+        attention over the batch).
     Cost: apply_fn on one batch.
     """
-    if isinstance(problem.sample_fn, data.Batches):
-        x = problem.sample_fn.first
-    else:
-        x = jax.jit(problem.sample_fn)(jax.random.key(0), jnp.zeros((), jnp.int32))
-    whole = jax.jit(problem.apply_fn)(problem.params, x)
+    x = problem.example_batch()
+    apply_fn = jax.jit(problem.apply_fn)
+    whole = apply_fn(problem.params, x)
     try:
-        alone = jax.jit(problem.apply_fn)(problem.params, jax.tree.map(lambda a: a[:1], x))
+        alone = apply_fn(problem.params, jax.tree.map(lambda a: a[:1], x))
     except Exception as error:
         raise InputError(
-            f"apply_fn must take any number of examples; with a batch of one it fails: {_first_line(error)}"
+            "apply_fn must take any number of examples; with a batch of one it fails: "
+            f"{_first_line(error)}"
         ) from error
     for there, here in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
         if not np.allclose(there[0], here[0], rtol=1e-2, atol=1e-2 * float(jnp.abs(there).max())):
             raise InputError(
-                "apply_fn gives the first example another output without the others in its batch; it must treat examples one by one: "
-                "use the inference mode of batch normalisation and dropout."
+                "apply_fn gives the first example another output without the others in its batch; "
+                "it must treat examples one by one: use the inference mode of batch normalisation "
+                "and dropout."
             )
 
 
@@ -176,7 +187,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _reaching_outputs(jaxpr: Any) -> set[Any]:
-    """The variables that some output may depend on; an inner jaxpr counts as needing all its inputs."""
+    """The variables that some output may depend on.
+
+    An inner jaxpr counts as needing all its inputs.
+    """
     needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
     for eqn in reversed(jaxpr.eqns):
         if needed.intersection(eqn.outvars):

@@ -6,49 +6,49 @@ from pathlib import Path
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_method
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
 from apd_jax import targets
 from apd_jax.components import Components, Factors
+from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import evaluate
-from apd_jax.methods.config import default_config
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "resid1_small.npz"
 BATCHES, BATCH = 4, 64
-# The TMS pentagon: five unit rows, 72° apart. With b = -0.3 a feature alone at 1 returns 0.7, its neighbours cos 72° - 0.3 = 0.009.
+# The TMS pentagon: five unit rows, 72° apart. With b = -0.3 a feature alone at 1 returns 0.7, and
+# its neighbours cos 72° - 0.3 = 0.009.
 ANGLES = 2 * np.pi * np.arange(5) / 5
 PENTAGON = np.stack([np.cos(ANGLES), np.sin(ANGLES)], axis=1).astype(np.float32)
 PARAMS = {"W": jnp.asarray(PENTAGON), "b": jnp.full(5, -0.3)}
 
 
-def make_config(target, **apd):
-    config = ConfigDict({"target": target, "evaluation": {"num_batches": BATCHES, "seed": 3}})
-    config.apd = default_config()
-    config.apd.update(apd)
-    return config
+TMS = {
+    **{"name": "tms", "num_features": 5, "d_hidden": 2, "hidden": "none"},
+    **{"feature_probability": 0.05, "pretrain": {"batch_size": 1}},
+}
+RESIDUAL = {
+    **{"name": "resid_mlp", "num_features": 10, "d_resid": 24, "num_layers": 1, "d_mlp": 8},
+    **{"activation": "relu", "embedding": "random", "use_bias": False},
+    **{"feature_probability": 0.2, "pretrain": {"batch_size": 1}},
+}
 
 
-def tms_config(**apd):
-    target = {
-        "name": "tms",
-        "num_features": 5,
-        "d_hidden": 2,
-        "hidden": "none",
-        "feature_probability": 0.05,
-        "pretrain": {"batch_size": 1},
-    }
-    return make_config(target, **apd)
+def run(target, params, components, **fields):
+    built = targets.build(ConfigDict(target), BATCH)
+    method = make_method(num_components=components.num_components, **fields)
+    decomposition = Decomposition(built.problem(params), components, method)
+    return evaluate(built, decomposition, num_batches=BATCHES, seed=3)
 
 
-def run_tms(feature_of_component, **apd):
+def run_tms(feature_of_component, **fields):
     """Component c holds the rows that `feature_of_component[c]` lists, and nothing else."""
     P = np.zeros((len(feature_of_component), 5, 2), np.float32)
     for c, features in enumerate(feature_of_component):
         P[c, features] = PENTAGON[features]
-    config = tms_config(num_components=len(P), **apd)
     components = components_lib.from_materialized({"W": jnp.asarray(P), "b": None}, uses={"W": 2})
-    return evaluate(targets.build(config.target, BATCH), PARAMS, components, config)
+    return run(TMS, PARAMS, components, **fields)
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,8 @@ def test_truth_arrays(truth):
     np.testing.assert_array_equal(a["component_of_feature"], [1, 4, 0, 5, 3])
     np.testing.assert_array_equal(a["feature_of_component"], [2, 0, -1, 4, 1, 3])
     np.testing.assert_array_equal(a["mask_one_hot"][:, [1, 4, 0, 5, 3]], np.eye(5, dtype=bool))
-    # A feature alone at value v, top-1: max(v - 0.3, 0), as the target gives; label v. Unsigned data are swept from 0.
+    # A feature alone at value v, top-1: max(v - 0.3, 0), as the target gives; label v. Unsigned
+    # data are swept from 0.
     v = np.linspace(0, 1, 41)
     np.testing.assert_allclose(a["sweep_values"], v, atol=1e-7)
     for name in ("target", "top1"):
@@ -85,7 +86,8 @@ def test_truth_arrays(truth):
             a[f"sweep_{name}"], np.repeat(np.maximum(v - 0.3, 0)[:, None], 5, axis=1), atol=1e-6
         )
     np.testing.assert_allclose(a["sweep_label"], np.repeat(v[:, None], 5, axis=1), atol=1e-6)
-    # Its loss to the label with top-1: mean over v of (v - max(v - 0.3, 0))², over 5 outputs; without a component v².
+    # Its loss to the label with top-1: mean over v of (v - max(v - 0.3, 0))², over 5 outputs;
+    # without a component v².
     np.testing.assert_allclose(
         a["per_feature_loss_top1"], np.full(5, np.mean(np.minimum(v, 0.3) ** 2) / 5), rtol=1e-5
     )
@@ -93,7 +95,8 @@ def test_truth_arrays(truth):
 
 
 def test_zero_attributions_do_not_count_as_firing(truth):
-    # k = 0.5 keeps more pairs than there are active features (0.25 per example): the rest of the mask falls on zeros.
+    # k = 0.5 keeps more pairs than there are active features (0.25 per example): the rest of the
+    # mask falls on zeros.
     fired = truth.arrays["firing_rates"]
     assert fired[2] == 0 and (fired[[0, 1, 3, 4, 5]] > 0).all()
     assert truth.metrics["mean_active_components"] == pytest.approx(fired.sum())
@@ -101,7 +104,8 @@ def test_zero_attributions_do_not_count_as_firing(truth):
 
 
 def test_one_component_with_everything_is_not_a_success():
-    # Every feature's best component is component 0, cosine and ratio 1; one to one it can only be one feature's: 1/5.
+    # Every feature's best component is component 0, cosine and ratio 1. One to one it can only be
+    # one feature's: 1/5.
     m = run_tms([[0, 1, 2, 3, 4], []], topk=0.5).metrics
     assert (m["mmcs"], m["ml2r"]) == pytest.approx((1, 1), abs=1e-6)
     assert (m["mmcs_one_to_one"], m["ml2r_one_to_one"]) == pytest.approx((0.2, 0.2), abs=1e-6)
@@ -109,7 +113,7 @@ def test_one_component_with_everything_is_not_a_success():
 
 
 def test_always_on_components():
-    # Component 0 is kept everywhere, is nobody's top-1, and "exact" is evaluated as batch top-k.
+    # Component 0 is kept everywhere, and is nobody's top-1.
     evaluation = run_tms(
         [[0, 1], [0], [1], [2], [3], [4]],
         num_always_on=1,
@@ -122,7 +126,8 @@ def test_always_on_components():
         and (evaluation.arrays["mask_one_hot"].sum(axis=1) == 2).all()
     )
     assert 0 not in evaluation.arrays["component_of_feature"]
-    # "None" of the others: component 0 alone carries feature 0 as the target does (W_0 of it), but not feature 4.
+    # "None" of the others: component 0 alone carries feature 0 as the target does (W_0 of it), but
+    # not feature 4.
     np.testing.assert_allclose(evaluation.arrays["sweep_none"][-1][[0, 4]], [0.7, 0.0], atol=1e-6)
 
 
@@ -130,25 +135,6 @@ def test_always_on_components():
 def residual():
     with np.load(GOLDEN) as file:
         golden = dict(file)
-    config = make_config(
-        {
-            **{
-                "name": "resid_mlp",
-                "num_features": 10,
-                "d_resid": 24,
-                "num_layers": 1,
-                "d_mlp": 8,
-                "activation": "relu",
-            },
-            **{
-                "embedding": "random",
-                "use_bias": False,
-                "feature_probability": 0.2,
-                "pretrain": {"batch_size": 1},
-            },
-        },
-        **{"num_components": 12, "topk": 1.28, "hidden_reconstruction_coeff": 1.0},
-    )
     params = {
         leaf: jnp.asarray(golden[f"target/{leaf}"])
         for leaf in ("W_E", "W_U", "mlp_in_0", "mlp_out_0")
@@ -161,7 +147,8 @@ def residual():
     components = Components(
         {leaf: factors(leaf) if leaf.startswith("mlp") else None for leaf in params}
     )
-    return golden, evaluate(targets.build(config.target, BATCH), params, components, config)
+    fields = {"topk": 1.28, "hidden_reconstruction_coeff": 1.0}
+    return golden, run(RESIDUAL, params, components, **fields)
 
 
 def test_residual_mlp_matches_the_reference(residual):

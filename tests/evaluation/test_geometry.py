@@ -1,4 +1,4 @@
-"""MMCS, ML2R and the one-to-one matching on numbers worked by hand, and the matching against all permutations."""
+"""MMCS, ML2R and the one-to-one matching, by hand; the matching also against all permutations."""
 
 import itertools
 
@@ -31,9 +31,10 @@ def test_cosines_and_norm_ratios():
 
 
 def test_scores():
-    # The cosine's argmax takes the tiny component for feature 0: MMCS (1 + 1)/2, ML2R (0.1 + 0.75)/2 = 0.425.
-    # The matching scores cos·min(ratio, 1) = 0.1, 0.8 for feature 0 and 0.75 for feature 1: components 1 and 2,
-    # cosines (0.8 + 1)/2 = 0.9, ratios (1 + 0.75)/2 = 0.875. Feature 0 is not owned: 0.8 < 0.9.
+    # The cosine's argmax takes the tiny component for feature 0: MMCS (1 + 1)/2, ML2R
+    # (0.1 + 0.75)/2 = 0.425. The matching scores cos·min(ratio, 1) = 0.1, 0.8 for feature 0 and
+    # 0.75 for feature 1. It takes components 1 and 2: cosines (0.8 + 1)/2 = 0.9, ratios
+    # (1 + 0.75)/2 = 0.875. Feature 0 is not owned: 0.8 < 0.9.
     scores = geometry.scores(COMPONENTS, TARGET)
     expected = {
         "mmcs": 1,
@@ -61,7 +62,8 @@ def test_per_feature_is_what_scores_averages():
 
 
 def test_one_component_for_two_features():
-    # One component holds both features, feature 1 fully and feature 0 by 0.9. It can be counted once: (0 + 1)/2.
+    # One component holds both features, feature 1 fully and feature 0 by 0.9. It counts once:
+    # (0 + 1)/2.
     scores = geometry.scores(np.array([[[0.9, 0.0], [0.0, 2.0]]], np.float32), TARGET)
     expected = {
         "mmcs": 1,
@@ -78,8 +80,8 @@ def test_one_component_for_two_features():
 
 
 def test_main_feature_decides_ownership():
-    # The component of feature 0 is exact, but feature 1's part in it is longer (1.9 > 1): it is not feature 0's own.
-    # Component 1 is feature 1's: cos 1, ratio 1.
+    # The component of feature 0 is exact, but feature 1's part in it is longer (1.9 > 1), so it is
+    # not feature 0's own. Component 1 is feature 1's: cos 1, ratio 1.
     components = np.array([[[1.0, 0.0], [1.9, 0.0]], [[0.0, 0.0], [0.0, 2.0]]], np.float32)
     assert geometry.scores(components, TARGET)["num_features_owned"] == 1
 
@@ -108,7 +110,10 @@ def test_matching_is_the_best_of_all_permutations():
 
 
 def test_what_components_add_to_those_that_are_always_on():
-    """Weights u·v of two leaves. Component 0 holds v = 5 and is always on, 1 and 2 hold u = 2 and u = 3, which alone give no product."""
+    """Weights u·v of two leaves. Component 0 holds v = 5 and is always on.
+
+    Components 1 and 2 hold u = 2 and u = 3, which alone give no product.
+    """
     parts = components.from_materialized(
         {"u": jnp.array([[[0.0]], [[2.0]], [[3.0]]]), "v": jnp.array([[[5.0]], [[0.0]], [[0.0]]])}
     )

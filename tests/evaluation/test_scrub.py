@@ -62,7 +62,8 @@ def test_baselines_match_the_reference(golden):
 
 
 def test_reference_masks_hold_what_is_needed(golden):
-    # The released code's masks after forcing: forcing again must change nothing, and the other one must.
+    # The released code's masks are already forced: forcing again changes nothing, and forcing the
+    # other way does.
     needed = scrub.needed(
         jnp.asarray(golden["scrub/x"]), jnp.asarray(golden["scrub/feature_to_component"]), 12
     )
@@ -88,7 +89,8 @@ def test_drawn_masks():
     }
     assert masks["scrubbed"][:, 2].all() and not masks["antiscrubbed"][:, 2].any()
     free = np.stack([mask[:, [0, 1, 3, 4, 5]] for mask in masks.values()])
-    # Each free entry is on with probability 1/2 and any two masks agree with probability 1/2: 2000 draws, deviation 0.011.
+    # Each free entry is on with probability 1/2, and any two masks agree with probability 1/2.
+    # Over 2000 draws the standard deviation is 0.011.
     assert abs(free.mean(axis=(1, 2)) - 0.5).max() < 0.05
     for one, other in ((0, 1), (0, 2), (1, 2)):
         assert abs((free[one] == free[other]).mean() - 0.5) < 0.05

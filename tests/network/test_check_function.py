@@ -6,6 +6,7 @@ import pytest
 
 import apd_jax
 from apd_jax.errors import InputError
+from apd_jax.network.problem import Problem, check_function
 
 PARAMS = {"W": jnp.ones((3, 2)), "b": jnp.zeros(2), "unused": jnp.ones((2, 2))}
 
@@ -53,10 +54,9 @@ def sample(rng, step):
     ],
 )
 def test_refused(apply_fn, select, sentence):
-    config = apd_jax.default_config()
-    config.batch_size = 4
+    method = apd_jax.APD(batch_size=4)
     with pytest.raises(InputError, match=sentence):
-        apd_jax.decompose(apply_fn, PARAMS, sample, config, select=select)
+        apd_jax.decompose(apply_fn, PARAMS, sample, method, select=select)
 
 
 def test_a_leaf_that_is_no_array_is_refused():
@@ -70,6 +70,12 @@ def test_a_leaf_that_is_no_array_is_refused():
 
 
 def test_a_leaf_used_inside_jit_counts_as_used():
-    from apd_jax.network.problem import Problem, check_function
-
     check_function(Problem(jax.jit(linear), PARAMS, sample, select="W"))
+
+
+def test_an_empty_place_in_params_shifts_no_names():
+    """None is no leaf: what is unused is named rightly after it."""
+    params = {"A": None, **PARAMS}
+    check_function(Problem(linear, params, sample, select="W"))
+    with pytest.raises(InputError, match="does not depend on params leaf 'unused'"):
+        check_function(Problem(linear, params, sample, select="unused"))

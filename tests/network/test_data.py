@@ -1,4 +1,7 @@
-"""Batches from arrays and from iterables: what they hold, that they train as a sampler does, and how a stopped run goes on."""
+"""Batches from arrays and from iterables.
+
+What they hold, that they train as a sampler does, and how a stopped run goes on.
+"""
 
 import os
 import signal
@@ -7,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method
 
 import apd_jax
 from apd_jax.errors import InputError, Interrupted
@@ -17,16 +20,15 @@ from apd_jax.train import checkpoint, progress
 from apd_jax.train import loop as train
 
 PARAMS = {"w": jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)}
-BATCHES = (
-    np.random.default_rng(1).normal(size=(15, 8, 4)).astype(np.float32)
-)  # of 15 steps, which are three calls of 5
+# Of 15 steps, which are three calls of 5.
+BATCHES = np.random.default_rng(1).normal(size=(15, 8, 4)).astype(np.float32)
 
 
 def apply_fn(params, x):
     return x @ params["w"]
 
 
-def config_of(**fields):
+def method_of(**fields):
     small = {
         "num_components": 3,
         "num_steps": 15,
@@ -34,14 +36,14 @@ def config_of(**fields):
         "init_scale": 3.0,
         "learning_rate": 1e-2,
     }
-    return make_config(
+    return make_method(
         **small | {"steps_per_call": 5, "log_every_steps": 4, "checkpoint_every_steps": 10} | fields
     )
 
 
 def factors(sample_fn, apply_fn=apply_fn, **fields):
-    components, _ = train.fit(Problem(apply_fn, PARAMS, sample_fn), config_of(**fields))
-    return components.factors["w"]
+    trained, _ = train.fit(Problem(apply_fn, PARAMS, sample_fn), method_of(**fields))
+    return trained.components.factors["w"]
 
 
 def assert_equal(one, other):
@@ -224,7 +226,7 @@ def test_no_batch_is_pulled_that_is_not_needed():
 )
 def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, given):
     wanted, _ = train.fit(
-        Problem(apply_fn, PARAMS, given()), config_of(), workdir=tmp_path / "whole"
+        Problem(apply_fn, PARAMS, given()), method_of(), workdir=tmp_path / "whole"
     )
 
     class Display(progress.ProgressDisplay):
@@ -235,11 +237,11 @@ def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, given):
     monkeypatch.setattr(train, "ProgressDisplay", Display)
     for expected in (5, 10):
         with pytest.raises(Interrupted, match=f"interrupted at step {expected}"):
-            train.fit(Problem(apply_fn, PARAMS, given()), config_of(), workdir=tmp_path / "stopped")
+            train.fit(Problem(apply_fn, PARAMS, given()), method_of(), workdir=tmp_path / "stopped")
     found, rows = train.fit(
-        Problem(apply_fn, PARAMS, given()), config_of(), workdir=tmp_path / "stopped"
+        Problem(apply_fn, PARAMS, given()), method_of(), workdir=tmp_path / "stopped"
     )
-    assert_equal(found.factors["w"], wanted.factors["w"])
+    assert_equal(found.components.factors["w"], wanted.components.factors["w"])
     assert [row["step"] for row in rows] == [4, 8, 12, 15]
     states = [checkpoint.read(tmp_path / name / "checkpoints")[2] for name in ("whole", "stopped")]
     for a, b in zip(*map(jax.tree.leaves, states), strict=True):
@@ -247,9 +249,9 @@ def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, given):
 
 
 def test_the_library_call_takes_them():
-    config = config_of(num_steps=5)
+    method = method_of(num_steps=5)
     for given in (list(BATCHES), data.from_arrays(BATCHES.reshape(-1, 4), 8)):
-        found = apd_jax.decompose(apply_fn, PARAMS, given, config)
+        found = apd_jax.decompose(apply_fn, PARAMS, given, method)
         assert found.components.factors["w"].U.shape[0] == 3 and np.isfinite(
             found.history[-1]["total"]
         )
@@ -269,7 +271,8 @@ ragged = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
         ),
         (
             ragged,
-            r"batch 2, leaf itself is float32\[5, 4\], but the first one was float32\[8, 4\]; .* drop what is left over",
+            r"batch 2, leaf itself is float32\[5, 4\], but the first one was float32\[8, 4\]; .* "
+            "drop what is left over",
         ),
         (
             [{"x": BATCHES[0]}, {"x": BATCHES[0].astype(int)}],
@@ -285,7 +288,8 @@ ragged = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
         (None, "there is no data to train on"),
         (
             3,
-            r"sample_fn must be a function \(rng, step\) -> batch, or an iterable of batches; got a int",
+            r"sample_fn must be a function \(rng, step\) -> batch, or an iterable of batches; got "
+            "a int",
         ),
     ],
 )
@@ -297,9 +301,9 @@ def test_data_that_does_not_fit_is_refused(sample_fn, message):
 
 def test_an_iterator_cannot_serve_two_runs():
     problem = Problem(apply_fn, PARAMS, iter(BATCHES))
-    train.fit(problem, config_of(num_steps=5))
+    train.fit(problem, method_of(num_steps=5))
     with pytest.raises(InputError, match="this iterator of batches was begun by an earlier run"):
-        train.fit(problem, config_of(num_steps=5))
+        train.fit(problem, method_of(num_steps=5))
 
 
 def test_a_loader_that_comes_back_empty_is_refused():
@@ -313,3 +317,30 @@ def test_a_loader_that_comes_back_empty_is_refused():
 
     with pytest.raises(InputError, match="the data ended before step 4 and cannot be begun again"):
         factors(Once())
+
+
+# Two streams
+
+
+def test_two_iterables_side_by_side_begin_anew_together():
+    here, elsewhere = (data.source(list(b)) for b in (BATCHES[:3], BATCHES[3:5]))
+    batches = data.paired(here, elsewhere).since(2)
+    for number in (2, 3, 4):
+        batch = next(batches)
+        np.testing.assert_array_equal(batch["here"], BATCHES[number % 3])
+        np.testing.assert_array_equal(batch["elsewhere"], BATCHES[3 + number % 2])
+
+
+def test_two_samplers_draw_apart_from_each_other():
+    def sample(rng, step):
+        return jax.random.normal(jax.random.fold_in(rng, step), (4, 3))
+
+    key = jax.random.key(0)
+    batch = data.paired(sample, sample)(key, 1)
+    np.testing.assert_array_equal(batch["here"], sample(key, 1))
+    assert not np.isclose(batch["here"], batch["elsewhere"]).any()
+
+
+def test_a_sampler_and_an_iterable_are_no_pair():
+    with pytest.raises(InputError, match="must both be functions .*, or both be iterables"):
+        data.paired(data.source(list(BATCHES)), lambda rng, step: BATCHES[0])

@@ -1,6 +1,7 @@
 """Components split over devices: the masks, losses, gradients and checkpoints of one device.
 
-Steps are compared under plain gradient descent: Adam would hide a gradient that is too large by the number of devices.
+Steps are compared under plain gradient descent: Adam would hide a gradient that is too large by
+the number of devices.
 """
 
 import functools
@@ -13,20 +14,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, close, make_config
+from conftest import ROOT, close, make_method, seen
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 from networks import NETWORKS
 
 from apd_jax import components as components_lib
+from apd_jax import masks
 from apd_jax.errors import InputError, Interrupted
 from apd_jax.forward import sparse
-from apd_jax.gates import selection as masks
-from apd_jax.methods import config as config_lib
+from apd_jax.gates.base import AlwaysOn
+from apd_jax.gates.ranked import BatchTopK, LearnedThreshold, Threshold
+from apd_jax.methods import registry
 from apd_jax.network.problem import Problem
 from apd_jax.train import loop as train
 from apd_jax.train import parallel, placement
 from apd_jax.train import step as step_lib
+from apd_jax.train.state import init_state
 from apd_jax.train.workdir import claim
 
 RNG = np.random.default_rng(0)
@@ -55,15 +59,17 @@ def per_position(params, x):
 
 
 def sequences(key, step):
-    return jnp.concatenate(
-        [sample_fn(key, 2 * step), sample_fn(key, 2 * step + 1)], axis=1
-    ).reshape(16, 2, 6)
+    halves = [sample_fn(key, 2 * step), sample_fn(key, 2 * step + 1)]
+    return jnp.concatenate(halves, axis=1).reshape(16, 2, 6)
+
+
+def problem_of(fn=apply_fn, sample=sample_fn, select=("W", "V"), **more):
+    return Problem(fn, PARAMS, sample, select=list(select), **more)
 
 
 def mapped(fn, D, M, in_specs, out_specs):
-    mesh = jax.sharding.Mesh(
-        np.asarray(jax.devices()[: D * M]).reshape(D, M), ("data", "component")
-    )
+    devices = np.asarray(jax.devices()[: D * M]).reshape(D, M)
+    mesh = jax.sharding.Mesh(devices, ("data", "component"))
     return jax.jit(
         jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     )
@@ -73,10 +79,8 @@ def mapped(fn, D, M, in_specs, out_specs):
 
 
 def scores_with_ties():
-    scores = (
-        np.random.default_rng(1).integers(0, 3, (8, 12)).astype(np.float32)
-    )  # three values: every cut lies among ties
-    return jnp.asarray(scores)
+    """Three values: every cut lies among ties."""
+    return jnp.asarray(np.random.default_rng(1).integers(0, 3, (8, 12)).astype(np.float32))
 
 
 AXES = {"axis_name": "data", "component_axis": "component"}
@@ -86,7 +90,7 @@ BOTH = P("data", "component")
 @pytest.mark.parametrize("mesh", MESHES, ids=str)
 def test_masks_are_those_of_one_device_also_on_ties(mesh):
     scores, valid = scores_with_ties(), jnp.arange(8) % 3 > 0
-    config = make_config(num_components=12, num_always_on=4, topk=1.5)
+    gate = AlwaysOn(BatchTopK(1.5), 4)
     kinds = {
         "batch_topk": (lambda a, v, **axes: masks.batch_topk(a, 1.4, **axes)),
         "valid": (lambda a, v, **axes: masks.batch_topk(a, 1.4, valid=v, **axes)),
@@ -94,15 +98,14 @@ def test_masks_are_those_of_one_device_also_on_ties(mesh):
         "topk": (
             lambda a, v, component_axis=None, **_: masks.topk(a, 3, component_axis=component_axis)
         ),
-        "always_on": (lambda a, v, **axes: step_lib.make_mask_fn(config, **axes)(a, a)),
+        "always_on": (lambda a, v, **axes: gate(seen(a, **axes)).active),
     }
 
     def all_kinds(a, v, **axes):
         return {name: fn(a, v, **axes) for name, fn in kinds.items()}
 
-    found = mapped(functools.partial(all_kinds, **AXES), *mesh, (BOTH, P("data")), BOTH)(
-        scores, valid
-    )
+    split = mapped(functools.partial(all_kinds, **AXES), *mesh, (BOTH, P("data")), BOTH)
+    found = split(scores, valid)
     for name, expected in all_kinds(scores, valid).items():
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
     # By a stable sort: lower examples, then lower components first. 8 · 1.4 = 11.2.
@@ -112,6 +115,20 @@ def test_masks_are_those_of_one_device_also_on_ties(mesh):
     np.testing.assert_array_equal(np.nonzero(found["topk"])[1].reshape(8, 3), np.sort(rows, axis=1))
     # The first 4 on every input, and 8 · 1.5 = 12 of the other 8.
     assert found["always_on"][:, :4].all() and found["always_on"][:, 4:].sum() == 12
+
+
+def test_gates_with_thresholds_are_those_of_one_device():
+    scores = jnp.asarray(np.random.default_rng(2).uniform(size=(8, 12)), jnp.float32)
+    thresholds = jnp.log(jnp.asarray(np.random.default_rng(3).uniform(size=12), jnp.float32))
+
+    def all_kinds(a, t, **axes):
+        kinds = {"threshold": Threshold(0.3), "learned": LearnedThreshold(t)}
+        return {name: AlwaysOn(gate, 4)(seen(a, **axes)) for name, gate in kinds.items()}
+
+    split = mapped(functools.partial(all_kinds, **AXES), 2, 2, (BOTH, P("component")), BOTH)
+    jax.tree.map(
+        np.testing.assert_array_equal, split(scores, thresholds), all_kinds(scores, thresholds)
+    )
 
 
 # The sparse pass, on networks that use their weights in different ways
@@ -128,9 +145,9 @@ def test_masks_are_those_of_one_device_also_on_ties(mesh):
 )
 def test_sparse_pass_and_its_gradient_on_any_network(name, route):
     fn, params, x = NETWORKS[name]()
-    problem = Problem(fn, params, lambda key, step: x)
+    layouts = Problem(fn, params, lambda key, step: x).layouts
     components = components_lib.init(
-        jax.random.key(0), params, num_components=4, rank=2, init_scale=9.0, layouts=problem.layouts
+        jax.random.key(0), params, num_components=4, rank=2, init_scale=9.0, layouts=layouts
     )
     mask = jax.random.bernoulli(jax.random.key(1), 0.5, (x.shape[0], 4)).at[:, 0].set(True)
     direction = jax.random.normal(jax.random.key(2), jax.eval_shape(fn, params, x).shape)
@@ -141,7 +158,7 @@ def test_sparse_pass_and_its_gradient_on_any_network(name, route):
         )
         return jnp.sum(out * direction), out
 
-    value = functools.partial(jax.value_and_grad(loss, has_aux=True))
+    value = jax.value_and_grad(loss, has_aux=True)
     (_, out), gradient = jax.jit(value)(components, mask)
     specs = placement._specs(components)
     split = mapped(
@@ -161,81 +178,75 @@ def test_sparse_pass_and_its_gradient_on_any_network(name, route):
 # The step
 
 
-def run(D, M, config, *, fn=apply_fn, sample=sample_fn, num_steps=2, **options):
-    config = config.copy_and_resolve_references()
-    config.num_component_shards = M
-    placed = placement.arrange(config, jax.devices()[: D * M])
-    step = step_lib.make_step(fn, sample, config, **options, **placed.axes)
+def run(D, M, method, problem=None, num_steps=2):
+    problem = problem_of() if problem is None else problem
+    method = method.replace(num_component_shards=M)
+    placed = placement.arrange(method, jax.devices()[: D * M])
+    step = step_lib.make_step(problem, method, **placed.axes)
     state = placed.put(
-        placed.make(
-            lambda key: step_lib.init_state(key, PARAMS, config, select=["W", "V"]),
-            jax.random.key(0),
-        )
+        placed.make(lambda key: init_state(key, problem, method), jax.random.key(0))
     )
     if M > 1:
         factors = state.components.factors["W"]
         assert factors.U.shape[0] == 8 and factors.U.addressable_shards[0].data.shape[0] == 8 // M
     params, key = placed.share((PARAMS, jax.random.key(1)))
     state, metrics = placed.steps(step, num_steps)(state, params, key)
-    return placed.get(state).components, jax.device_get(metrics)
+    state = placed.get(state)
+    return (state.components, state.gate), jax.device_get(metrics)
 
 
 def check_same(found, expected):
-    (components, metrics), (expected_components, expected_metrics) = found, expected
+    (arrays, metrics), (expected_arrays, expected_metrics) = found, expected
     assert set(metrics) == set(expected_metrics)
     np.testing.assert_allclose(
         metrics["mean_active"], expected_metrics["mean_active"], rtol=1e-6
     )  # one pair more would be 1e-2
     for name in expected_metrics:
         np.testing.assert_allclose(metrics[name], expected_metrics[name], rtol=1e-5, err_msg=name)
-    for a, b in zip(jax.tree.leaves(components), jax.tree.leaves(expected_components), strict=True):
+    for a, b in zip(jax.tree.leaves(arrays), jax.tree.leaves(expected_arrays), strict=True):
         close(a, b, 1e-5)
 
 
 def sgd(**fields):
-    common = {
-        "num_components": 8,
-        "num_steps": 20,
-        "batch_size": 16,
-        "init_scale": 4.0,
-        "warmup_fraction": 0.0,
-    }
-    return make_config(**common | {"learning_rate": 0.3, "optimizer": "sgd", "topk": 1.7} | fields)
+    sizes = {"num_components": 8, "num_steps": 20, "batch_size": 16, "init_scale": 4.0}
+    descent = {"learning_rate": 0.3, "optimizer": "sgd", "warmup_fraction": 0.0}
+    return make_method(**sizes | descent | {"topk": 1.7} | fields)
+
+
+LEARNED = {
+    "mask": "learned",
+    "threshold": 0.05,
+    "importance_coeff": 0.1,
+    "threshold_learning_rate": 0.02,
+    "inactive": "uniform",
+    "num_always_on": 3,
+    "unit_norm_U": True,
+}
+ROW_BY_ROW = {
+    "mask": "topk",
+    "topk": 2.0,
+    "unit_norm_U": True,
+    "sparse_route": "masked",
+    "num_always_on": 3,
+}
+IN_KL = {"minimality_loss": "kl", "attribution_metric": "kl"}
+WITHOUT_GATE = {
+    "mask": "none",
+    "attribution_lp_coeff": 0.1,
+    "minimality_coeff": 0.5,
+    "attribution_mode": "reverse",
+}
 
 
 @pytest.mark.parametrize(
     "fields",
     [
         {"hidden_reconstruction_coeff": 0.5, "sparse_route": "dispatch"},
-        {
-            "mask": "topk",
-            "topk": 2.0,
-            "unit_norm_U": True,
-            "sparse_route": "masked",
-            "num_always_on": 3,
-        },
-        {
-            "mask": "exact",
-            "attributions_at": "components",
-            "minimality_loss": "kl",
-            "attribution_metric": "kl",
-        },
-        {
-            "mask": "none",
-            "attribution_lp_coeff": 0.1,
-            "minimality_coeff": 0.5,
-            "attribution_mode": "reverse",
-        },
+        ROW_BY_ROW,
+        {"mask": "exact", "attributions_at": "components"} | IN_KL,
+        WITHOUT_GATE,
         {"mask": "threshold", "threshold": 0.05, "attribution": "ablation", "inactive": "uniform"},
-        {
-            "mask": "learned",
-            "threshold": 0.05,
-            "importance_coeff": 0.1,
-            "threshold_learning_rate": 0.02,
-            "inactive": "uniform",
-            "num_always_on": 3,
-            "unit_norm_U": True,
-        },
+        LEARNED,
         {"attribution": "integrated_gradient", "optimizer": "adamw", "weight_decay": 0.1},
         {"attribution": "activation", "simplicity_coeff_final": 0.1},
         {"attribution_mode": "probe"},
@@ -243,30 +254,29 @@ def sgd(**fields):
     ids=str,
 )
 def test_steps_are_those_of_one_device(fields):
-    options = {"num_active_fn": lambda x: jnp.sum(x != 0, axis=1)}
-    expected = run(1, 1, sgd(**fields), **options)
-    assert (
-        max(np.abs(metric).max() for metric in expected[1].values()) < 1e3
-    )  # nothing diverges: agreement means something
-    check_same(run(2, 2, sgd(**fields), **options), expected)
+    problem = problem_of(num_active_fn=lambda x: jnp.sum(x != 0, axis=1))
+    expected = run(1, 1, sgd(**fields), problem)
+    # Nothing diverges: agreement means something.
+    assert max(np.abs(metric).max() for metric in expected[1].values()) < 1e3
+    check_same(run(2, 2, sgd(**fields), problem), expected)
 
 
 def test_steps_per_position_with_padding():
-    config = sgd(mask_per="position")
-    options = {
-        "fn": per_position,
-        "sample": sequences,
-        "valid_fn": lambda x: x.sum((1, 2))[:, None] * jnp.array([[1.0, 0.5]]) > 0.3,
-    }
-    expected = run(1, 1, config, **options)
-    check_same(run(2, 2, config, **options), expected)
+    def valid(x):
+        return x.sum((1, 2))[:, None] * jnp.array([[1.0, 0.5]]) > 0.3
+
+    method, problem = sgd(mask_per="position"), problem_of(per_position, sequences, valid_fn=valid)
+    check_same(run(2, 2, method, problem), run(1, 1, method, problem))
 
 
 def test_gradient_is_that_of_a_hand_written_loss():
-    """One step of gradient descent, against autodiff of the loss with every P_c formed, on one device, and the mask by sorting."""
-    config = sgd(topk=2.0, schatten_p=1.0, schedule="constant", simplicity_coeff=0.2)
-    before, _ = run(1, 1, config, num_steps=0)
-    after, _ = run(1, 4, config, num_steps=1)
+    """One step of gradient descent, against autodiff of the loss with every P_c formed.
+
+    That one on one device, with the mask by sorting.
+    """
+    method = sgd(topk=2.0, schatten_p=1.0, schedule="constant", simplicity_coeff=0.2)
+    (before, _), _ = run(1, 1, method, num_steps=0)
+    (after, _), _ = run(1, 4, method, num_steps=1)
     x = sample_fn(jax.random.key(1), 0)
     factors = {name: (f.U, f.V) for name, f in before.factors.items()}
 
@@ -275,9 +285,8 @@ def test_gradient_is_that_of_a_hand_written_loss():
 
     weights = form(factors)
     h = jax.nn.relu(x @ PARAMS["W"] + PARAMS["b"][None])
-    moved = jnp.einsum("bh,cho->bco", h, weights["V"]) + jnp.einsum(
-        "bi,cih,bh,ho->bco", x, weights["W"], 1.0 * (h > 0), PARAMS["V"]
-    )
+    through_W = jnp.einsum("bi,cih,bh,ho->bco", x, weights["W"], 1.0 * (h > 0), PARAMS["V"])
+    moved = jnp.einsum("bh,cho->bco", h, weights["V"]) + through_W
     scores = np.asarray(jnp.mean(moved**2, axis=-1))
     mask = np.zeros(scores.size)
     mask[np.argsort(-scores.ravel(), kind="stable")[:32]] = 1
@@ -285,18 +294,15 @@ def test_gradient_is_that_of_a_hand_written_loss():
 
     def loss(factors):
         weights = form(factors)
-        faithfulness = (
-            sum(jnp.sum((PARAMS[name] - w.sum(0)) ** 2) for name, w in weights.items()) / 50
-        )
-        h_sparse = jax.nn.relu(
-            jnp.einsum("bi,bc,cih->bh", x, mask, weights["W"]) + PARAMS["b"][None]
-        )
+        missing = sum(jnp.sum((PARAMS[name] - w.sum(0)) ** 2) for name, w in weights.items())
+        through = jnp.einsum("bi,bc,cih->bh", x, mask, weights["W"])
+        h_sparse = jax.nn.relu(through + PARAMS["b"][None])
         out = jnp.einsum("bh,bc,cho->bo", h_sparse, mask, weights["V"])
         minimality = jnp.mean((out - h @ PARAMS["V"]) ** 2)
         norms = sum(
             jnp.sqrt(jnp.sum(U**2, 1) * jnp.sum(V**2, 2)).sum(1) for U, V in factors.values()
         )
-        return faithfulness + minimality + 0.2 * jnp.sum(mask * norms[None]) / (50 * 16)
+        return missing / 50 + minimality + 0.2 * jnp.sum(mask * norms[None]) / (50 * 16)
 
     for name, (dU, dV) in jax.grad(loss)(factors).items():
         U, V = factors[name]
@@ -308,31 +314,22 @@ def test_gradient_is_that_of_a_hand_written_loss():
 # Training
 
 
-def make_problem(M=1, **fields):
-    common = {
-        "num_components": 4,
-        "steps_per_call": 4,
-        "log_every_steps": 1,
-        "checkpoint_every_steps": 4,
-        "num_component_shards": M,
-    }
-    return Problem(apply_fn, PARAMS, fields.pop("sample", sample_fn), select=["W", "V"]), sgd(
-        **common | fields
-    )
+def small(M=1, **fields):
+    sizes = {"num_components": 4, "num_component_shards": M}
+    every = {"steps_per_call": 4, "log_every_steps": 1, "checkpoint_every_steps": 4}
+    return sgd(**sizes | every | fields)
 
 
 def fit(monkeypatch, D, M, *, stop=None, workdir=None, **fields):
     with monkeypatch.context() as patch:
         patch.setattr(parallel, "global_devices", lambda: jax.devices()[: D * M])
-        if stop:
-            patch.setattr(
-                train.parallel, "largest", lambda value: 15
-            )  # as if a signal had come, after the first call
-        return train.fit(*make_problem(M, **fields), workdir=workdir)
+        if stop:  # as if a signal had come, after the first call
+            patch.setattr(train.parallel, "largest", lambda value: 15)
+        return train.fit(problem_of(), small(M, **fields), workdir=workdir)
 
 
 def test_resume_is_bit_for_bit_and_on_other_meshes_close(tmp_path, monkeypatch):
-    components, rows = fit(monkeypatch, 2, 2)
+    trained, rows = fit(monkeypatch, 2, 2)
     alone, alone_rows = fit(monkeypatch, 1, 1)
     for D, M in ((2, 2), (1, 1)):
         workdir = tmp_path / f"{D}x{M}"
@@ -340,34 +337,44 @@ def test_resume_is_bit_for_bit_and_on_other_meshes_close(tmp_path, monkeypatch):
             fit(monkeypatch, 2, 2, stop=True, workdir=workdir)
         resumed, resumed_rows = fit(monkeypatch, D, M, workdir=workdir)
         assert [row["step"] for row in resumed_rows] == list(range(1, 21))
-        for a, b, c in zip(*map(jax.tree.leaves, (resumed, components, alone)), strict=True):
+        for a, b, c in zip(*map(jax.tree.leaves, (resumed, trained, alone)), strict=True):
             if (D, M) == (2, 2):
                 np.testing.assert_array_equal(a, b)
             close(a, c, 1e-4)
-        problem, config = make_problem(M)
-        step, restored = train.restore_components(problem, config, workdir)
+        step, restored = train.restore_trained(problem_of(), small(M), workdir)
         assert step == 20
         jax.tree.map(np.testing.assert_array_equal, restored, resumed)
     for row, other in zip(rows, alone_rows, strict=True):
-        assert row["mean_active"] == other["mean_active"] and row["total"] == pytest.approx(
-            other["total"], rel=1e-4
-        )
+        assert row["mean_active"] == other["mean_active"]
+        assert row["total"] == pytest.approx(other["total"], rel=1e-4)
     with pytest.raises(Interrupted):
         fit(monkeypatch, 1, 1, stop=True, workdir=tmp_path / "alone")
-    jax.tree.map(
-        lambda a, b: close(a, b, 1e-4), fit(monkeypatch, 2, 2, workdir=tmp_path / "alone")[0], alone
-    )
+    resumed, _ = fit(monkeypatch, 2, 2, workdir=tmp_path / "alone")
+    jax.tree.map(lambda a, b: close(a, b, 1e-4), resumed, alone)
+
+
+def test_a_learned_gate_is_split_saved_and_read(tmp_path, monkeypatch):
+    learned = {"mask": "learned", "threshold": 0.05, "importance_coeff": 0.1, "num_steps": 8}
+    alone, _ = fit(monkeypatch, 1, 1, **learned)
+    with pytest.raises(Interrupted, match="step 4"):
+        fit(monkeypatch, 2, 2, stop=True, workdir=tmp_path, **learned)
+    resumed, _ = fit(monkeypatch, 1, 4, workdir=tmp_path, **learned)
+    assert np.ptp(resumed.gate["log_thresholds"]) > 0
+    close(resumed.gate["log_thresholds"], alone.gate["log_thresholds"], 1e-4)
+    _, restored = train.restore_trained(problem_of(), small(**learned), tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, restored, resumed)
 
 
 def test_a_machine_with_one_device_reads_it(tmp_path, monkeypatch):
     expected, _ = fit(monkeypatch, 2, 2, num_steps=4, workdir=tmp_path)
-    read = "import sys; from apd_jax import checkpoint; state = checkpoint.read(sys.argv[1])[2]"
-    show = "print(float(state['components']['tree']['W']['U'].sum()))"
+    read = "import sys; from apd_jax.train import checkpoint; _, _, s = checkpoint.read(sys.argv[1])"
+    show = "print(float(s['components']['tree']['W']['U'].sum()))"
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", f"{read}; {show}", tmp_path / "checkpoints"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    assert float(done.stdout) == pytest.approx(float(expected.factors["W"].U.sum()), rel=1e-5)
+    U = expected.components.factors["W"].U
+    assert float(done.stdout) == pytest.approx(float(U.sum()), rel=1e-5)
 
 
 def test_a_torn_checkpoint_is_skipped(tmp_path, monkeypatch):
@@ -391,11 +398,10 @@ def test_instances_settings_and_batches_from_the_host(monkeypatch):
 
     def advance(D, M):
         monkeypatch.setattr(parallel, "global_devices", lambda: jax.devices()[: D * M])
-        problem, config = make_problem(
-            M, num_instances=2, num_steps=6, steps_per_call=3, sample=batches
-        )
-        half, _ = train.advance(problem, config, settings=settings, until=3)
-        return train.advance(problem, config, half, settings=settings)
+        method = small(M, num_instances=2, num_steps=6, steps_per_call=3)
+        problem = problem_of(sample=batches)
+        half, _ = train.advance(problem, method, settings=settings, until=3)
+        return train.advance(problem, method, half, settings=settings)
 
     (found, rows), (expected, expected_rows) = advance(2, 2), advance(1, 1)
     assert found.components.factors["W"].U.shape == (2, 4, 6, 5)
@@ -405,15 +411,18 @@ def test_instances_settings_and_batches_from_the_host(monkeypatch):
 
 
 def test_a_workdir_goes_on_with_other_shards_but_no_other_setting(tmp_path):
-    claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=4)}))
-    claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2)}))
+    def ask(**fields):
+        claim(tmp_path / "w", ConfigDict({"apd": registry.settings(sgd(**fields))}))
+
+    ask(num_component_shards=4)
+    ask(num_component_shards=2)
     with pytest.raises(InputError, match=r"apd\.topk is 1\.7 there and 1\.0 here\. Use another"):
-        claim(tmp_path / "w", ConfigDict({"apd": sgd(num_component_shards=2, topk=1.0)}))
+        ask(num_component_shards=2, topk=1.0)
 
 
 def test_initial_components_are_those_of_one_device():
-    config = sgd()
-    init = lambda key: step_lib.init_state(key, PARAMS, config, select=["W"])  # noqa: E731
+    method = sgd()
+    init = lambda key: init_state(key, problem_of(select=["W"]), method)  # noqa: E731
     placed = placement.arrange(sgd(num_component_shards=4), jax.devices())
     made = placed.make(init, jax.random.key(7))
     jax.tree.map(np.testing.assert_array_equal, placed.get(made), jax.jit(init)(jax.random.key(7)))
@@ -421,12 +430,9 @@ def test_initial_components_are_those_of_one_device():
 
 def test_gathering_as_several_processes_do_it():
     placed = placement.arrange(sgd(num_component_shards=4), jax.devices())
-    state = jax.tree.map(
-        np.asarray,
-        jax.vmap(lambda key: step_lib.init_state(key, PARAMS, sgd(), select=["W"]))(
-            jax.random.split(jax.random.key(0))
-        ),
-    )
+    problem, method = problem_of(select=["W"]), sgd(mask="learned", threshold=0.1)
+    make = jax.vmap(lambda key: init_state(key, problem, method))
+    state = jax.tree.map(np.asarray, make(jax.random.split(jax.random.key(0))))
     on_devices = placed.put(state)
     gathered = jax.tree.map(placed._gathered, on_devices, placement._specs(on_devices))
     jax.tree.map(np.testing.assert_array_equal, gathered, state)
@@ -437,11 +443,16 @@ def test_gathering_as_several_processes_do_it():
 
 def test_eight_devices():
     env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-
-    more = "import conftest, os; os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'"
-    command = [sys.executable, "-c", f"{more}; import test_mesh; test_mesh.print_errors()"]
+    more = "os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'"
+    code = f"import conftest, os; {more}; import test_mesh; test_mesh.print_errors()"
+    env["PYTHONPATH"] += f":{ROOT / 'tests' / 'train'}"
     done = subprocess.run(
-        command, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | env,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr
     errors = json.loads(done.stdout.splitlines()[-1])
@@ -465,13 +476,12 @@ def print_errors():
 
 
 def test_refusals():
-
     with pytest.raises(
         InputError, match="num_components = 8 is not divisible by num_component_shards = 3"
     ):
-        config_lib.validate(sgd(num_component_shards=3))
+        sgd(num_component_shards=3).check()
     with pytest.raises(InputError, match="num_component_shards must be at least 1; got 0"):
-        config_lib.validate(sgd(num_component_shards=0))
+        sgd(num_component_shards=0).check()
     with pytest.raises(
         InputError,
         match="num_component_shards = 8 does not divide the 4 devices; choose a divisor of 4",
@@ -479,6 +489,5 @@ def test_refusals():
         placement.arrange(sgd(num_component_shards=8), jax.devices())
     with pytest.raises(InputError, match="batch_size = 15 is not divisible by the 2 devices"):
         placement.arrange(sgd(num_component_shards=2, batch_size=15), jax.devices())
-    placement.arrange(
-        sgd(num_component_shards=4, batch_size=15), jax.devices()
-    )  # the batch is not split
+    # The batch is not split.
+    placement.arrange(sgd(num_component_shards=4, batch_size=15), jax.devices())
