@@ -19,10 +19,9 @@ import optax
 
 FEATURE_PROBABILITY = 0.05
 BATCH_SIZE, LEARNING_RATE, WARMUP_FRACTION = 2048, 0.03, 0.05
-ACTIVE_PER_FEATURE = 0.0422  # the paper's k = 0.211 for 5 features; 1 - 0.95⁵ = 0.226 have any
-MINIMALITY_COEFF, SIMPLICITY_PER_FEATURE = 1.0, 0.14  # the paper's 1 and 0.7 for 5 features
-SCHATTEN_P = 1.0
-EPS = 1e-16  # inside the power of `simplicity`
+ACTIVE_PER_FEATURE = 0.0422  # paper: k = 0.211 for 5; a share of 0.226 has any feature on
+MINIMALITY_COEFF, SIMPLICITY_PER_FEATURE = 1.0, 0.14  # paper: 1 and, for 5 features, 0.7
+SCHATTEN_P, EPS = 1.0, 1e-16
 USES = 2  # the network uses W twice: a tied weight counts twice in all sums over matrices
 
 
@@ -32,26 +31,26 @@ def forward(params, x):
     return jax.nn.relu(params["W"] @ (x @ params["W"]) + params["b"])
 
 
-def sample(key, batch_size, num_features):
+def sample(key, B, F):
     """x [B, F]: every feature is on with probability 0.05, and then uniform in (0, 1)."""
     key_on, key_value = jax.random.split(key)
-    on = jax.random.bernoulli(key_on, FEATURE_PROBABILITY, (batch_size, num_features))
-    return on * jax.random.uniform(key_value, (batch_size, num_features))
+    on = jax.random.bernoulli(key_on, FEATURE_PROBABILITY, (B, F))
+    return on * jax.random.uniform(key_value, (B, F))
 
 
-def train_target(key, num_features, d_hidden, num_steps=5000, batch_size=1024):
+def train_target(key, F, H, num_steps=5000, batch_size=1024):
     """θ* = {W [F, H], b [F]}, trained to return its input, by AdamW at a rate falling to 0."""
     key_init, key_data = jax.random.split(key)
-    W = jax.nn.initializers.glorot_normal()(key_init, (num_features, d_hidden))
-    params = {"W": W, "b": jnp.zeros(num_features)}
+    params = {"W": jax.nn.initializers.glorot_normal()(key_init, (F, H)), "b": jnp.zeros(F)}
     optimizer = optax.adamw(optax.linear_schedule(5e-3, 0.0, num_steps), weight_decay=0.01)
     opt_state = optimizer.init(params)
 
     @jax.jit
     def update(params, opt_state, i):
-        x = sample(jax.random.fold_in(key_data, i), batch_size, num_features)
-        mse = lambda params: jnp.mean((jax.vmap(forward, (None, 0))(params, x) - x) ** 2)  # noqa: E731
-        updates, opt_state = optimizer.update(jax.grad(mse)(params), opt_state, params)
+        x = sample(jax.random.fold_in(key_data, i), batch_size, F)
+        network = jax.vmap(forward, (None, 0))
+        gradient = jax.grad(lambda p: jnp.mean((network(p, x) - x) ** 2))(params)
+        updates, opt_state = optimizer.update(gradient, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
     for i in range(num_steps):
@@ -60,17 +59,14 @@ def train_target(key, num_features, d_hidden, num_steps=5000, batch_size=1024):
 
 
 # ---- The components
-def init_components(key, num_components, num_features, d_hidden, rank):
-    """U [C, F, m] ~ N(0, 2 / ((C+1)·F·m)) and V [C, m, H] ~ N(0, 2 / ((C+1)·m·H)).
-
-    Trap: this is much smaller than Glorot's 2 / (F + m), and on purpose (the paper's code counts
-    the axis of components as a fan). Only from so small a start do single features win.
-    """
+def init_components(key, C, F, H, m):
+    """U [C, F, m] and V [C, m, H], normal with variance 2 / ((C+1)·F·m) and 2 / ((C+1)·m·H)."""
+    # Trap: much smaller than Glorot's 2 / (F + m), and on purpose (the paper's code counts the
+    # axis of components as a fan). Only from so small a start do single features win.
     key_U, key_V = jax.random.split(key)
-    U = jax.random.normal(key_U, (num_components, num_features, rank))
-    V = jax.random.normal(key_V, (num_components, rank, d_hidden))
-    scale = (2 / ((num_components + 1) * rank)) ** 0.5
-    return {"U": scale / num_features**0.5 * U, "V": scale / d_hidden**0.5 * V}
+    U = jnp.sqrt(2 / ((C + 1) * F * m)) * jax.random.normal(key_U, (C, F, m))
+    V = jnp.sqrt(2 / ((C + 1) * m * H)) * jax.random.normal(key_V, (C, m, H))
+    return {"U": U, "V": V}
 
 
 def matrices(components):
@@ -80,10 +76,8 @@ def matrices(components):
 
 # ---- Attributions, mask, sparse network
 def attributions(target, P, x):
-    """A_c(x) = sqrt( mean_o (∂f_o(x, θ*)/∂W · P_c)² ), x [F], P [C, F, H] -> [C].     (eq. 3)
-
-    To first order, how far the outputs move when P_c is ablated. One backward pass per output o.
-    """
+    """A_c(x) = sqrt( mean_o (∂f_o(x, θ*)/∂W · P_c)² ), x [F], P [C, F, H] -> [C].     (eq. 3)"""
+    # To first order, how far the outputs move when P_c is ablated: one backward pass per output.
     outputs, pullback = jax.vjp(lambda W: forward({**target, "W": W}, x), target["W"])
     (jacobian,) = jax.vmap(pullback)(jnp.eye(outputs.size))  # [O, F, H], through both uses of W
     moved = jnp.einsum("ofh,cfh->oc", jacobian, P)
@@ -91,10 +85,8 @@ def attributions(target, P, x):
 
 
 def batch_topk(scores, k):
-    """s [B, C]: True for the k·B largest scores [B, C] of the whole batch; ties go to the first.
-
-    k is a mean: an example without features may keep no component, one with three may keep three.
-    """
+    """s [B, C]: True for the k·B largest scores [B, C] of the whole batch; ties go to the first."""
+    # So k is a mean: an example with three features may keep three components, an empty one none.
     num_kept = int(k * len(scores) * (1 + 1e-12))  # trap: 0.29 * 100 is 28.999999999999996
     kept = jnp.argsort(scores.ravel(), descending=True, stable=True)[:num_kept]
     return jnp.zeros(scores.size, bool).at[kept].set(True).reshape(scores.shape)
@@ -118,13 +110,10 @@ def minimality(sparse_out, target_out):
 
 
 def simplicity(components, s):
-    """Σ_b Σ_c s_c(x_b) Σ_j (‖U_c[:, j]‖² ‖V_c[j, :]‖²)^(p/2) / (N·B), s [B, C].     (eq. 8)
-
-    The inner sum is at least Σ_j σ_j(P_c)^p, and equal to it at the balanced SVD.
-    Trap: EPS keeps the gradient finite at 0. Inactive pairs go without: they would add a constant.
-    """
+    """Σ_b Σ_c s_c(x_b) Σ_j (‖U_c[:, j]‖² ‖V_c[j, :]‖²)^(p/2) / (N·B), s [B, C].     (eq. 8)"""
     U, V = components["U"], components["V"]
-    squares = jnp.sum(U**2, axis=1) * jnp.sum(V**2, axis=2)  # [C, m]
+    squares = jnp.sum(U**2, axis=1) * jnp.sum(V**2, axis=2)  # [C, m]; at the SVD σ_j(P_c)²
+    # Trap: EPS keeps the gradient finite at 0, of active pairs; of others it would be a constant.
     powers = jnp.sum((squares + EPS) ** (SCHATTEN_P / 2), axis=1)  # [C]
     N = USES * U.shape[1] * V.shape[2]
     return USES * jnp.sum(s, axis=0) @ powers / (N * len(s))
@@ -134,9 +123,8 @@ def total_loss(components, target, s, x):
     """The weighted sum of the three losses at a given mask s [B, C], and the three alone."""
     target_out = jax.vmap(forward, (None, 0))(target, x)
     sparse_out = jax.vmap(sparse_forward, (None, None, 0, 0))(target, matrices(components), s, x)
-    faithful = faithfulness(components, target)
+    faithful, simple = faithfulness(components, target), simplicity(components, s)
     minimal = minimality(sparse_out, target_out)
-    simple = simplicity(components, s)
     total = faithful + MINIMALITY_COEFF * minimal + SIMPLICITY_PER_FEATURE * x.shape[1] * simple
     return total, (faithful, minimal, simple)
 
@@ -144,7 +132,8 @@ def total_loss(components, target, s, x):
 # ---- Training
 def step(optimizer, components, opt_state, target, x):
     """The algorithm, on one batch x [B, F]."""
-    # 1. How much does every component matter on every example?
+    # 1. How much does every component matter on every example?  [B, C]
+    # (The paper's run of 5-2 takes the gradient at Σ_c P_c, which soon is θ*: the same result.)
     A = jax.vmap(attributions, (None, None, 0))(target, matrices(components), x)
     # 2. Keep what matters most. Trap: the mask is a constant, no gradient flows into it through A.
     s = batch_topk(A, ACTIVE_PER_FEATURE * x.shape[1])
@@ -162,11 +151,11 @@ def learning_rate(i, num_steps):
     return LEARNING_RATE * jnp.minimum(i / max(warmup, 1), 1.0) * jnp.cos(0.5 * jnp.pi * t)
 
 
-def decompose(key, target, num_components, num_steps):
+def decompose(key, target, C, num_steps):
     """P [C, F, H], trained from small random components of full rank."""
     F, H = target["W"].shape
     key_init, key_data = jax.random.split(key)
-    components = init_components(key_init, num_components, F, H, rank=min(F, H))
+    components = init_components(key_init, C, F, H, m=min(F, H))
     optimizer = optax.adam(lambda i: learning_rate(i, num_steps))
     opt_state = optimizer.init(components)
 
@@ -187,6 +176,7 @@ def print_table(P, W):
     """Per feature f: the c with the best cos(P_c[f], W[f]), and ‖P_c[f]‖ / ‖W[f]‖. Means last."""
     norms, true_norms = jnp.linalg.norm(P, axis=2), jnp.linalg.norm(W, axis=1)[None]
     cosines = jnp.einsum("cfh,fh->cf", P, W) / jnp.maximum(norms * true_norms, 1e-30)
+    # Trap: as in the paper only the cosine chooses, and a tiny vector may point the right way.
     best, features = jnp.argmax(cosines, axis=0), jnp.arange(len(W))
     cosine, ratio = cosines[best, features], (norms / true_norms)[best, features]
     print("feature  component  cosine  norm ratio")

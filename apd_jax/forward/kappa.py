@@ -120,7 +120,8 @@ class Kappa:
         """
         if self.per_position:
             return self
-        return self.replace(formed=self.materialise(), uses=self.uses * times)
+        formed = self._form() if self.formed is None else self.formed
+        return self.replace(formed=formed, uses=self.uses * times)
 
     def transposed(self, permutation: Sequence[int]) -> Kappa:
         sides, n = self.current, self.num_batch

@@ -119,6 +119,11 @@ def hard(mask: Bool[Array, "B *T C"], scores: Float[Array, "B *T C"]) -> Activit
     return Activity(mask, mask, scores)
 
 
+def in_words(number: Any, form: str = "g") -> str:
+    """A number as text; one that is traced has none."""
+    return "traced" if isinstance(number, jax.core.Tracer) else f"{number:{form}}"
+
+
 def at_valid(values: Array, valid: Bool[Array, "B T"] | None) -> Array:
     """values [B, T, C], off where a position is padding; [B, C] as they are."""
     if valid is None or values.ndim == 2:

@@ -24,6 +24,7 @@ from apd_jax.gates.base import (
     at_valid,
     count_over,
     hard,
+    in_words,
     rows_of,
 )
 
@@ -50,7 +51,7 @@ class BatchTopK:
 
     @property
     def says(self) -> str:
-        return f"k = {self.k:g}"
+        return f"k = {in_words(self.k)}"
 
     def rule(self) -> Rule:
         return Rule()
@@ -72,7 +73,7 @@ class TopK:
 
     @property
     def says(self) -> str:
-        return f"k = {self.k:g} of every input"
+        return f"k = {in_words(self.k)} of every input"
 
     def rule(self) -> Rule:
         return Rule(top=int(self.k))
@@ -92,7 +93,7 @@ class Threshold:
 
     @property
     def says(self) -> str:
-        return f"threshold {self.threshold:.3g}"
+        return f"threshold {in_words(self.threshold, '.3g')}"
 
     def rule(self) -> Rule:
         return Rule(cuts=float(self.threshold))

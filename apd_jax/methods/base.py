@@ -378,10 +378,10 @@ class Method:
     @classmethod
     def numbers(cls) -> tuple[str, ...]:
         """The fields that may be traced: a sweep is a vmap over some of them."""
-        return tuple(name for name, hint in cls.hints().items() if jax.Array in _options(hint))
+        return tuple(name for name, hint in cls.hints().items() if jax.Array in allowed_types(hint))
 
 
-def _options(hint: Any) -> tuple[Any, ...]:
+def allowed_types(hint: Any) -> tuple[Any, ...]:
     """The types that a union allows, or the one type."""
     union = isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union
     return typing.get_args(hint) if union else (hint,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from ml_collections import config_dict
 
 from apd_jax.errors import InputError, one_of
 from apd_jax.methods.apd import APD
-from apd_jax.methods.base import Method
+from apd_jax.methods.base import Method, allowed_types
 from apd_jax.methods.spd import SPD
 from apd_jax.methods.targeted import Targeted
 from apd_jax.methods.vpd import VPD
@@ -39,7 +40,7 @@ def settings(method: str | Method = "apd") -> config_dict.ConfigDict:
     config = config_dict.ConfigDict({"method": chosen.name})
     for field, hint in type(chosen).hints().items():
         value = getattr(chosen, field)
-        allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+        allowed = allowed_types(hint)
         if type(None) in allowed:  # a placeholder may be None, and knows the type of its value
             kind = int if int in allowed and float not in allowed else float
             config[field] = config_dict.placeholder(kind)
@@ -64,7 +65,10 @@ def of(given: Any) -> Method:
       InputError: an unknown method or field, or a value of the wrong type.
     """
     if isinstance(given, Method):
-        return given
+        own = {field: getattr(given, field) for field in given.fields()}
+        values = {field: _typed(field, own[field], hint) for field, hint in given.hints().items()}
+        same = all(values[field] is own[field] for field in own)
+        return given if same else dataclasses.replace(given, **values)
     if isinstance(given, str):
         return by_name(given)()
     if not isinstance(given, Mapping | config_dict.ConfigDict):
@@ -86,7 +90,9 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
     Raises:
       InputError: it is of another type.
     """
-    allowed = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    allowed = tuple(typing.get_origin(kind) or kind for kind in allowed_types(hint))
+    if not all(isinstance(kind, type) and kind is not Any for kind in allowed):
+        return value  # of a method that is none of these: its own affair
     value = value.item() if isinstance(value, np.generic) else value
     if value is None and type(None) in allowed:
         return None

@@ -15,6 +15,7 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
+from apd_jax.recipe import held
 from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe import scales as scales_lib
 from apd_jax.recipe.numbers import STAGES, Recipe, stage_method, with_any_k
@@ -136,13 +137,13 @@ class _Search:
         modes = modes_lib.find(problem, method.batch_size, self.draw, times=times)
         if not len(modes):
             return None
-        shared = [name for name, gain in modes.gains.items() if gain < modes_lib.SHARED]
-        holding = (modes_lib.num_to_hold(problem, name, self.fresh) for name in shared)
+        shared = [name for name, gain in modes.gains.items() if gain < held.SHARED]
+        holding = (held.num_to_hold(problem, name, self.fresh) for name in shared)
         needed = max(holding, default=0)
         on = self.given
         if on is None:
             on = needed if needed + len(modes) <= method.num_components else 0
-        one = modes_lib.components(problem, modes, self.fresh, num_always_on=on)
+        one = held.components(problem, modes, self.fresh, num_always_on=on)
         explained = self._reproduced(one, on + len(modes))
         if on:  # what is always on could hold anything, and does not count
             explained -= max(0.0, self._reproduced(one, on))

@@ -25,6 +25,7 @@ from apd_jax.gates import selection
 from apd_jax.methods.apd import APD
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
+from apd_jax.recipe import places
 
 NUM_EXAMPLES = 20_000  # for the statistics, about; one batch where the data comes from the host
 SCHATTEN_P = 0.5  # of the comparison: well below 1, so that one is clearly simpler than two halves
@@ -96,7 +97,7 @@ def restructure(
     little, are set to 0, or to those of `fresh`.
 
     Args:
-      components: of one instance, on the host, with all numbers at every site.
+      components: of one instance, on the host. Only those are joined that the same sites hold.
       topk: k, active components per example.
       fresh: freshly drawn ones, from which cleared components begin anew; None leaves them at 0,
         where their gradient is 0 too.
@@ -105,27 +106,37 @@ def restructure(
     Cost: one singular value decomposition of 2m x 2m per leaf and pair that matters together.
     """
     C = components.num_components
+    given, components = components, components_lib.aligned(components)
+    fresh = None if fresh is None else components_lib.aligned(fresh)
     firing, square = np.asarray(usage.firing), np.asarray(usage.square)
     always = np.arange(C) < num_always_on
     often = firing > LEAST_FIRING * topk / C
     strong = square * firing.sum() >= LEAST_STRENGTH * firing * square.sum()
     alive = ~always & often & strong
     joining = _Joining(components, np.array(usage.together, np.float64), alive)
-    groups = joining.all(range(num_always_on, C))
+    groups = joining.all(_pairs(given, range(num_always_on, C)))
     for group in groups:
         alive[list(group[1:])] = False
     whole = _joined(components, groups)
     keep = alive | always
 
-    def rebuilt(f: Factors, old: Factors) -> Factors:
+    def rebuilt(f: Factors, other: Factors, old: Factors) -> Factors:
         kept = keep.reshape(-1, *[1] * (f.U.ndim - 1))
-        U, V = (np.asarray(a) if fresh is not None else 0 for a in (old.U, old.V))
-        return dataclasses.replace(
-            f, U=jnp.asarray(np.where(kept, f.U, U)), V=jnp.asarray(np.where(kept, f.V, V))
-        )
+        U, V = (np.asarray(a) if fresh is not None else 0 for a in (other.U, other.V))
+        f = dataclasses.replace(f, U=np.where(kept, f.U, U), V=np.where(kept, f.V, V))
+        f = places.back(f, old)
+        return dataclasses.replace(f, U=jnp.asarray(f.U), V=jnp.asarray(f.V))
 
     others = components if fresh is None else fresh
-    return components_lib.map_sites(rebuilt, whole, others), alive
+    return components_lib.map_sites(rebuilt, whole, others, given), alive
+
+
+def _pairs(components: Components, numbers: range) -> list[tuple[int, int]]:
+    """Pairs that the same sites hold, with as many columns: one has room for the other."""
+    C = components.num_components
+    exists = [places.held(f, C) for f in components.factors.values()]
+    room = np.concatenate(exists, axis=1)
+    return [(a, b) for a, b in itertools.combinations(numbers, 2) if (room[a] == room[b]).all()]
 
 
 def _joined(components: Components, groups: Sequence[tuple[int, ...]]) -> Components:
@@ -135,7 +146,7 @@ def _joined(components: Components, groups: Sequence[tuple[int, ...]]) -> Compon
     ranks = {name: f.rank for name, f in components.factors.items()}
     joined = components_lib.compact(components_lib.merge(components, *groups), ranks)
     gone = {c for group in groups for c in group if c != min(group)}
-    places = [c for c in range(components.num_components) if c not in gone]
+    staying = [c for c in range(components.num_components) if c not in gone]
     grouped = np.zeros(components.num_components, bool)
     grouped[[min(group) for group in groups]] = True
 
@@ -143,7 +154,7 @@ def _joined(components: Components, groups: Sequence[tuple[int, ...]]) -> Compon
         U, V = np.array(old.U), np.array(old.V)
         for a, of in ((U, new.U), (V, new.V)):
             a[list(gone)] = 0
-            for i, c in enumerate(places):
+            for i, c in enumerate(staying):
                 if grouped[c]:
                     a[c] = of[i]
         return dataclasses.replace(old, U=U, V=V)
@@ -165,9 +176,9 @@ class _Joining:
         self._together, self._alive = together, alive.copy()
         self._sizes = {c: self._size(c) for c in self._members}
 
-    def all(self, numbers: range) -> list[tuple[int, ...]]:
-        """The groups of more than one, each with its leader first."""
-        gains = {pair: self._gain(*pair) for pair in itertools.combinations(numbers, 2)}
+    def all(self, pairs: Sequence[tuple[int, int]]) -> list[tuple[int, ...]]:
+        """The groups of more than one that these pairs make, each with its leader first."""
+        gains = {pair: self._gain(*pair) for pair in pairs}
         while gains and max(gains.values()) > LEAST_GAIN:
             a, b = max(gains, key=lambda pair: gains[pair])
             self._join(a, b)

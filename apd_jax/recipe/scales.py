@@ -28,9 +28,11 @@ _DRAWS = 0x5EED  # sets these draws apart from those of training
 class Scales:
     """The reference points of a target.
 
-    faithfulness: the loss of components that sum to 0. minimality: the distance of the model without the decomposed leaves; hidden: the
-    same of the hidden activations, 0 where there are none.
-    simplicity: the loss of the whole target as one component, kept on every input: Σ_l uses_l Σ_j σ_j(θ*_l)^p / N.
+    faithfulness: the loss of components that sum to 0.
+    minimality: the distance of the model without the decomposed leaves from the target.
+    hidden: the same of the hidden activations; 0 where there are none.
+    simplicity: the loss of the whole target as one component, kept on every input:
+      Σ_l uses_l Σ_j σ_j(θ*_l)^p / N.
     """
 
     faithfulness: float
@@ -45,8 +47,8 @@ def measure(problem: Problem, method: Any) -> Scales:
     Cost: two passes of the network over BATCHES batches.
 
     Raises:
-      InputError: the output, or the hidden activations where they count, do not change when the decomposed leaves are set to 0; or are
-        not finite.
+      InputError: the outputs, or the hidden activations where they count, do not change when the
+        decomposed leaves are set to 0; or are not finite.
     """
     whole = components_lib.from_materialized(
         _decomposed(problem), uses=problem.uses, layouts=problem.layouts
@@ -56,15 +58,18 @@ def measure(problem: Problem, method: Any) -> Scales:
     zero = jax.tree.map(jnp.zeros_like, whole)
     if not np.isfinite([minimality, hidden]).all():
         raise InputError(
-            "the outputs are not finite, of the network itself or with all decomposed leaves set to 0; look at its weights and data."
+            "the outputs are not finite, of the network itself or with all decomposed leaves set "
+            "to 0; look at its weights and data."
         )
     if minimality == 0:
         raise InputError(
-            "the outputs stay the same when all decomposed leaves are set to 0; there is nothing to decompose."
+            "the outputs stay the same when all decomposed leaves are set to 0; there is nothing "
+            "to decompose."
         )
     if hidden == 0 and method.hidden_reconstruction_coeff > 0:
         raise InputError(
-            "hidden_reconstruction_coeff is above 0, but apply_fn returns no hidden activations that depend on the decomposed leaves."
+            "hidden_reconstruction_coeff is above 0, but apply_fn returns no hidden activations "
+            "that depend on the decomposed leaves."
         )
     return Scales(
         faithfulness=float(losses.faithfulness(zero, problem.params)),
@@ -75,7 +80,10 @@ def measure(problem: Problem, method: Any) -> Scales:
 
 
 def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, float]:
-    """How far the network with these parameters is from the target: in the outputs, and in the hidden activations (0 without any)."""
+    """How far the network with these parameters is from the target.
+
+    In the outputs, and in the hidden activations (0 without any).
+    """
 
     def of_batch(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
         (out, hidden), (target_out, target_hidden) = [
@@ -83,9 +91,9 @@ def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, flo
         ]
         weights = position_weights(x, problem.valid_fn)[0]
         distance = losses.minimality(out, target_out, method.minimality_loss, weights)
-        return distance, losses.hidden_reconstruction(
-            hidden, target_hidden, weights
-        ) if hidden else jnp.zeros(())
+        if not hidden:
+            return distance, jnp.zeros(())
+        return distance, losses.hidden_reconstruction(hidden, target_hidden, weights)
 
     def of_batches(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
         drawn = jax.lax.map(
@@ -95,18 +103,17 @@ def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, flo
 
     ends = (params, jax.tree.map(jnp.asarray, problem.params))
     if isinstance(problem.sample_fn, data.Batches):
-        measured = jax.jit(of_batch)(ends, jax.tree.map(jnp.asarray, problem.sample_fn.first))
+        measured = jax.jit(of_batch)(ends, problem.example_batch())
     else:
-        measured = jax.jit(of_batches)(
-            ends, jax.random.fold_in(jax.random.key(method.seed), _DRAWS)
-        )
+        key = jax.random.fold_in(jax.random.key(method.seed), _DRAWS)
+        measured = jax.jit(of_batches)(ends, key)
     outputs, hidden = map(float, measured)
     return outputs, hidden
 
 
 def _decomposed(problem: Problem) -> PyTree:
     """params with a leading axis of one component; None where not decomposed."""
-    names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
+    names = problem.site_names
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf[None] if components_lib.path_name(path) in names else None,
         problem.params,

@@ -65,11 +65,8 @@ def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> list[epath.Pa
 
 def _feature_figures(evaluation: Evaluation, decomposition: Decomposition) -> dict[str, Figure]:
     """The figures of a target with one input and one output per feature."""
-    a, method, serves = (
-        evaluation.arrays,
-        decomposition.method,
-        evaluation.arrays["feature_of_component"],
-    )
+    a, method = evaluation.arrays, decomposition.method
+    serves = a["feature_of_component"]
     k = evaluation.metrics["mean_active_components"] if method.k is None else method.k
     always_on = np.arange(len(serves)) < method.always_on
     serves = np.where(always_on, columns.ALWAYS_ON, serves)

@@ -116,20 +116,21 @@ class Sizes:
 def report(decomposition: Decomposition, path: epath.PathLike, x: PyTree = None) -> epath.Path:
     """Writes one HTML file that shows every component.
 
-    Its weights, the inputs that need it, what it changes.
+    Its weights, the inputs that need it, and what it changes in the outputs.
 
     Args:
       path: the file, e.g. "report.html".
-      x: inputs [B, ...] on which that is measured. None: one batch of the data that was decomposed
-        on, if it is there.
+      x: inputs [B, ...] on which this is measured. None takes one batch of the training data, if
+        the decomposition has a sampler.
     Raises:
-      InputError: this holds several instances; choose one by `instance`.
+      InputError: the decomposition holds several instances; choose one by `instance`.
     Cost: the gate on x, and a forward pass for every component.
     """
     d, count = decomposition, decomposition.method.num_instances
     if count > 1:
         raise InputError(
-            f"this holds {count} decompositions; report one of them, e.g. .instance(0).report(path)."
+            f"this holds {count} decompositions; report one of them, "
+            "e.g. .instance(0).report(path)."
         )
     path = epath.Path(path)
     if x is None and d.problem.sample_fn is not None:

@@ -47,8 +47,9 @@ def init_state(
     rng: PRNGKeyArray, problem: Problem, method: Method, settings: Settings | None = None
 ) -> TrainState:
     """Step 0, as the method begins. settings: as in `step.make_step`; init_scale matters here."""
-    method = with_settings(method, settings)
-    return begin_at(method.make_components(rng, problem), problem, method, rng=rng)
+    now = with_settings(method, settings)
+    components = now.make_components(rng, problem)
+    return begin_at(components, problem, now, rng=rng, passes=used_passes(method, now))
 
 
 def begin_at(
@@ -59,13 +60,18 @@ def begin_at(
     rng: PRNGKeyArray | None = None,
     gate: PyTree = None,
     step: int = 0,
+    passes: Mapping[str, Pass] | None = None,
 ) -> TrainState:
-    """These components, as if training had come to this step; a fresh gate where none is given."""
+    """These components, as if training had come to this step; a fresh gate where none is given.
+
+    passes: those that are used, where the method's own numbers are traced and cannot tell.
+    """
     rng = jax.random.key(method.seed) if rng is None else rng
+    passes = used_passes(method) if passes is None else passes
     if gate is None:
         gate = method.make_gate(jax.random.fold_in(rng, _GATE), problem, components)
     kept = {}
-    for i, (name, spec) in enumerate(used_passes(method).items()):
+    for i, (name, spec) in enumerate(passes.items()):
         if not spec.ablation.ascends:
             continue
         key = jax.random.fold_in(jax.random.fold_in(rng, _ADVERSARY), i)
@@ -75,10 +81,14 @@ def begin_at(
     return TrainState(jnp.asarray(step, jnp.int32), components, opt_state, gate, ablation)
 
 
-def used_passes(method: Method) -> dict[str, Pass]:
-    """The passes that some term with a coefficient above 0 scores."""
+def used_passes(method: Method, now: Method | None = None) -> dict[str, Pass]:
+    """The passes that some term with a coefficient above 0 scores.
+
+    now: the method with settings that may be traced; what is used stays `method`'s to say.
+    """
     used = {name for term in method.terms().values() if term.on for name in term.passes}
-    return {name: spec for name, spec in method.passes().items() if name in used}
+    passes = (method if now is None else now).passes()
+    return {name: spec for name, spec in passes.items() if name in used}
 
 
 def _shape(problem: Problem, method: Method, components: Components, spec: Pass) -> Shape:

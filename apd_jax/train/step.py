@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -85,7 +86,8 @@ def make_step(
 
         # What the others are worth in each pass: drawn, and where there is an adversary made worse.
         slots = _slots(method, scenes[HERE])
-        passes = runners(used_passes(method), now, problem, params, scenes, key, state.step, slots)
+        used = used_passes(method, now)
+        passes = runners(used, now, problem, params, scenes, key, state.step, slots)
         drawn, kept = _ablations(passes, state.ablation, before, gate, scenes)
 
         # The terms, and their gradient by components, gate and the adversaries' sources.
@@ -185,7 +187,7 @@ def _ablations(
 
 def _unscaled(slope: PyTree, method: Method, name: str, step: Any) -> PyTree:
     """The gradient of a pass's own distance, from that of its term in the total."""
-    coeff = at(method.terms()[name].coeff, step, method.num_steps)
+    coeff = jnp.maximum(at(method.terms()[name].coeff, step, method.num_steps), 1e-30)
     return jax.tree.map(lambda g: g / coeff, slope)
 
 

@@ -51,7 +51,6 @@ def test_evaluations_take_the_mask_of_training(room, name, pentagon):
         gates = [importances(name, A) for A in of_batches]
         expected = np.mean([error(pentagon, g, x) for g, x in zip(gates, batches, strict=True)])
         assert m["minimality_gates"] == pytest.approx(expected, rel=1e-3, abs=1e-8)
-        # What is not needed is added in part, which the true components do not feel much of.
         assert m["minimality_stochastic"] != m["minimality_gates"]
     else:
         assert "minimality_gates" not in m and "minimality_stochastic" not in m

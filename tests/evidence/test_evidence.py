@@ -1,4 +1,7 @@
-"""Known truths: the exact decomposition of the TMS pentagon passes every bar that applies; what is tampered with fails the right one."""
+"""The exact decomposition of the TMS pentagon passes every bar that applies.
+
+What is tampered with fails the right one.
+"""
 
 import dataclasses
 import json
@@ -7,19 +10,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method, make_problem
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
-from apd_jax import targets
+from apd_jax import SPD, targets
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.evidence import CHECKS, ablate, fit
+from apd_jax.evidence import CHECKS, ablate, fit, length
 from apd_jax.evidence.ablate import LADDER
 from apd_jax.evidence.check import Case
 from apd_jax.evidence.subject import Setting, make
-from apd_jax.network.problem import Problem
+from apd_jax.methods.optimizers import Trained
 
 TARGET = {
     "name": "tms",
@@ -37,19 +40,19 @@ HISTORY = [
 PROVENANCE = {"workdir": "memory", "command": "pytest", "step": 40}
 
 
+def of_W(P):
+    return components_lib.from_materialized({"W": jnp.asarray(P), "b": None}, uses={"W": 2})
+
+
 @pytest.fixture(scope="module")
 def judge(pentagon):
-    """(P_c of W, or Components) -> its evidence: of all checks, or of those with the given numbers."""
+    """(P_c of W, or Components) -> its evidence: of all checks, or of those given by number."""
     target = targets.build(ConfigDict(TARGET), 512)
 
     def ask(P, *checks, **options):
-        components = (
-            P
-            if isinstance(P, Components)
-            else components_lib.from_materialized({"W": jnp.asarray(P), "b": None}, uses={"W": 2})
-        )
-        config = make_config(num_components=components.num_components, topk=0.35, batch_size=512)
-        decomposition = Decomposition(target.problem(pentagon.params), components, config, HISTORY)
+        components = P if isinstance(P, Components) else of_W(P)
+        method = make_method(num_components=components.num_components, topk=0.35, batch_size=512)
+        decomposition = Decomposition(target.problem(pentagon.params), components, method, HISTORY)
         return decomposition.evidence(
             target=target, provenance=PROVENANCE, checks=checks or None, **options
         )
@@ -64,7 +67,8 @@ def truth(judge, pentagon):
 
 def test_the_truth_passes_every_bar_that_applies(truth):
     not_passed = {check.name for check in truth.checks if not check.passed}
-    # 8, 9 and 19 have no bar, 12 no dead component to tell the alive from, 13 to 15 ask for further runs.
+    # 8, 9 and 19 have no bar, 12 has no dead component to tell the alive from, and 13 to 15 ask for
+    # further runs.
     assert not_passed == {
         *(
             "attribution_fidelity",
@@ -78,7 +82,8 @@ def test_the_truth_passes_every_bar_that_applies(truth):
     }
     assert all(truth[name].why for name in ("capacity", "seeds", "data"))
     assert truth.verdict.startswith(
-        "These components are needed for this behaviour on this distribution, under ablations up to this budget"
+        "These components are needed for this behaviour on this distribution, "
+        "under ablations up to this budget"
     )
     assert [check.number for check in truth.checks] == list(range(1, len(CHECKS) + 1))
 
@@ -105,9 +110,10 @@ def test_the_truths_numbers(truth):
 
 
 def test_bits_worked_by_hand(judge, pentagon):
-    # Ten examples, five of them with one feature: k = 0.35 keeps ⌊3.5⌋ = 3 pairs, each of one component of rank 1 in one leaf. At the
-    # largest k all 50 pairs are kept, but only the five features' own have an attribution above 0: a feature alone drives its own
-    # output and (0.009 of) its neighbours', which takes the neighbours' components too: three per example.
+    # Ten examples, five of them with one feature: k = 0.35 keeps ⌊3.5⌋ = 3 pairs, each of one
+    # component of rank 1 in one leaf. At the largest k all 50 pairs are kept, but few have an
+    # attribution above 0: a feature alone drives its own output and (0.009 of) its neighbours',
+    # which takes the neighbours' components too: three per example.
     x = jnp.concatenate([jnp.eye(5), jnp.zeros((5, 5))])
     check = judge(pentagon.weights["W"], 19, x=x, bits_per_rank=0.5)["description_length"]
     assert check.values["bits"] == pytest.approx(3 / 10 * (np.log2(5) + 0.5), rel=1e-6)
@@ -116,13 +122,27 @@ def test_bits_worked_by_hand(judge, pentagon):
     )
 
 
+def test_bits_of_learned_gates_count_what_is_kept():
+    """Logits of a gate may be below 0 where a component is kept; attributions of 0 name nothing."""
+    x = jnp.ones((6, 3))
+    problem = make_problem(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, lambda rng, step: x)
+    method = SPD(num_components=4)
+    components = method.make_components(jax.random.key(0), problem)
+    gate = method.make_gate(jax.random.key(1), problem, components)
+    trained = Trained(components, gate)
+    subject = make(Setting(problem, method), problem.params, trained, x)
+    subject = dataclasses.replace(subject, scores=-jnp.ones((6, 4)))
+    # All four of rank one: 4 (log₂ 4 + 1).
+    assert float(length.bits(subject, jnp.ones((6, 4), bool), 1.0)) == pytest.approx(12)
+    assert subject.kept == "causal importances above 0"
+
+
 def test_the_attack_is_between_what_it_started_from_and_the_bound(truth):
     values = truth["worst_case_ablation"].values
     shared = [values[f"shared_{steps}"] for steps in LADDER]
     assert shared == sorted(shared)
-    assert (
-        shared[0] >= truth["sparse_reconstruction"].values["trained"] - 1e-6
-    )  # all inactive ones off is a permitted choice
+    # All inactive ones off is a permitted choice.
+    assert shared[0] >= truth["sparse_reconstruction"].values["trained"] - 1e-6
     assert values["per_example_80"] >= values["shared_80"] - 1e-6
     assert values["per_example_where_bounded"] <= values["bound"] + 1e-6
 
@@ -171,12 +191,9 @@ def test_two_components_mixed_fail_geometry(judge, pentagon):
     P[0] = P[1] = (P[0] + P[1]) / 2
     found = judge(P, *BARRED)
     assert "geometry" in failed(found) and "parameter_faithfulness" not in failed(found)
-    assert found["geometry"].values["purity"] == pytest.approx(
-        0.8
-    )  # two of five have a component shared half and half ...
-    assert found["shrinkage"].values["norm_ratio"] == pytest.approx(
-        0.8
-    )  # ... that holds half of the feature's weights
+    # Two of five have a component shared half and half, that holds half of the feature's weights.
+    assert found["geometry"].values["purity"] == pytest.approx(0.8)
+    assert found["shrinkage"].values["norm_ratio"] == pytest.approx(0.8)
     assert "geometry (10)" in found.verdict and found.verdict.startswith("It is not shown")
 
 
@@ -185,40 +202,36 @@ def test_two_components_merged_fail_geometry_and_nothing_else(judge, pentagon):
     P[0], P[1] = P[0] + P[1], 0
     found = judge(P, 1, 3, 4, 5, 10)
     assert failed(found) == {"geometry"}
-    # The merged component serves one of its two features; the other is left with a component of norm 0.
-    assert found["geometry"].values["num_features_owned"] == 4 or found["geometry"].values[
-        "mmcs_one_to_one"
-    ] == pytest.approx(0.8)
+    # The merged component serves one of its two features. The other is left with one of norm 0.
+    values = found["geometry"].values
+    assert values["num_features_owned"] == 4 or values["mmcs_one_to_one"] == pytest.approx(0.8)
 
 
 def test_components_scaled_by_nine_tenths_fail_faithfulness_and_shrinkage(judge, pentagon):
     found = judge(0.9 * np.array(pentagon.weights["W"]), 1, 10, 11)
     assert failed(found) == {"parameter_faithfulness", "shrinkage", "geometry"}
-    assert found["parameter_faithfulness"].values["relative_parameter_error"] == pytest.approx(
-        0.01, rel=1e-4
-    )  # (1 - 0.9)²
-    assert (
-        found["shrinkage"].values["norm_ratio"] == pytest.approx(0.9)
-        and found["shrinkage"].values["gain"] < 0.9
-    )
-    assert found["geometry"].values["mmcs_one_to_one"] == pytest.approx(
-        1, abs=1e-6
-    )  # the direction is right
+    missing = found["parameter_faithfulness"].values["relative_parameter_error"]
+    assert missing == pytest.approx(0.01, rel=1e-4)  # (1 - 0.9)²
+    shrinkage = found["shrinkage"].values
+    assert shrinkage["norm_ratio"] == pytest.approx(0.9) and shrinkage["gain"] < 0.9
+    # The direction is right.
+    assert found["geometry"].values["mmcs_one_to_one"] == pytest.approx(1, abs=1e-6)
 
 
 def test_a_cancelling_pair_is_only_found_by_the_attack(judge, pentagon):
-    # +Q and -Q are small enough beside the features' components never to be kept, and cancel when scaled together, but not apart.
-    # On an input of feature f, +Q alone adds x_f Q_f to the hidden layer and Q to the way out.
+    # +Q and -Q are small enough beside the features' components never to be kept. They cancel when
+    # scaled together, but not apart. On an input of feature f, +Q alone adds x_f Q_f to the hidden
+    # layer and Q to the way out.
     Q = np.zeros((1, 5, 2), np.float32)
     Q[0] = 0.6 * np.array([[1, 0], [0, 1], [1, 0], [0, 1], [1, 0]])
     P = np.concatenate([np.array(pentagon.weights["W"]), Q, -Q])
-    components = components_lib.from_materialized({"W": jnp.asarray(P), "b": None}, uses={"W": 2})
     target = targets.build(ConfigDict(TARGET), 512)
     # "Never active" is made so: attributions see only the features' own components.
-    config = make_config(num_components=7, topk=0.35, batch_size=512)
-    decomposition = Decomposition(target.problem(pentagon.params), components, config, [])
+    method = make_method(num_components=7, topk=0.35, batch_size=512)
+    decomposition = Decomposition(target.problem(pentagon.params), of_W(P), method)
     x = target.sample_fn(jax.random.key(5), jnp.zeros((), jnp.int32))
-    subject = make(Setting(decomposition.problem, config), pentagon.params, components, x)
+    setting = Setting(decomposition.problem, method)
+    subject = make(setting, pentagon.params, decomposition.trained, x)
     truth = (x != 0)[:, :, None] & np.eye(5, 7, dtype=bool)[None]
     subject = dataclasses.replace(subject, mask=jnp.asarray(truth.any(axis=1)))
     case = Case(subject, decomposition, jax.random.key(0), lambda i: x, 1)
@@ -259,14 +272,17 @@ def test_controls_that_pass_are_told_loudly(judge, pentagon, monkeypatch):
 
 
 def test_a_network_without_a_target(pentagon):
-    """A stranger's network: what needs features says why it is missing, everything else is there; examples may be the caller's."""
+    """A stranger's network, judged on the caller's examples.
+
+    What needs features says why it is missing; everything else is there.
+    """
     W = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
     components = components_lib.from_materialized({"W": jnp.eye(4)[:, :, None] * W[None]})
-    config = make_config(num_components=4, topk=2.0, minimality_loss="kl", attribution_metric="kl")
+    kl = {"minimality_loss": "kl", "attribution_metric": "kl"}
+    method = make_method(num_components=4, topk=2.0, **kl)
     x = jax.random.bernoulli(jax.random.key(0), 0.5, (64, 4)).astype(jnp.float32)
-    decomposition = Decomposition(
-        Problem(lambda p, x: x @ p["W"], {"W": W}, None), components, config, []
-    )
+    problem = make_problem(lambda p, x: x @ p["W"], {"W": W}, None)
+    decomposition = Decomposition(problem, components, method)
     found = decomposition.evidence(x=x, checks=(1, 2, 3, 7, 10, 17, 18, 19))
     assert found["provenance"].passed is None and found["provenance"].why == "not known: workdir"
     assert (
@@ -281,10 +297,13 @@ def test_a_network_without_a_target(pentagon):
 
 
 def test_a_loss_that_falls_has_converged_where_it_no_longer_matters():
-    """x one-hot, W the identity: ‖W‖²/N = 1/4, and the unit of error is at most E x². The second window of five rows is half the first."""
-    config = make_config(num_components=4, topk=1.0)
+    """x one-hot, W the identity: ‖W‖²/N = 1/4, and the unit of error is at most E x².
+
+    The second window of five rows is half the first.
+    """
+    method = make_method(num_components=4, topk=1.0)
     components = components_lib.from_materialized({"W": jnp.eye(4)[:, :, None] * jnp.eye(4)[None]})
-    problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.eye(4)}, None)
+    problem = make_problem(lambda p, x: x @ p["W"], {"W": jnp.eye(4)}, None)
     x = jnp.tile(jnp.eye(4), (8, 1))
 
     def passed(**first):
@@ -292,11 +311,8 @@ def test_a_loss_that_falls_has_converged_where_it_no_longer_matters():
             {name: value * (1 if i < 5 else 0.5) for name, value in first.items()} | {"step": i}
             for i in range(10)
         ]
-        return (
-            Decomposition(problem, components, config, rows)
-            .evidence(x=x, checks=(17,))["convergence"]
-            .passed
-        )
+        found = Decomposition(problem, components, method, rows).evidence(x=x, checks=(17,))
+        return found["convergence"].passed
 
     assert passed(faithfulness=1e-7, minimality=1e-6)
     assert not passed(faithfulness=1e-3, minimality=1e-6)  # moves by twice the bar, 1e-3/4

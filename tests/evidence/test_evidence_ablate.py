@@ -7,45 +7,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method, make_problem
 
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.evidence import ablate, bounds
 from apd_jax.evidence.check import Case
 from apd_jax.evidence.subject import Setting, Subject, baselines, distance, errors, outputs, scaled
-from apd_jax.network.problem import Problem
+from apd_jax.methods.optimizers import Trained
 
 C, N = 4, 256
 UNUSED = components_lib.from_materialized({"w": jnp.zeros((2, 2, 2))})
 
 
-def make_subject(apply_fn, weights, x, mask, **config):
-    """Components with the given P_c, [C, ...] per leaf, and the mask as it is given; the target is their sum."""
+def make_subject(apply_fn, weights, x, mask, **fields):
+    """Components with the given P_c, [C, ...] per leaf, and the mask as it is given.
+
+    The target is their sum.
+    """
     components = components_lib.from_materialized(weights)
     params = {name: jnp.sum(P, axis=0) for name, P in weights.items()}
-    decomposition = Decomposition(
-        Problem(apply_fn, params, None),
-        components,
-        make_config(num_components=mask.shape[1], **config),
-        [],
-    )
-    out = apply_fn(params, x)
-    subject = Subject(
-        params,
-        components,
-        x,
-        out,
-        jnp.ones(mask.shape),
-        mask,
-        Setting(decomposition.problem, decomposition.config),
-    )
+    method = make_method(num_components=mask.shape[1], **fields)
+    problem = make_problem(apply_fn, params, None)
+    decomposition = Decomposition(problem, components, method)
+    seen = (params, Trained(components), x, apply_fn(params, x))
+    subject = Subject(*seen, jnp.ones(mask.shape), mask, mask, Setting(problem, method))
     return subject, Case(subject, decomposition, jax.random.key(0), lambda i: x, 1)
 
 
 @pytest.fixture(scope="module")
 def linear():
-    """f(x) = x·w with one output: component c contributes a_bc = x_b·w_c, so D_b = (Σ_inactive (1 - r_c) a_bc)²."""
+    """f(x) = x·w with one output.
+
+    Component c contributes a_bc = x_b·w_c, so D_b = (Σ_inactive (1 - r_c) a_bc)².
+    """
     rng = np.random.default_rng(0)
     w = rng.normal(size=(C, 3, 1)).astype(np.float32)
     x = rng.normal(size=(N, 3)).astype(np.float32)
@@ -60,9 +55,8 @@ def test_scale_is_the_output_variance(linear):
     subject, case, _ = linear
     constant, none = baselines(subject)
     assert float(constant) == pytest.approx(float(np.var(subject.target_out)), rel=1e-5)
-    assert float(none) == pytest.approx(
-        float(np.mean(subject.target_out**2)), rel=1e-5
-    )  # without components a linear network gives 0
+    # Without components a linear network gives 0.
+    assert float(none) == pytest.approx(float(np.mean(subject.target_out**2)), rel=1e-5)
     assert case.scale == pytest.approx(min(float(constant), float(none)))
 
 
@@ -76,10 +70,8 @@ def test_random_and_average_scales(linear):
     rate = np.asarray(case.subject.mask).mean(axis=0)
     assert values["mean"] == pytest.approx(np.mean((a @ (1 - rate)) ** 2) / case.scale, rel=1e-4)
     # Fresh components are small, so putting them in the place of the inactive ones changes little.
-    assert (
-        values["init"] == pytest.approx(values["zero"], rel=0.5)
-        and values["init"] != values["zero"]
-    )
+    assert values["init"] == pytest.approx(values["zero"], rel=0.5)
+    assert values["init"] != values["zero"]
 
 
 def test_trajectories(linear):
@@ -92,7 +84,8 @@ def test_trajectories(linear):
         rtol=1e-3,
         atol=1e-6,
     )
-    # Attributions are all alike here, so the order is that of the components: the first ⌊t·inactive⌉ inactive ones are off.
+    # Attributions are all alike here, so the order is that of the components: the first
+    # ⌊t·inactive⌉ inactive ones are off.
     inactive = ~np.asarray(case.subject.mask)
     place = np.cumsum(inactive, axis=1) - 1
     for point in (5, 10, 17):
@@ -109,8 +102,8 @@ def test_trajectories(linear):
 
 def test_the_attack_finds_the_worst_corner(linear):
     subject, case, a = linear
-    # The error is convex in r, so its maximum is at a corner: shared, the worst of 2^C; per example the larger of the sums of
-    # positive and of negative contributions.
+    # The error is convex in r, so its maximum is at a corner: shared, the worst of 2^C; per example
+    # the larger of the sums of positive and of negative contributions.
     worst = max(np.mean((a @ (1 - np.array(r))) ** 2) for r in itertools.product((0, 1), repeat=C))
     found = ablate.worst(case).arrays["worst_shared"] * case.scale
     assert found[-1] == pytest.approx(worst, rel=1e-3) and (np.diff(found) >= 0).all()
@@ -121,19 +114,21 @@ def test_the_attack_finds_the_worst_corner(linear):
 
 
 def test_kl_over_positions_without_padding():
-    """D is a mean over examples and the positions that count; the constant output is the mean distribution. By numpy."""
+    """D is a mean over examples and the positions that count, by numpy.
+
+    The constant output is the mean distribution.
+    """
     rng = np.random.default_rng(3)
-    logits, other = rng.normal(size=(2, 6, 5, 4)).astype(
-        np.float32
-    )  # 6 examples, 5 positions, 4 classes
+    # 6 examples, 5 positions, 4 classes.
+    logits, other = rng.normal(size=(2, 6, 5, 4)).astype(np.float32)
     valid = rng.random((6, 5)) < 0.7
-    problem = Problem(
+    problem = make_problem(
         lambda p, x: x, {"w": jnp.ones((2, 2))}, None, valid_fn=lambda x: jnp.asarray(valid)
     )
-    setting = Setting(problem, make_config(minimality_loss="kl"))
-    subject = Subject(
-        problem.params, None, jnp.asarray(logits), jnp.asarray(logits), None, None, setting
-    )
+    setting = Setting(problem, make_method(minimality_loss="kl"))
+    shown, off = jnp.asarray(logits), jnp.zeros((6, 2), bool)
+    trained = Trained(UNUSED)
+    subject = Subject(problem.params, trained, shown, shown, off, off, off, setting)
     p, q = (np.exp(a) / np.exp(a).sum(-1, keepdims=True) for a in (logits, other))
     kl = np.sum(p * np.log(p / q), axis=-1)
     assert np.mean(distance(subject, jnp.asarray(other))) == pytest.approx(
@@ -141,13 +136,9 @@ def test_kl_over_positions_without_padding():
     )
     mean = p[valid].mean(axis=0)
     expected = np.sum(p * np.log(p / mean), axis=-1)[valid].mean()
-    constant = baselines(
-        dataclasses.replace(subject, components=UNUSED, mask=jnp.zeros((6, 2), bool))
-    )[0]
-    assert float(constant) == pytest.approx(expected, rel=1e-4)
-    spoilt = np.where(
-        valid[:, :, None], other, 100 * other
-    )  # what stands at padding does not matter
+    assert float(baselines(subject)[0]) == pytest.approx(expected, rel=1e-4)
+    # What stands at padding does not matter.
+    spoilt = np.where(valid[:, :, None], other, 100 * other)
     np.testing.assert_allclose(
         distance(subject, jnp.asarray(spoilt)), distance(subject, jnp.asarray(other)), rtol=1e-6
     )
@@ -194,9 +185,8 @@ def test_permitted_masks_stay_inside_the_bound(small):
     assert np.all(np.asarray(hi) >= np.asarray(lo)) and np.isfinite(hi).all()
     for seed in range(20):
         rng = np.random.default_rng(seed)
-        r = (
-            rng.random(subject.mask.shape) if seed % 2 else rng.random(subject.mask.shape) < 0.5
-        )  # inside, and corners
+        r = rng.random(subject.mask.shape)  # inside, and at corners
+        r = r if seed % 2 else r < 0.5
         mask = scaled(subject, jnp.asarray(r, jnp.float32))
         out = outputs(subject, mask)
         assert np.all(out >= lo - 1e-4) and np.all(out <= hi + 1e-4)
@@ -207,22 +197,15 @@ def test_permitted_masks_stay_inside_the_bound(small):
 
 def test_without_inactive_components_the_bound_is_the_output(small):
     subject, _ = small
-    every = Subject(
-        subject.params,
-        subject.components,
-        subject.x,
-        subject.target_out,
-        subject.attributions,
-        subject.mask | True,
-        subject.setting,
-    )
+    every = dataclasses.replace(subject, mask=subject.mask | True)
     lo, hi = bounds.output_bounds(every, 24)
     np.testing.assert_allclose(lo, subject.target_out, atol=1e-5)
     np.testing.assert_allclose(hi, subject.target_out, atol=1e-5)
 
 
 def test_an_interval_worked_by_hand():
-    # w = 1 (active) + [0, 2] + [-3, 0] (inactive) = [-2, 3]; relu(2·w) = [0, 6]; minus 1: [-1, 5]. Target: relu(0) - 1 = -1: error 36.
+    # w = 1 (active) + [0, 2] + [-3, 0] (inactive) = [-2, 3]; relu(2·w) = [0, 6]; minus 1: [-1, 5].
+    # Target: relu(0) - 1 = -1, so the error is up to 36.
     weights = {"w": jnp.array([1.0, 2.0, -3.0]).reshape(3, 1, 1)}
     subject, _ = make_subject(
         lambda p, x: jax.nn.relu(x @ p["w"]) - 1,

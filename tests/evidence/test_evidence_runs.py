@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, make_config
+from conftest import ROOT, make_method
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -22,7 +22,8 @@ from apd_jax.evidence import retrain
 from apd_jax.evidence.check import Case
 from apd_jax.evidence.matching import agreement
 from apd_jax.evidence.subject import Setting, make
-from apd_jax.train import loop as train
+from apd_jax.methods import registry
+from apd_jax.train import loop
 
 TARGET = {
     "name": "tms",
@@ -54,25 +55,23 @@ APD = {
 
 @pytest.fixture(scope="module")
 def trained(pentagon):
-    target, config = (
-        targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64),
-        make_config(**APD),
-    )
-    problem = target.problem(pentagon.params)
-    components, history = train.fit(problem, config)
-    components = jax.tree.map(jnp.asarray, components)
+    target = targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64)
+    problem, method = target.problem(pentagon.params), make_method(**APD)
+    found, history = loop.fit(problem, method)
+    found = jax.tree.map(jnp.asarray, found)
     x = target.sample_fn(jax.random.key(0), 0)
-    subject = make(Setting(problem, config), pentagon.params, components, x)
-    decomposition = Decomposition(problem, components, config, history)
+    subject = make(Setting(problem, method), pentagon.params, found, x)
+    decomposition = Decomposition(problem, found.components, method, history)
     return Case(subject, decomposition, jax.random.key(1), lambda i: x, 1, target=target, full=True)
 
 
 def test_again_is_the_same_run_but_for_what_is_changed(trained):
     (same,) = retrain.again(trained)
-    for name, f in same.factors.items():
-        np.testing.assert_array_equal(f.U, trained.subject.components.factors[name].U)
-    assert agreement(trained.subject.components, same).mean_cosine == pytest.approx(1, abs=1e-6)
-    pair = retrain.again(trained, num_instances=2, num_components=7)
+    ours = trained.subject.components
+    for name, f in same.components.factors.items():
+        np.testing.assert_array_equal(f.U, ours.factors[name].U)
+    assert agreement(ours, same.components).mean_cosine == pytest.approx(1, abs=1e-6)
+    pair = [one.components for one in retrain.again(trained, num_instances=2, num_components=7)]
     assert [c.num_components for c in pair] == [7, 7] and agreement(*pair).mean_cosine < 0.999
 
 
@@ -96,23 +95,17 @@ def test_other_data(trained, monkeypatch):
     monkeypatch.setattr(
         retrain,
         "again",
-        lambda case, sample_fn: given.append(sample_fn) or [case.subject.components],
+        lambda case, sample_fn: given.append(sample_fn) or [case.subject.trained],
     )
     check = retrain.data(trained)
     assert check.passed is None
-    assert [check.values[f"{name}_share"] for name in ("permuted", "halved", "shifted")] == [
-        1,
-        1,
-        1,
-    ]  # with itself
+    shares = [check.values[f"{name}_share"] for name in ("permuted", "halved", "shifted")]
+    assert shares == [1, 1, 1]  # with itself
     rng, sample = jax.random.key(3), trained.decomposition.problem.sample_fn
     permuted, halved, shifted = given
-    np.testing.assert_array_equal(
-        permuted(rng, 0), sample(rng, 5)
-    )  # of six steps the last comes first
-    np.testing.assert_array_equal(
-        halved(rng, 4), sample(rng, 1)
-    )  # the fifth batch is the second again
+    # Of six steps the last comes first; halved, the fifth batch is the second again.
+    np.testing.assert_array_equal(permuted(rng, 0), sample(rng, 5))
+    np.testing.assert_array_equal(halved(rng, 4), sample(rng, 1))
     np.testing.assert_allclose(shifted(rng, 2), 0.8 * sample(rng, 2), rtol=1e-6)
 
 
@@ -130,7 +123,8 @@ def workdir(tmp_path_factory):
             "evaluation": {"seed": 0, "num_batches": 2, "batch_size": 64},
         }
     )
-    config.apd = make_config(**APD, num_instances=2, checkpoint_every_steps=4)
+    method = make_method(**APD, num_instances=2, checkpoint_every_steps=4)
+    config.apd = registry.settings(method)
     folder = tmp_path_factory.mktemp("runs") / "tms"
     experiment.run(config, folder, Console(quiet=True))
     return folder
@@ -169,10 +163,8 @@ def test_the_command(workdir):
     assert [check["number"] for check in written["checks"]] == list(range(1, 20))
     checks = {check["name"]: check for check in written["checks"]}
     # Both instances of six steps are compared: with each other, and instance 1 with the other run's first.
-    instances = experiment.instances(
-        experiment.restore(workdir).components, experiment.restore(workdir).config
-    )
-    expected = agreement(instances[1], instances[0])
+    first, second = (one.components for one in experiment.restore(workdir).instances)
+    expected = agreement(second, first)
     assert checks["seeds"]["values"]["num_seeds"] == 2
     assert checks["seeds"]["values"]["other_mean_cosine"] == pytest.approx(
         expected.mean_cosine, abs=1e-5

@@ -1,13 +1,14 @@
-"""Instances that differ in settings: each is the run that has these values in its config."""
+"""Instances that differ in settings: each is the run that has these values in its settings."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close, make_config
+from conftest import close, make_method
 
 from apd_jax.errors import NonFiniteError
-from apd_jax.methods import config as config_lib
+from apd_jax.methods.apd import APD
+from apd_jax.methods.vpd import VPD
 from apd_jax.network.problem import Problem
 from apd_jax.train import loop as train
 
@@ -40,7 +41,12 @@ BASES = {
         "optimizer": "sgd",
         "schedule": "constant",
     },
-    "learned": {"mask": "learned", "threshold": 0.4, "importance_coeff": 0.1},
+    "learned": {
+        "mask": "learned",
+        "threshold": 0.4,
+        "importance_coeff": 0.1,
+        "threshold_learning_rate": 0.1,
+    },
 }
 CHANGES = {
     "topk": {
@@ -58,7 +64,7 @@ CHANGES = {
     },
     "whole": {"topk": 3.0},
     "threshold": {"threshold": 0.8, "attribution_lp_coeff": 0.7, "attribution_lp_p": 0.5},
-    "learned": {"threshold": 0.8, "importance_coeff": 0.3},
+    "learned": {"threshold": 0.8, "importance_coeff": 0.3, "threshold_learning_rate": 0.02},
 }
 
 
@@ -72,48 +78,64 @@ def make_problem():
     )
 
 
-def by_instance(config, runs):
+def by_instance(method, runs):
     """{field: its value in every run}."""
     fields = {field for run in runs for field in run}
     return {
-        field: np.array([run[field] if field in run else config[field] for run in runs])
+        field: np.array([run.get(field, getattr(method, field)) for run in runs])
         for field in fields
     }
 
 
 def test_every_field_is_tried():
-    assert {field for changes in CHANGES.values() for field in changes} == {
-        "seed",
-        *config_lib.TRACEABLE,
-    }
+    tried = {field for changes in CHANGES.values() for field in changes}
+    assert tried == {"seed", *APD.numbers()}
+
+
+def check_second_instance(method, changes, names):
+    """Of two instances, one with the changes, that one is the run with them in its settings."""
+    problem, runs = make_problem(), [{}, changes]
+    together = method.replace(num_instances=len(runs))
+    state, rows = train.advance(problem, together, settings=by_instance(method, runs))
+    trained, alone_rows = train.fit(problem, method.replace(**changes))
+    for name in ("total", "mean_active", *names):
+        close([row[name][1] for row in rows], [row[name] for row in alone_rows], 2e-5, name)
+        assert name == "mean_active" or [row[name][0] for row in rows] != [
+            row[name] for row in alone_rows
+        ]
+    for name, f in trained.components.factors.items():
+        close(state.components.factors[name].U[1], f.U, 5e-5, name)
+    gate = jax.tree.map(lambda a: a[1], state.gate)
+    jax.tree.map(lambda a, b: close(a, b, 5e-5), gate, trained.gate)
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_an_instance_is_the_run_with_its_values_in_the_config(base):
-    problem, config = make_problem(), make_config(**SMALL | BASES[base])
-    runs = [{}, CHANGES[base]]
-    config.num_instances = len(runs)
-    state, rows = train.advance(problem, config, settings=by_instance(config, runs))
-    config.num_instances = 1
-    config.update(CHANGES[base])
-    components, alone_rows = train.fit(problem, config)
-    for name in ("total", "faithfulness", "minimality", "simplicity", "mean_active"):
-        close([row[name][1] for row in rows], [row[name] for row in alone_rows], 2e-5, name)
-    for name, f in components.factors.items():
-        close(state.components.factors[name].U[1], f.U, 5e-5, name)
+def test_an_instance_is_the_run_with_its_values_in_the_settings(base):
+    names = ("faithfulness", "minimality", "simplicity")
+    check_second_instance(make_method(**SMALL | BASES[base]), CHANGES[base], names)
+
+
+def test_the_rate_of_an_adversary_and_coefficients_of_its_terms_may_differ():
+    method = VPD(
+        **SMALL | {"num_components": 4, "init_scale": 1.0},
+        gate_kind="pieces",
+        gate_width=2,
+        minimality_loss="mse",
+        faithfulness_coeff=1.0,
+        faithfulness_warmup_steps=0,
+        gradient_clip=None,
+    )
+    changes = {"adversary_rate": 0.2, "adversarial_coeff": 2.0, "importance_p_final": 1.5}
+    check_second_instance(method, changes, ("adversarial", "stochastic", "importance"))
 
 
 def test_an_instance_that_diverges_harms_no_other():
-    problem, config = (
-        make_problem(),
-        make_config(**SMALL, optimizer="sgd", schedule="constant", num_instances=2),
-    )
-    state, rows = train.advance(problem, config, settings={"learning_rate": np.array([1e-2, 1e30])})
-    assert np.isfinite([row["total"][0] for row in rows]).all() and not np.isfinite(
-        rows[-1]["total"][1]
-    )
-    alone, _ = train.advance(problem, config, settings={"learning_rate": np.array([1e-2, 1e-2])})
+    descent = {"optimizer": "sgd", "schedule": "constant"}
+    problem, method = make_problem(), make_method(**SMALL, **descent, num_instances=2)
+    state, rows = train.advance(problem, method, settings={"learning_rate": np.array([1e-2, 1e30])})
+    assert np.isfinite([row["total"][0] for row in rows]).all()
+    assert not np.isfinite(rows[-1]["total"][1])
+    alone, _ = train.advance(problem, method, settings={"learning_rate": np.array([1e-2, 1e-2])})
     close(state.components.factors["w"].U[0], alone.components.factors["w"].U[0])
     with pytest.raises(NonFiniteError):  # without settings nothing of it is wanted
-        config.learning_rate = 1e30
-        train.fit(problem, config)
+        train.fit(problem, method.replace(learning_rate=1e30))

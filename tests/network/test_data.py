@@ -73,7 +73,8 @@ class Loader:
 
 
 def test_an_epoch_has_every_example_once():
-    # 11 examples in batches of 3: 3 batches per epoch, and 2 examples are left out, not always the same.
+    # 11 examples in batches of 3: 3 batches per epoch, and 2 examples are left out, not always the
+    # same ones.
     rows = {"x": np.arange(11), "y": (np.arange(11.0)[:, None] + 0.5,)}
     sample = jax.jit(data.from_arrays(rows, 3))
     epochs = []
@@ -342,5 +343,5 @@ def test_two_samplers_draw_apart_from_each_other():
 
 
 def test_a_sampler_and_an_iterable_are_no_pair():
-    with pytest.raises(InputError, match="must both be functions .*, or both be iterables"):
+    with pytest.raises(InputError, match=r"must both be functions .*, or both be iterables"):
         data.paired(data.source(list(BATCHES)), lambda rng, step: BATCHES[0])

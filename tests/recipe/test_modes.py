@@ -9,7 +9,7 @@ from apd_jax import components
 from apd_jax.errors import InputError
 from apd_jax.forward import sparse
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import modes
+from apd_jax.recipe import held, modes
 from apd_jax.recipe.modes import Modes
 
 W = np.array([[1.0, 0.0, 2.0], [0.0, 1.0, -1.0], [1.0, 1.0, 0.0], [0.5, -1.0, 1.0]], np.float32)
@@ -42,7 +42,7 @@ def rows_of(ins):
 
 @pytest.fixture(scope="module")
 def two_layers():
-    """x W W2 with W2 of 3 x 4: four features read W apart, and share the three hidden dimensions."""
+    """x W W2 with W2 of 3 x 4: four features read W apart, and share three hidden dimensions."""
     params = {"first": jnp.asarray(W), "second": jnp.asarray(W.T * 0.5)}
     return Problem(lambda p, x: jnp.tanh(x @ p["first"] @ p["second"]), params, mixtures)
 
@@ -59,8 +59,11 @@ def test_modes_are_the_single_features(found):
 
 
 def test_components_sum_to_the_target_and_each_does_its_own_mode(two_layers, found):
-    """Component i is W's row i and no other, up to how pure examples are. The second leaf has rank 3 for 4 modes: gain 3/4."""
-    C, gains = modes.components(two_layers, found, fresh(two_layers.params, 6, 2)), found.gains
+    """Component i is W's row i and no other, up to how pure examples are.
+
+    The second leaf has rank 3 for 4 modes: gain 3/4.
+    """
+    C, gains = held.components(two_layers, found, fresh(two_layers.params, 6, 2)), found.gains
     for name, leaf in two_layers.params.items():
         np.testing.assert_allclose(components.total(C, two_layers.params)[name], leaf, atol=1e-5)
     assert gains["first"] == pytest.approx(1) and gains["second"] == pytest.approx(0.75)
@@ -76,7 +79,7 @@ def test_what_no_mode_reads_goes_to_the_other_components():
     )
     m = modes.find(problem, 512, jax.random.key(0))
     assert len(m) == 3 and m.unexplained < 1e-6
-    C = modes.components(problem, m, fresh(problem.params, 5, 1))
+    C = held.components(problem, m, fresh(problem.params, 5, 1))
     P = np.asarray(C.factors["W"].weights)
     np.testing.assert_allclose(P[3], np.eye(4)[:, 3:] * W[3], atol=1e-4)
     assert not P[4].any()
@@ -93,25 +96,29 @@ def test_a_leaf_that_modes_share_is_held_by_what_is_always_on():
     problem = Problem(lambda p, x: x @ p["W"] @ p["hidden"], params, lambda k, s: mixtures(k, s, 6))
     m = modes.find(problem, 512, jax.random.key(0))
     assert len(m) == 6
-    C = modes.components(problem, m, fresh(params, 8, 3), num_always_on=1)
+    C = held.components(problem, m, fresh(params, 8, 3), num_always_on=1)
     assert m.gains == {"hidden": pytest.approx(0.5), "W": pytest.approx(1)}
     P = components.materialize(C)
     np.testing.assert_allclose(P["hidden"][0], np.eye(3), atol=1e-6)
     assert not np.any(P["hidden"][1:]) and not np.any(P["W"][0])
-    assert [modes.num_to_hold(problem, "hidden", fresh(params, 8, m)) for m in (1, 2, 3)] == [
+    assert [held.num_to_hold(problem, "hidden", fresh(params, 8, m)) for m in (1, 2, 3)] == [
         3,
         2,
         1,
     ]
-    two = modes.components(problem, m, fresh(params, 8, 2), num_always_on=2)  # rank 2 each
+    two = held.components(problem, m, fresh(params, 8, 2), num_always_on=2)  # rank 2 each
     np.testing.assert_allclose(components.materialize(two)["hidden"].sum(0), np.eye(3), atol=1e-6)
     with pytest.raises(InputError, match="num_always_on to at least 2, or the rank to at least 3"):
-        modes.components(problem, m, fresh(params, 8, 2), num_always_on=1)
+        held.components(problem, m, fresh(params, 8, 2), num_always_on=1)
 
 
 def test_a_component_does_its_part_whatever_else_is_on_or_ablated():
-    """A layer that reads what another has written, in superposition: no sum of what it reads of single features. With W_out apart, and what
-    the second layer makes of that always on, features that are not there can be ablated in any combination, and no output changes."""
+    """A layer that reads what another has written, in superposition.
+
+    That is no sum of what it reads of single features. With W_out apart, and what the second layer
+    makes of that always on, features that are not there can be ablated in any combination, and no
+    output changes.
+    """
     F, D, M = 5, 16, 3
     keys = jax.random.split(jax.random.key(3), 5)
     shapes = {"in_0": (D, M), "out_0": (M, D), "in_1": (D, M), "out_1": (M, D)}
@@ -130,38 +137,33 @@ def test_a_component_does_its_part_whatever_else_is_on_or_ablated():
     problem = Problem(fn, params, lambda k, s: mixtures(k, s, F), select=("in_*",))
     m = modes.find(problem, 512, jax.random.key(0))
     assert len(m) == F
-    C = modes.components(
-        problem, m, fresh(params, F + 3, 2, select=problem.select), num_always_on=2
-    )
+    C = held.components(problem, m, fresh(params, F + 3, 2, select=problem.select), num_always_on=2)
     assert m.gains == {"in_0": pytest.approx(1), "in_1": pytest.approx(1)}
     which = rows_of(m.ins["in_0"][:, 0] @ np.linalg.pinv(embed))[0]
     x = jnp.zeros((64, F)).at[:, which[:2]].set(jax.random.uniform(jax.random.key(5), (64, 2)))
-    factors = (
-        jax.random.uniform(jax.random.key(6), (64, F + 3)).at[:, :4].set(1.0)
-    )  # always on, always on, the two that are there
+    # Always on, always on, the two that are there.
+    factors = jax.random.uniform(jax.random.key(6), (64, F + 3)).at[:, :4].set(1.0)
     expected = fn(params, x)
-    error = (
-        jnp.abs(sparse.apply(fn, params, C, factors, x) - expected).max() / jnp.abs(expected).max()
-    )
-    assert error < 0.01
+
+    def error(C):
+        off = jnp.abs(sparse.apply(fn, params, C, factors, x) - expected).max()
+        return off / jnp.abs(expected).max()
+
+    assert error(C) < 0.01
     duals = modes.Modes(
         m.ins,
         {name: np.linalg.pinv(e[:, 0].T)[:, None] for name, e in m.ins.items()},
         m.seen,
         m.density,
     )
-    worse = modes.components(
+    worse = held.components(
         problem, duals, fresh(params, F + 3, 2, select=problem.select), num_always_on=2
     )
-    assert (
-        jnp.abs(sparse.apply(fn, params, worse, factors, x) - expected).max()
-        / jnp.abs(expected).max()
-        > 5 * error
-    )
+    assert error(worse) > 5 * error(C)
 
 
 def test_stacked_weights_and_selected_components():
-    """Two matrices under one name, chosen by a scan; the second leaf has only components 0 and 1."""
+    """Two matrices under one name, chosen by a scan; the second leaf has components 0, 1 only."""
     params = {"stack": jnp.asarray(np.stack([np.eye(3), 2 * np.eye(3)])), "out": jnp.eye(3)}
 
     def fn(p, x):
@@ -174,7 +176,7 @@ def test_stacked_weights_and_selected_components():
         select={"stack": {}, "out": {"components": [0, 1]}},
     )
     m = modes.find(problem, 512, jax.random.key(0))
-    C = modes.components(
+    C = held.components(
         problem, m, fresh(params, 4, 1, select=problem.select, layouts=problem.layouts)
     )
     P = components.materialize(C)
@@ -184,7 +186,29 @@ def test_stacked_weights_and_selected_components():
         np.testing.assert_allclose(
             P["stack"][c], np.diag(np.eye(3)[row]) * np.array([1, 2])[:, None, None], atol=0.05
         )
-    assert not np.any(P["out"][2:])
+    assert not np.any(P["out"][2:]) and C.factors["out"].U.shape[0] == 2
+    # What the two of them do there is theirs; the third mode's part belongs to nobody.
+    which = rows_of(m.ins["out"][:, 0])[0][:2]
+    np.testing.assert_allclose(P["out"].sum(0), np.eye(3)[which].T @ np.eye(3)[which], atol=0.05)
+
+
+def test_a_site_with_several_pieces_of_one_number_is_filled_piece_by_piece():
+    """Ranks 2, 1, 1 and 2: components 0 and 3 have two pieces of rank 1. Rows 0 to 2 of W are read,
+    and one by one held by modes; what W makes of feature 3, of rank 1, goes to the last."""
+    ranks = {"W": {"rank": [2, 1, 1, 2]}}
+    problem = Problem(
+        lambda p, x: x @ p["W"],
+        {"W": jnp.asarray(W)},
+        lambda k, s: mixtures(k, s).at[:, 3].set(0),
+        select=ranks,
+    )
+    m = modes.find(problem, 512, jax.random.key(0))
+    C = held.components(problem, m, fresh(problem.params, 4, None, select=ranks))
+    assert C.factors["W"].ids == (0, 0, 1, 2, 3, 3) and len(m) == 3
+    P = components.materialize(C)["W"]
+    np.testing.assert_allclose(P[3], np.eye(4)[:, 3:] * W[3], atol=1e-4)
+    np.testing.assert_allclose(P.sum(0), W, atol=1e-5)
+    assert not np.any(C.factors["W"].V[1]) and np.any(C.factors["W"].U[1])  # so its rank can grow
 
 
 def test_batches_from_the_host_give_the_modes_of_one_batch():
@@ -221,8 +245,7 @@ def test_a_mode_far_below_the_usual_density_is_none():
         and isinstance(m.first(2), Modes)
         and len(m.first(2)) == 2
     )
-    weak = np.where(np.arange(len(e)) < 40, 0.01, 1.0).astype(
-        np.float32
-    )  # the first 40 hardly move the outputs
+    # The first 40 hardly move the outputs.
+    weak = np.where(np.arange(len(e)) < 40, 0.01, 1.0).astype(np.float32)
     without = modes.densest({"W": e}, weak, {"W": np.eye(5, dtype=np.float32)[None]})
     assert len(without) == 3 and without.active == pytest.approx(100 / 150)  # no mode is theirs

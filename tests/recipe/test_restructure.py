@@ -1,4 +1,4 @@
-"""Joining and clearing between stages, on TMS with components that are known pieces of the truth."""
+"""Joining and clearing between stages, on TMS with components that are pieces of the truth."""
 
 import dataclasses
 
@@ -9,7 +9,8 @@ import pytest
 
 from apd_jax import components
 from apd_jax.components import Components
-from apd_jax.methods.config import default_config
+from apd_jax.components.layout import Layout
+from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
 from apd_jax.recipe import restructure
 from apd_jax.recipe.restructure import Usage
@@ -27,7 +28,10 @@ def rows(*parts):
 
 
 def usage(groups, C, square=1.0):
-    """Components of a group matter on the same inputs, a tenth of all; those of different groups never together."""
+    """Components of a group matter on the same inputs, a tenth of all.
+
+    Those of different groups never matter together.
+    """
     member = np.array([[c in group for c in range(C)] for group in groups], np.float32)
     together = 0.1 * member.T @ member
     return Usage(together, np.diag(together), np.full(C, square) * np.diag(together))
@@ -46,18 +50,20 @@ def test_two_halves_become_one():
 
 
 def test_pieces_that_are_not_parallel_are_joined_where_that_is_simpler():
-    """Halves [1, 1]/2 and [1, -1]/2 of one row: always together, their sum has rank 1: sqrt(1) < 2·sqrt(√½) = 1.68, joined."""
+    """Halves [1, 1]/2 and [1, -1]/2 of one row: always together, their sum has rank 1.
+
+    sqrt(1) < 2·sqrt(√½) = 1.68, joined.
+    """
     P = np.zeros((2, 3, 2), np.float32)
     P[0, 0], P[1, 0] = [0.5, 0.5], [0.5, -0.5]
     c = components.from_materialized({"W": jnp.asarray(P)})
     assert restructure.restructure(c, usage([{0, 1}], 2), 0.2)[1].sum() == 1
-    assert (
-        restructure.restructure(c, usage([{0}, {1}], 2), 0.2)[1].sum() == 2
-    )  # never together: two mechanisms
+    # Never together: two mechanisms.
+    assert restructure.restructure(c, usage([{0}, {1}], 2), 0.2)[1].sum() == 2
 
 
 def test_two_features_stay_apart_though_always_together():
-    """Rows 0 and 1 in one component have rank 2: sqrt(1) + sqrt(1) = 2 is no less than the two alone."""
+    """Rows 0 and 1 in one component have rank 2: sqrt(1) + sqrt(1) = 2, no less than the two."""
     _, alive = restructure.restructure(rows({0: 1}, {1: 1}, {2: 1}), usage([{0, 1}, {2}], 3), 0.3)
     assert alive.all()
 
@@ -89,9 +95,31 @@ def test_stacked_matrices_and_low_rank():
     np.testing.assert_allclose(weights(joined)[0], np.ones((2, 3, 2)), atol=1e-6)
 
 
-def stacked():
-    from apd_jax.components.layout import Layout
+def test_sites_that_hold_some_numbers_only_keep_their_pieces():
+    """Halves 0 and 1 stand at both sites and are joined; 2 is parallel to them, but stands at the
+    first only, where it is never kept, and is begun anew."""
+    c = components.init(
+        jax.random.key(0),
+        {"V": jnp.zeros((2, 2)), "W": jnp.zeros((3, 2))},
+        num_components=4,
+        select={"V": {"components": [0, 1]}, "W": {"rank": [1, 1, 1, 2]}},
+    )
+    e, V = np.eye(3, dtype=np.float32)[:, :, None], np.array([[0.5, 0.5]], np.float32)
+    U, V = jnp.asarray(e[[0, 0, 0, 1, 2]]), jnp.asarray(np.stack([V] * 5))
+    W = dataclasses.replace(c.factors["W"], U=U, V=V)
+    c = Components({"V": c.factors["V"], "W": W}, c.count)
+    before = components.materialize(c)
+    joined, alive = restructure.restructure(c, usage([{0, 1, 2}, {3}], 4), 0.2)
+    assert alive.tolist() == [True, False, True, True]
+    assert [f.ids for f in joined.factors.values()] == [range(0, 2), (0, 1, 2, 3, 3)]
+    after = components.materialize(joined)
+    for name in ("V", "W"):
+        np.testing.assert_allclose(after[name].sum(0), before[name].sum(0), atol=1e-6)
+        np.testing.assert_allclose(after[name][2:], before[name][2:], atol=1e-6)
+        assert not after[name][1].any()
 
+
+def stacked():
     return {"W": Layout((0,), (1,), (2,))}
 
 
@@ -99,8 +127,7 @@ def stacked():
 def test_usage_counts_what_numpy_counts(iterable):
     """Linear network: A_c(x)² = mean_o (x P_c)_o², brute force over the same batches."""
     c = rows({0: 1}, {1: 1}, {2: 1}, {0: 0.3, 2: 0.3})
-    config = default_config()
-    config.update(batch_size=5000, topk=1.0)
+    method = APD(batch_size=5000, topk=1.0)
 
     def sample(key, step):
         return jax.random.normal(jax.random.fold_in(key, step), (5000, 3))
@@ -110,7 +137,7 @@ def test_usage_counts_what_numpy_counts(iterable):
     problem = Problem(
         lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, batches if iterable else sample
     )
-    found = restructure.usage(problem, config, c, 0.4, key)
+    found = restructure.usage(problem, method, c, 0.4, key)
     kept, A = [], []
     for x in map(np.asarray, batches[: 1 if iterable else 4]):
         a = np.sqrt(np.mean(np.einsum("bf,cfh->bch", x, weights(c)) ** 2, axis=-1))

@@ -104,11 +104,14 @@ def test_groups_are_read_in_both_notations(groups, axes):
 
 
 def test_asynchronous_operations_count_once():
+    gathered, reduced = "{{0,1},{2,3}}, dimensions={0}", "{{0,2},{1,3}}, to_apply=%add"
+    start = "  %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), replica_groups="
+    both = "  %r = (bf16[4]{0}, pred[3]{0}) all-reduce-start(%x, %y), replica_groups="
     lines = [
         "ENTRY %main (x: f32[4]) -> f32[8] {",
-        "  %s = (f32[4]{0}, f32[8]{0}) all-gather-start(%x), replica_groups={{0,1},{2,3}}, dimensions={0}",
+        start + gathered,
         "  %d = f32[8]{0} all-gather-done(%s)",
-        "  %r = (bf16[4]{0}, pred[3]{0}) all-reduce-start(%x, %y), replica_groups={{0,2},{1,3}}, to_apply=%add",
+        both + reduced,
         "}",
     ]
     component, data = communication.read("\n".join(lines), MESH)

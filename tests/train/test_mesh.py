@@ -367,8 +367,8 @@ def test_a_learned_gate_is_split_saved_and_read(tmp_path, monkeypatch):
 
 def test_a_machine_with_one_device_reads_it(tmp_path, monkeypatch):
     expected, _ = fit(monkeypatch, 2, 2, num_steps=4, workdir=tmp_path)
-    read = "import sys; from apd_jax.train import checkpoint; _, _, s = checkpoint.read(sys.argv[1])"
-    show = "print(float(s['components']['tree']['W']['U'].sum()))"
+    read = "import sys; from apd_jax.train.checkpoint import read; state = read(sys.argv[1])[2]"
+    show = "print(float(state['components']['tree']['W']['U'].sum()))"
     env = os.environ | {"PYTHONPATH": str(ROOT), "XLA_FLAGS": ""}
     command = [sys.executable, "-c", f"{read}; {show}", tmp_path / "checkpoints"]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)

@@ -1,4 +1,7 @@
-"""Several processes on this machine do what one does: the same masks and losses, one set of files, one place to stop at."""
+"""Several processes on this machine do what one does.
+
+The same masks and losses, one set of files, one place to stop at.
+"""
 
 import json
 import os
@@ -16,8 +19,8 @@ import psutil
 import pytest
 from conftest import ROOT, close
 
+from apd_jax import masks
 from apd_jax.errors import InputError, Interrupted
-from apd_jax.gates import selection as masks
 from apd_jax.train import loop as train
 from apd_jax.train import parallel
 
@@ -37,15 +40,8 @@ def run_two_processes(
         "XLA_FLAGS": f"{ENV['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
         "JAX_NUM_PROCESSES": "2",
     }
-    command = [
-        sys.executable,
-        worker.__file__,
-        workdir,
-        num_steps,
-        signalled,
-        at_step,
-        num_component_shards,
-    ]
+    given = [workdir, num_steps, signalled, at_step, num_component_shards]
+    command = [sys.executable, worker.__file__, *given]
     processes = [
         subprocess.Popen(
             [*map(str, command)],
@@ -99,22 +95,22 @@ def check_rows(workdir, expected, first=1, last=NUM_STEPS):
 def uninterrupted(tmp_path_factory):
     """Components and rows of one device without a break; 1 x 4 devices agrees."""
     folder, monkeypatch = tmp_path_factory.mktemp("one"), pytest.MonkeyPatch()
-    components, history = run_here(monkeypatch, folder / "one", 1)
+    trained, history = run_here(monkeypatch, folder / "one", 1)
     run_here(monkeypatch, folder / "four", 4)
     check_rows(folder / "four", history)
-    return components.factors["W"], history
+    return trained.components.factors["W"], history
 
 
 def test_stopped_with_two_processes_and_resumed_with_one(tmp_path, monkeypatch, uninterrupted):
-    # Process 1 alone is told to stop, after step 12: both do, there, with a checkpoint and the code of SIGTERM.
+    # Process 1 alone is told to stop, after step 12.
+    # Both do, there, with a checkpoint and the code of SIGTERM.
     (first, second), codes = run_two_processes(tmp_path / "w", signalled=1, at_step=12)
     assert codes == [128 + signal.SIGTERM] * 2
     assert first["stopped_at"] == second["stopped_at"] == 12 and first["num_devices"] == 4
     assert first["from_primary"] == second["from_primary"] == 7
-    assert first["refused"] == "a reason that process 0 alone can see" and str(
-        second["refused"]
-    ).startswith("process 0 has stopped")
-    # 8 examples, k = 1.4: floor(11.2) = 11 kept over both processes, the ones that one device keeps.
+    assert first["refused"] == "a reason that process 0 alone can see"
+    assert str(second["refused"]).startswith("process 0 has stopped")
+    # 8 examples, k = 1.4: floor(11.2) = 11 kept over both processes, those that one device keeps.
     mask = np.concatenate([first["mask"], second["mask"]])
     assert mask.sum() == 11
     np.testing.assert_array_equal(mask, masks.batch_topk(jnp.asarray(worker.TIED_SCORES), 1.4))
@@ -122,10 +118,10 @@ def test_stopped_with_two_processes_and_resumed_with_one(tmp_path, monkeypatch, 
     check_rows(tmp_path / "w", history, last=12)
     assert sorted(path.name for path in (tmp_path / "w/checkpoints").iterdir()) == ["12", "8"]
 
-    components, _ = run_here(monkeypatch, tmp_path / "w", 1)
+    trained, _ = run_here(monkeypatch, tmp_path / "w", 1)
     check_rows(tmp_path / "w", history)
-    close(components.factors["W"].U, factors.U, 1e-4)
-    close(components.factors["W"].V, factors.V, 1e-4)
+    close(trained.components.factors["W"].U, factors.U, 1e-4)
+    close(trained.components.factors["W"].V, factors.V, 1e-4)
 
 
 def test_stopped_with_one_process_and_resumed_with_two(tmp_path, monkeypatch, uninterrupted):
@@ -141,8 +137,10 @@ def test_stopped_with_one_process_and_resumed_with_two(tmp_path, monkeypatch, un
 
 
 def test_components_split_over_two_processes(tmp_path, monkeypatch, uninterrupted):
-    # Begun by one process, with two devices for the components and two for the batch. Then each of the four devices, two in a process,
-    # has one of the four components, and both processes read and write their part of a checkpoint. Its last is read here, by one device.
+    # Begun by one process, with two devices for the components and two for the batch.
+    # Then each of the four devices, two in a process, has one of the four components, and both
+    # processes read and write their part of a checkpoint.
+    # Its last is read here, by one device.
     workdir = tmp_path / "w"
     with pytest.raises(Interrupted, match="interrupted at step 8"):
         run_here(monkeypatch, workdir, 4, signal_at=8, num_component_shards=2)
@@ -150,11 +148,12 @@ def test_components_split_over_two_processes(tmp_path, monkeypatch, uninterrupte
     assert codes == [0, 0]
     factors, history = uninterrupted
     check_rows(workdir, history)
-    step, restored = train.restore_components(*worker.make_problem(NUM_STEPS), workdir)
+    step, restored = train.restore_trained(*worker.make_problem(NUM_STEPS), workdir)
     assert step == NUM_STEPS
+    there = restored.components.factors["W"]
     for name in ("U", "V"):
         np.testing.assert_array_equal(first[name], second[name])
-        np.testing.assert_array_equal(first[name], getattr(restored.factors["W"], name))
+        np.testing.assert_array_equal(first[name], getattr(there, name))
         close(first[name], getattr(factors, name), 1e-4)
 
 
@@ -175,19 +174,15 @@ def launch(*args):
 
 
 def test_command_line_with_two_processes_writes_and_prints_once(tmp_path):
-    """By the recipe: process 0 finds modes, k and what is always on, and the others go on from there."""
+    """By the recipe: process 0 finds modes, k and what is always on; the others go on from it."""
     code, output = launch(
         "--config=configs/recipe.py:tms,5-2,id,smoke",
         f"--workdir={tmp_path}/w",
         "--config.target.pretrain.num_steps=20",
     )
     assert code == 0, output
-    assert (
-        output.count("Figures: ")
-        == output.count("refine (1 of 1): step 10/10")
-        == output.count("target: step 20/20")
-        == 1
-    )
+    once = ("Figures: ", "refine (1 of 1): step 10/10", "target: step 20/20")
+    assert [output.count(words) for words in once] == [1, 1, 1]
     assert [row["step"] for row in rows(tmp_path / "w")] == [5, 10]
     found = json.loads((tmp_path / "w/recipe.json").read_text())
     assert found["num_always_on"] == 1 and found["modes_per_example"] > 0

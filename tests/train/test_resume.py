@@ -1,4 +1,7 @@
-"""Stopped and started again, by any means and at any moment, a run ends as if it had never been stopped: bit for bit."""
+"""Stopped and started again, a run ends as if it had never been stopped: bit for bit.
+
+By any means and at any moment.
+"""
 
 import json
 import os
@@ -10,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method
 
 from apd_jax.errors import Interrupted
 from apd_jax.network.problem import Problem
@@ -36,7 +39,7 @@ def rows_of(workdir):
 
 
 def assert_same_end(one, other):
-    """Newest checkpoints (components, optimizer state, step) and metrics are equal, bit for bit."""
+    """Newest checkpoints (components, gate, optimizer state, step) and metrics: bit for bit."""
     _, step, state = checkpoint.read(one / "checkpoints")
     _, other_step, other_state = checkpoint.read(other / "checkpoints")
     assert step == other_step
@@ -60,16 +63,11 @@ LEARNED = {
     [(signal.SIGTERM, LEARNED), (signal.SIGINT, {"num_instances": 2, "unit_norm_U": True})],
 )
 def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, signum, fields):
-    small = {
-        "num_components": 3,
-        "num_steps": 17,
-        "batch_size": 8,
-        "init_scale": 3.0,
-        "learning_rate": 1e-2,
-        "checkpoint_every_steps": 6,
-    }
-    config = make_config(**small | {"steps_per_call": 3, "log_every_steps": 2} | fields)
-    train.fit(PROBLEM, config, workdir=tmp_path / "whole")
+    small = {"num_components": 3, "num_steps": 17, "batch_size": 8}
+    small |= {"init_scale": 3.0, "learning_rate": 1e-2}
+    every = {"steps_per_call": 3, "log_every_steps": 2, "checkpoint_every_steps": 6}
+    method = make_method(**small | every | fields)
+    train.fit(PROBLEM, method, workdir=tmp_path / "whole")
 
     class Display(progress.ProgressDisplay):
         def update(self, step, values):
@@ -79,24 +77,24 @@ def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, signum, fields):
     monkeypatch.setattr(train, "ProgressDisplay", Display)
     for expected in (3, 12):
         with pytest.raises(Interrupted) as stop:
-            train.fit(PROBLEM, config, workdir=tmp_path / "stopped")
+            train.fit(PROBLEM, method, workdir=tmp_path / "stopped")
         # A checkpoint is saved there although none was due.
         assert (stop.value.step, stop.value.signum) == (expected, signum)
         assert checkpoint.read(tmp_path / "stopped" / "checkpoints")[1] == expected
-    train.fit(PROBLEM, config, workdir=tmp_path / "stopped")
+    train.fit(PROBLEM, method, workdir=tmp_path / "stopped")
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
     assert [row["step"] for row in rows_of(tmp_path / "stopped")] == [*range(2, 17, 2), 17]
 
 
 def test_signals_act_as_usual_again_afterwards(tmp_path):
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    config = make_config(num_components=3, num_steps=2, batch_size=8)
-    train.fit(PROBLEM, config, workdir=tmp_path)
+    method = make_method(num_components=3, num_steps=2, batch_size=8)
+    train.fit(PROBLEM, method, workdir=tmp_path)
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
 def test_a_torn_newest_checkpoint_still_ends_the_same(tmp_path):
-    config = make_config(
+    method = make_method(
         num_components=3,
         num_steps=12,
         batch_size=8,
@@ -105,14 +103,14 @@ def test_a_torn_newest_checkpoint_still_ends_the_same(tmp_path):
         checkpoint_every_steps=3,
     )
     for name in ("whole", "torn"):
-        train.fit(PROBLEM, config, workdir=tmp_path / name)
+        train.fit(PROBLEM, method, workdir=tmp_path / name)
     for file in (tmp_path / "torn" / "checkpoints" / "12").rglob("*"):
         if file.is_file():
             file.write_bytes(b"")
     # Half a line, as a kill leaves it.
     with (tmp_path / "torn" / "metrics.jsonl").open("a") as file:
         file.write('{"step": 15, "fai')
-    train.fit(PROBLEM, config, workdir=tmp_path / "torn")
+    train.fit(PROBLEM, method, workdir=tmp_path / "torn")
     assert_same_end(tmp_path / "whole", tmp_path / "torn")
 
 
@@ -143,8 +141,9 @@ def test_killed_at_random_moments_ends_the_same(tmp_path, cli, start_cli):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     uninterrupted = start_cli(*COMMAND, *EVERY, f"--workdir={whole}")
     draw = random.Random(0)
-    # The first dies while it imports, makes its folder or trains its target; each other one after 1 to 6 of its 60 calls more
-    # than the last checkpoint, at any moment of a step, a log line or a checkpoint being written.
+    # The first dies while it imports, makes its folder or trains its target.
+    # Each other one after 1 to 6 of its 60 calls more than the last checkpoint, at any moment of a
+    # step, a log line or a checkpoint being written.
     for kill in range(4):
         there, now, more = checkpoint_step(killed) // 50, time.time(), draw.randint(1, 6)
         process = start_cli(*COMMAND, *EVERY, f"--workdir={killed}")
@@ -188,10 +187,8 @@ def test_a_signal_saves_a_checkpoint_and_says_so(tmp_path, start_cli, signum, co
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == code
     step = checkpoint_step(tmp_path)
-    assert (
-        stderr.splitlines()[-1]
-        == f"Stopped at step {step}; the checkpoint is saved, and the same command goes on from there."
-    )
+    saved = "the checkpoint is saved, and the same command goes on from there."
+    assert stderr.splitlines()[-1] == f"Stopped at step {step}; {saved}"
     assert step > 0 and "Traceback" not in stderr
     assert checkpoint.read(tmp_path / "checkpoints")[1] == step
 
