@@ -1,19 +1,28 @@
 """Hand-coded gated functions (APD, appendix B): one component per function, across two layers.
 
-    python -m apd_jax.main --config=configs/gated.py --workdir=runs/gated                      the paper's network and setting
-    python -m apd_jax.main --config=configs/gated.py:short --workdir=runs/gated_short          ten seeds side by side, minutes on a CPU
+The paper's network and setting, and ten seeds side by side in minutes on a CPU:
+
+    python -m apd_jax.main --config=configs/gated.py --workdir=runs/gated
+    python -m apd_jax.main --config=configs/gated.py:short --workdir=runs/gated_short
 
 Argument: paper (the default) | short, then, after commas and in any order
-    bias | weights   how a neuron is shut while its bit is off (apd_jax/targets/gated.py); paper has bias, short has weights
+    bias | weights   how a neuron is shut while its bit is off (apd_jax/targets/gated.py); paper
+                     has bias, short has weights
     smoke            every stage in seconds on a CPU; the result means nothing
-The paper shows one run, picked out of many, and only approximately right. Here `success` in evaluation.json is the share of the instances
-that find all functions, a rate over seeds; `instances` lists them one by one.
+The paper shows one run, picked out of many, and only approximately right. Here `success` in
+evaluation.json is the share of the instances that find all functions, a rate over seeds;
+`instances` lists them one by one.
 """
+
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.registry import default_config
+
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 SETTINGS = ("paper", "short")
 GATES = ("bias", "weights")
@@ -33,25 +42,18 @@ def get_config(arg: str = "paper") -> ConfigDict:
     settings, gates = sorted(variants & set(SETTINGS)) or ["paper"], sorted(variants & set(GATES))
     if len(settings) > 1 or len(gates) > 1:
         raise InputError(
-            f"gated variant {arg!r} names {' and '.join(settings if len(settings) > 1 else gates)}; give one of them."
+            f"gated variant {arg!r} names {' and '.join(settings if len(settings) > 1 else gates)}; "
+            "give one of them."
         )
     short = settings == ["short"]
 
-    config = ConfigDict()
-    config.seed = 0  # the run's; the three below follow it unless they are set themselves
-
-    config.target = ConfigDict()
-    config.target.name = "gated"
-    config.target.seed = config.get_oneway_ref("seed")
-    config.target.weights_path = ""  # .npz or .safetensors to load instead of building
+    config = shared.begin("gated", num_batches=20, batch_size=1000)
     config.target.num_functions = 4
     config.target.neurons_per_function = 10
     config.target.num_layers = 2
     config.target.gate = gates[0] if gates else "weights" if short else "bias"
     config.target.bit_probability = 0.05
 
-    config.apd = default_config()
-    config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = 4
     config.apd.topk = 0.2217
     config.apd.schatten_p = 1.0
@@ -76,18 +78,8 @@ def get_config(arg: str = "paper") -> ConfigDict:
         config.apd.warmup_fraction = 0.004
         config.apd.checkpoint_every_steps = 10_000
 
-    config.evaluation = ConfigDict()
-    config.evaluation.seed = config.get_oneway_ref("seed")
-    config.evaluation.num_batches = 20
-    config.evaluation.batch_size = 1000
-
     if "smoke" in variants:
+        shared.smoke(config, 40, 64)
         config.apd.num_instances = 1
-        config.apd.num_steps = 40
-        config.apd.batch_size = 64
-        config.apd.steps_per_call = config.apd.log_every_steps = (
-            config.apd.checkpoint_every_steps
-        ) = 10
-        config.evaluation.num_batches = 2
         config.evaluation.batch_size = 64
     return config.lock()

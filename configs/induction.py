@@ -1,17 +1,23 @@
-"""Induction: an attention-only transformer of two layers that continues a repeated block of random tokens.
+"""Induction: an attention-only transformer of two layers that continues a repeated block of tokens.
 
     python -m apd_jax.main --config=configs/induction.py --workdir=runs/induction
 
 Argument: nothing, or one or both of
-    position   masks per position: every token chooses its own components, so that the steps of one head can be told apart
+    position   masks per position: every token chooses its own components, so that the steps of one
+               head can be told apart
     smoke      every stage in seconds on a CPU; the result means nothing
 About 45 s of CPU time for the target and 150 s for the decomposition.
 """
 
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
+
 from ml_collections import ConfigDict
 
 from apd_jax.errors import one_of
-from apd_jax.methods.registry import default_config
+
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 VARIANTS = ("position", "smoke")
 
@@ -26,13 +32,7 @@ def get_config(arg: str = "") -> ConfigDict:
         one_of("induction variant", variant, VARIANTS) for variant in arg.split(",") if variant
     }
 
-    config = ConfigDict()
-    config.seed = 0  # the run's; the three below follow it unless they are set themselves
-
-    config.target = ConfigDict()
-    config.target.name = "induction"
-    config.target.seed = config.get_oneway_ref("seed")
-    config.target.weights_path = ""  # .npz or .safetensors to load instead of training
+    config = shared.begin("induction", num_batches=20, batch_size=256)
     config.target.num_symbols = 16
     config.target.min_block = 5
     config.target.max_block = 8
@@ -40,16 +40,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.target.d_model = 48
     config.target.num_heads = 1
     config.target.d_head = 48
-    config.target.pretrain = ConfigDict()
-    config.target.pretrain.num_steps = 2000
-    config.target.pretrain.batch_size = 256
-    config.target.pretrain.learning_rate = 3e-3
-    config.target.pretrain.schedule = "cosine"
-    config.target.pretrain.warmup_fraction = 0.05
-    config.target.pretrain.weight_decay = 0.01
+    config.target.pretrain = shared.pretraining(2000, 256, 3e-3, warmup_fraction=0.05)
 
-    config.apd = default_config()
-    config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = 8
     config.apd.topk = config.target.repeat_probability  # sequences that need anything, on average
     config.apd.attribution_metric = "mse"
@@ -60,7 +52,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.apd.num_steps = 2500
     config.apd.batch_size = 128
     if "position" in variants:
-        # The lowest error of five settings (k from 0.5 to 2, simplicity 10 to 100, rank 8 or full), judged without the two heads.
+        # The lowest error of five settings (k from 0.5 to 2, simplicity 10 to 100, rank 8 or full),
+        # judged without the two heads.
         config.apd.mask_per = "position"
         config.apd.attribution_mode = (
             "probe"  # exact attributions take a backward pass for each of the 272 outputs
@@ -72,19 +65,7 @@ def get_config(arg: str = "") -> ConfigDict:
         config.apd.num_steps = 1500
         config.apd.batch_size = 64
 
-    config.evaluation = ConfigDict()
-    config.evaluation.seed = config.get_oneway_ref("seed")
-    config.evaluation.num_batches = 20
-    config.evaluation.batch_size = 256
-
     if "smoke" in variants:
-        config.target.pretrain.num_steps = 20
-        config.target.pretrain.batch_size = 32
-        config.apd.num_steps = 20
-        config.apd.batch_size = 32
-        config.apd.steps_per_call = config.apd.log_every_steps = (
-            config.apd.checkpoint_every_steps
-        ) = 10
-        config.evaluation.num_batches = 2
+        shared.smoke(config, 20, 32, pretrain_steps=20)
         config.evaluation.batch_size = 32
     return config.lock()

@@ -1,26 +1,31 @@
-"""The recipe: training in stages, with one set of numbers for all targets (`apd_jax.recipe`). Results: docs/results.md.
+"""The recipe: training in stages, with one set of numbers for all targets (`apd_jax.recipe`).
 
     python -m apd_jax.main --config=configs/recipe.py:tms,40-10 --workdir=runs/recipe_tms
-    python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid_mlp
+    python -m apd_jax.main --config=configs/recipe.py:resid_mlp,2layer --workdir=runs/recipe_resid
 
-Argument: the name of a target's file in configs/, then that file's own arguments. The target network and its data are that file's; of the
-decomposition only sizes are taken from the target: C and the rank, and whether hidden activations are to be reconstructed. k, the mean
-number of active components, is found, and so is how many are always on: one where TMS has a matrix in the hidden space, and in ResidMLP
-as many as hold W_out between them, which features can only share, as one dense part.
-`told` is told k, the true mean; `gated` always is, for no modes explain it.
-`split` (of resid_mlp) has none that is always on, so that W_out must be split too.
-`learned` has masks with a learned threshold per component (`mask = "learned"`) in `polish` and `refine`.
-`smoke` runs every stage in seconds on a CPU; the result means nothing.
+Argument: the name of a target's file in configs/, then that file's own arguments. The target
+network and its data are that file's; of the decomposition only sizes are taken from the target: C
+and the rank, and whether hidden activations are to be reconstructed. k, the mean number of active
+components, is found, and so is how many are always on: one where TMS has a matrix in the hidden
+space, and in ResidMLP as many as hold W_out between them, which features can only share, as one
+dense part. Further arguments:
+    told     k is set to the true mean instead of found; for gated always, which no modes explain
+    split    (resid_mlp) nothing is always on, so that W_out must be split too
+    learned  a learned threshold per component (`mask = "learned"`) in `polish` and `refine`
+    smoke    every stage in seconds on a CPU; the result means nothing
+Results: docs/results.md.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from apd_jax.errors import one_of
-from apd_jax.methods.registry import default_config
 from apd_jax.recipe.numbers import STAGES, default_recipe
+
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 # (mechanisms, probability of each), from the target's own fields
 SIZES = {
@@ -46,15 +51,10 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         variant in own and variant in rest for variant in ("told", "learned", "split")
     )
     rest = [variant for variant in rest if variant not in own]
-    base = _load(name).get_config(*[",".join(rest)] if rest else [])
+    base = shared.load(name).get_config(*[",".join(rest)] if rest else [])
     mechanisms, probability = SIZES[name](base.target)
 
-    config = ConfigDict()
-    config.seed = 0  # the run's; the others follow it unless they are set themselves
-    config.target = ConfigDict(base.target.to_dict())
-    config.target.seed = config.get_oneway_ref("seed")
-    config.apd = default_config()
-    config.apd.seed = config.get_oneway_ref("seed")
+    config, _ = shared.of_target(",".join([name, *rest]), "apd")
     config.apd.rank = (
         2 if name == "resid_mlp" else base.apd.rank
     )  # full rank (50) would cost many times as much
@@ -73,11 +73,10 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     config.recipe = default_recipe()
     config.recipe.find_always_on = not split
     if learned:
-        # An active component costs what dropping one at the threshold does: minimality_coeff · (threshold · recipe.threshold)².
+        # An active component costs what dropping one at the threshold does:
+        # minimality_coeff · (threshold · recipe.threshold)².
         config.recipe.polish.update(mask="learned", inactive="uniform", importance_coeff=0.23)
         config.recipe.refine.update(mask="learned", importance_coeff=2.3e-3)
-    config.evaluation = ConfigDict(base.evaluation.to_dict())
-    config.evaluation.seed = config.get_oneway_ref("seed")
     if "smoke" in rest:
         config.apd.batch_size = 64
         config.apd.steps_per_call = config.apd.log_every_steps = (
@@ -86,13 +85,3 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         config.recipe.restarts = 2
         config.recipe.update({stage: {"num_steps": 10} for stage in STAGES})
     return config.lock()
-
-
-def _load(name: str):
-    spec = importlib.util.spec_from_file_location(
-        f"apd_jax_config_{name}", Path(__file__).with_name(f"{name}.py")
-    )
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

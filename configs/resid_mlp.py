@@ -1,23 +1,32 @@
-"""ResidMLP, compressed computation (APD, section 3.2): x + ReLU(x) for 100 features with 50 neurons.
+"""ResidMLP, compressed computation (APD, section 3.2): x + ReLU(x), 100 features, 50 neurons.
 
-    python -m apd_jax.main --config=configs/resid_mlp.py --workdir=runs/resid_mlp              1 layer, the released setting
-    python -m apd_jax.main --config=configs/resid_mlp.py:2layer --workdir=runs/resid_mlp_2     2 layers of 25 neurons
+With 1 layer (the released setting), and with 2 layers of 25 neurons:
+
+    python -m apd_jax.main --config=configs/resid_mlp.py --workdir=runs/resid_mlp
+    python -m apd_jax.main --config=configs/resid_mlp.py:2layer --workdir=runs/resid_mlp_2
 
 Argument: 1layer (the default) | 2layer | 3layer, then, after commas and in any order
-    F-M      F features on M neurons in all, e.g. 60-30; components and k in proportion. Else 100-50 (3layer: 102-51)
-    long     batch 2048 and 40k steps, as the paper has it in one place; else batch 256 and 10k steps, as the released code
-    clean    identity embedding of width F instead of the random one of width 1000: the labels then hold no mixing matrix W_E W_Eᵀ,
-             to which arXiv 2606.14673 traces this target's edge over one neuron per feature
+    F-M      F features on M neurons in all, e.g. 60-30; components and k in proportion. Else
+             100-50 (3layer: 102-51)
+    long     batch 2048 and 40k steps, as the paper has it in one place; else batch 256 and 10k
+             steps, as the released code
+    clean    identity embedding of width F instead of the random one of width 1000: the labels then
+             hold no mixing matrix W_E W_Eᵀ, to which arXiv 2606.14673 traces this target's edge
+             over one neuron per feature
     smoke    every stage in seconds on a CPU; the result means nothing
-Reproduces: the scrubbing losses of the APD paper. Minutes, devices and seeds: the README's table of results.
+Reproduces the scrubbing losses of the APD paper. Minutes, devices and seeds: docs/results.md.
 """
 
 import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.registry import default_config
+
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 LAYERS = {"1layer": 1, "2layer": 2, "3layer": 3}
 MODIFIERS = ("long", "clean", "smoke")
@@ -37,22 +46,18 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     layers = sorted(variants & set(LAYERS)) or ["1layer"]
     if len(layers) > 1 or len(sizes) > 1:
         raise InputError(
-            f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; give one of them."
+            f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; "
+            "give one of them."
         )
     num_layers = LAYERS[layers[0]]
     F, M = map(int, (sizes or ["102-51" if num_layers == 3 else "100-50"])[0].split("-"))
     if M % num_layers:
         raise InputError(
-            f"ResidMLP variant {arg!r}: {M} neurons cannot be split over {num_layers} layers; give a multiple."
+            f"ResidMLP variant {arg!r}: {M} neurons cannot be split over {num_layers} layers; give "
+            "a multiple."
         )
 
-    config = ConfigDict()
-    config.seed = 0  # the run's; the three below follow it unless they are set themselves
-
-    config.target = ConfigDict()
-    config.target.name = "resid_mlp"
-    config.target.seed = config.get_oneway_ref("seed")
-    config.target.weights_path = ""  # .npz or .safetensors to load instead of training
+    config = shared.begin("resid_mlp", num_batches=100, batch_size=256)
     config.target.num_features = F
     config.target.d_resid = 1000
     config.target.num_layers = num_layers
@@ -61,16 +66,8 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.target.use_bias = False
     config.target.embedding = "random"  # random | identity
     config.target.feature_probability = 0.01
-    config.target.pretrain = ConfigDict()
-    config.target.pretrain.num_steps = 1000
-    config.target.pretrain.batch_size = 2048
-    config.target.pretrain.learning_rate = 3e-3
-    config.target.pretrain.schedule = "cosine"
-    config.target.pretrain.warmup_fraction = 0.0
-    config.target.pretrain.weight_decay = 0.01
+    config.target.pretrain = shared.pretraining(1000, 2048, 3e-3)
 
-    config.apd = default_config()
-    config.apd.seed = config.get_oneway_ref("seed")
     config.apd.num_components = 130 if num_layers == 1 else 200
     config.apd.topk = 1.28
     if sizes:
@@ -86,33 +83,18 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.apd.hidden_reconstruction_coeff = 1.0
     config.apd.schatten_p = 0.9
     config.apd.unit_norm_U = num_layers == 1
-    config.apd.steps_per_call = (
-        10  # a step takes 0.1 s and more on a CPU: an interruption waits for the end of a call
-    )
+    config.apd.steps_per_call = 10  # of 0.1 s and more on a CPU: an interruption waits for a call
     # 3 layers: the paper prints no setting that works ("struggled"); this is the one of 2 layers.
-
-    config.evaluation = ConfigDict()
-    config.evaluation.seed = config.get_oneway_ref("seed")
-    config.evaluation.num_batches = 100
-    config.evaluation.batch_size = 256
 
     if "long" in variants:
         config.apd.num_steps = 40_000
         config.apd.batch_size = 2048
     if "smoke" in variants:
-        config.target.num_features = 12
-        config.target.d_resid = 40
-        config.target.d_mlp = 6 // num_layers
+        shared.smoke(config, 40, 32, pretrain_steps=50)
+        config.target.update(num_features=12, d_resid=40, d_mlp=6 // num_layers)
         config.target.feature_probability = 0.1
-        config.target.pretrain.num_steps = 50
         config.target.pretrain.batch_size = 128
         config.apd.num_components = 15
-        config.apd.num_steps = 40
-        config.apd.batch_size = 32
-        config.apd.steps_per_call = config.apd.log_every_steps = (
-            config.apd.checkpoint_every_steps
-        ) = 10
-        config.evaluation.num_batches = 2
         config.evaluation.batch_size = 64
     if "clean" in variants:
         config.target.embedding = "identity"

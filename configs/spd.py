@@ -8,15 +8,13 @@ every stage in seconds on a CPU. Importance, its power and the learning rate are
 and batch are fewer, so that a run takes minutes on two cores. Results: docs/results.md.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-_spec = importlib.util.spec_from_file_location("_target", Path(__file__).with_name("_target.py"))
-assert _spec is not None and _spec.loader is not None
-_target = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_target)
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 
 def get_config(arg: str = "tms,40-10") -> ConfigDict:
@@ -25,7 +23,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     Raises:
       InputError: an unknown target, or what the target's own file refuses.
     """
-    config, name = _target.experiment(arg, "spd")
+    config, name = shared.of_target(arg, "spd")
     target, apd = config.target, config.apd
     if name == "tms":
         small = target.num_features <= 5
@@ -37,5 +35,5 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         apd.learning_rate = 2e-3
         apd.importance_coeff, apd.importance_p = 1e-5, 2.0
     if "smoke" in arg.split(","):
-        _target.smoke(config)
+        shared.smoke(config, 20, 64)
     return config.lock()

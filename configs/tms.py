@@ -1,20 +1,27 @@
 """TMS, the toy model of superposition (APD, section 3.1): one component per feature.
 
-    python -m apd_jax.main --config=configs/tms.py --workdir=runs/tms                 TMS 40-10, the paper's setting
-    python -m apd_jax.main --config=configs/tms.py:5-2 --workdir=runs/tms_5-2         TMS 5-2, the paper's setting
+TMS 40-10 and 5-2, the paper's settings:
+
+    python -m apd_jax.main --config=configs/tms.py --workdir=runs/tms
+    python -m apd_jax.main --config=configs/tms.py:5-2 --workdir=runs/tms_5-2
 
 Argument: sizes F-H (features, hidden dimensions), then, after commas and in any order
-    id | rotation    a fixed identity, or a fixed random rotation, in the hidden space, decomposed too
+    id | rotation    a fixed identity, or a fixed random rotation, in the hidden space, decomposed
+                     too
     smoke            every stage in seconds on a CPU; the result means nothing
-Reproduces: MMCS and ML2R of the APD paper's table. Minutes, devices and seeds: the README's table of results.
+Reproduces MMCS and ML2R of the APD paper's table. Minutes, devices and seeds: docs/results.md.
 """
 
 import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.registry import default_config
+
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 MODIFIERS = {"id": "identity", "rotation": "rotation", "smoke": None}
 SIZES = ("40-10", "5-2")  # any other F-H is derived from the first
@@ -36,31 +43,20 @@ def get_config(arg: str = "40-10") -> ConfigDict:
     hidden = sorted(modifiers - {"smoke"})
     if len(sizes) > 1 or len(hidden) > 1:
         raise InputError(
-            f"TMS variant {arg!r} names {' and '.join(sizes if len(sizes) > 1 else hidden)}; give one of them."
+            f"TMS variant {arg!r} names {' and '.join(sizes if len(sizes) > 1 else hidden)}; give "
+            "one of them."
         )
     F, H = map(int, (sizes or SIZES)[0].split("-"))
 
-    config = ConfigDict()
-    config.seed = 0  # the run's; the three below follow it unless they are set themselves
-
-    config.target = ConfigDict()
-    config.target.name = "tms"
-    config.target.seed = config.get_oneway_ref("seed")
-    config.target.weights_path = ""  # .npz or .safetensors to load instead of training
+    config = shared.begin("tms", num_batches=100, batch_size=256)
     config.target.num_features = F
     config.target.d_hidden = H
     config.target.hidden = MODIFIERS[hidden[0]] if hidden else "none"
     config.target.feature_probability = 0.05
-    config.target.pretrain = ConfigDict()
-    config.target.pretrain.num_steps = 5000 if F <= 5 else 2000
-    config.target.pretrain.batch_size = 1024 if F <= 5 else 2048
-    config.target.pretrain.learning_rate = 5e-3
-    config.target.pretrain.schedule = "linear"  # as the released code; the paper says constant
-    config.target.pretrain.warmup_fraction = 0.0
-    config.target.pretrain.weight_decay = 0.01
+    config.target.pretrain = shared.pretraining(
+        5000 if F <= 5 else 2000, 1024 if F <= 5 else 2048, 5e-3, schedule="linear"
+    )
 
-    config.apd = default_config()
-    config.apd.seed = config.get_oneway_ref("seed")
     config.apd.rank = min(F, H) + 1
     config.apd.num_steps = 20_000
     config.apd.batch_size = 2048
@@ -75,7 +71,7 @@ def get_config(arg: str = "40-10") -> ConfigDict:
         config.apd.simplicity_coeff = 0.7
         config.apd.schatten_p = 1.0
     else:
-        # The paper's 40-10 (C = 50, k = 1) with components and active ones in proportion to the features.
+        # The paper's 40-10 (C = 50, k = 1), with C and k in proportion to the features.
         config.apd.num_components = max(2, round(1.25 * F))
         config.apd.topk = F / 40
         config.apd.learning_rate = 1e-3
@@ -84,23 +80,12 @@ def get_config(arg: str = "40-10") -> ConfigDict:
         config.apd.simplicity_coeff = 20.0
         config.apd.schatten_p = 0.9
     if hidden:
-        # Our addition, no published setting: one component more for the hidden matrix, needed wherever any feature is active.
+        # Our addition, no published setting: one component more for the hidden matrix, needed
+        # wherever any feature is active.
         config.apd.num_components += 1
         config.apd.topk += 1 - (1 - config.target.feature_probability) ** F
 
-    config.evaluation = ConfigDict()
-    config.evaluation.seed = config.get_oneway_ref("seed")
-    config.evaluation.num_batches = 100
-    config.evaluation.batch_size = 256
-
     if "smoke" in modifiers:
-        config.target.pretrain.num_steps = 50
-        config.target.pretrain.batch_size = 128
-        config.apd.num_steps = 40
-        config.apd.batch_size = 128
-        config.apd.steps_per_call = config.apd.log_every_steps = (
-            config.apd.checkpoint_every_steps
-        ) = 10
-        config.evaluation.num_batches = 2
+        shared.smoke(config, 40, 128, pretrain_steps=50)
         config.evaluation.batch_size = 64
     return config.lock()

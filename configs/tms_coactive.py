@@ -1,21 +1,27 @@
-"""TMS with co-active features: one component per group of features that are always active together.
+"""TMS with co-active features: one component per group of features that are always on together.
 
-    python -m apd_jax.main --config=configs/tms_coactive.py --workdir=runs/coactive             6 groups of 2 features in 5 dimensions
-    python -m apd_jax.main --config=configs/tms_coactive.py:8x3-10 --workdir=runs/coactive_3    8 groups of 3 in 10
+6 groups of 2 features in 5 dimensions, and 8 groups of 3 in 10:
+
+    python -m apd_jax.main --config=configs/tms_coactive.py --workdir=runs/coactive
+    python -m apd_jax.main --config=configs/tms_coactive.py:8x3-10 --workdir=runs/coactive_3
 
 Argument: sizes GxS-H (groups, features in each, hidden dimensions), then, after a comma
     smoke            every stage in seconds on a CPU; the result means nothing
-Result: 6x2-5 does not come out with these settings; configs/recipe.py:tms_coactive finds most groups (docs/results.md). Of 5 seeds
-side by side (--config.apd.num_instances=5, target seed 0) 0, 4, 0, 0 and 2 of the 6 groups are found; in the others components hold parts
-of several groups.
+6x2-5 does not come out with these settings; configs/recipe.py:tms_coactive finds most groups
+(docs/results.md). Of 5 seeds side by side (--config.apd.num_instances=5, target seed 0) 0, 4, 0, 0
+and 2 of the 6 groups are found; in the others components hold parts of several groups.
 """
 
 import re
+import runpy
+from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, one_of
-from apd_jax.methods.registry import default_config
+
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 SIZES = ("6x2-5", "8x3-10")  # any other GxS-H has the same settings
 
@@ -39,31 +45,18 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
         )
     G, S, H = map(int, re.split("[x-]", (sizes or SIZES)[0]))
 
-    config = ConfigDict()
-    config.seed = 0  # the run's; the three below follow it unless they are set themselves
-
-    config.target = ConfigDict()
-    config.target.name = "tms_coactive"
-    config.target.seed = config.get_oneway_ref("seed")
-    config.target.weights_path = ""  # .npz or .safetensors to load instead of training
+    config = shared.begin("tms_coactive", num_batches=100, batch_size=256)
     config.target.num_groups = G
     config.target.group_size = S
     config.target.d_hidden = H
     config.target.group_probability = 0.05
-    config.target.pretrain = ConfigDict()
-    config.target.pretrain.num_steps = 5000
-    config.target.pretrain.batch_size = 1024
-    config.target.pretrain.learning_rate = 5e-3
-    config.target.pretrain.schedule = "linear"
-    config.target.pretrain.warmup_fraction = 0.0
-    config.target.pretrain.weight_decay = 0.01
+    config.target.pretrain = shared.pretraining(5000, 1024, 5e-3, schedule="linear")
 
-    # The paper's TMS 40-10 with groups for features, but for three settings, all chosen by the losses:
-    # hidden reconstruction, because to the outputs (of a tied W) a second direction of a component matters in second order only, so
-    # that every component stays at rank 1; half the simplicity, and k = the expected number of active groups, because with the
-    # paper's a single component per *feature* has the lower total loss (0.115 against 0.134 of the truth in 6x2-5).
-    config.apd = default_config()
-    config.apd.seed = config.get_oneway_ref("seed")
+    # The paper's TMS 40-10 with groups for features, but for three settings, chosen by the losses.
+    # Hidden reconstruction: to the outputs (of a tied W) a second direction of a component matters
+    # in second order only, so that every component would stay at rank 1. Half the simplicity, and
+    # k = the expected number of active groups: with the paper's, a component per *feature* has the
+    # lower total loss (0.115 against 0.134 of the truth in 6x2-5).
     config.apd.num_components = max(2, round(1.25 * G))
     config.apd.topk = G * config.target.group_probability
     config.apd.rank = min(G * S, H) + 1
@@ -77,19 +70,7 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
     config.apd.simplicity_coeff = 10.0
     config.apd.schatten_p = 0.9
 
-    config.evaluation = ConfigDict()
-    config.evaluation.seed = config.get_oneway_ref("seed")
-    config.evaluation.num_batches = 100
-    config.evaluation.batch_size = 256
-
     if "smoke" in variants:
-        config.target.pretrain.num_steps = 50
-        config.target.pretrain.batch_size = 128
-        config.apd.num_steps = 40
-        config.apd.batch_size = 128
-        config.apd.steps_per_call = config.apd.log_every_steps = (
-            config.apd.checkpoint_every_steps
-        ) = 10
-        config.evaluation.num_batches = 2
+        shared.smoke(config, 40, 128, pretrain_steps=50)
         config.evaluation.batch_size = 64
     return config.lock()

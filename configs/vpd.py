@@ -11,15 +11,13 @@ Distances are in units of the outputs' variance. The adversary is fresh and shar
 since the examples of a toy do not come again. Results: docs/results.md.
 """
 
-import importlib.util
+import runpy
 from pathlib import Path
+from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-_spec = importlib.util.spec_from_file_location("_target", Path(__file__).with_name("_target.py"))
-assert _spec is not None and _spec.loader is not None
-_target = importlib.util.module_from_spec(_spec)
-_spec.loader.exec_module(_target)
+shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
 OWN = ("whole", "nested", "smoke")
 
@@ -33,7 +31,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     variants = arg.split(",")
     whole = "whole" in variants or "nested" in variants
     rest = ",".join(variant for variant in variants if variant not in OWN[:2])
-    config, name = _target.experiment(rest, "whole" if whole else "vpd")
+    config, name = shared.of_target(rest, "whole" if whole else "vpd")
     target, apd = config.target, config.apd
     variance = 1.0
     if name == "tms":
@@ -52,6 +50,6 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     if "nested" in variants:
         apd.update(rank=4, nested=True, trim_coeff=1e-3)
     if "smoke" in variants:
-        _target.smoke(config)
+        shared.smoke(config, 20, 64)
         apd.faithfulness_warmup_steps = 10
     return config.lock()

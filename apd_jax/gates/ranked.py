@@ -120,7 +120,10 @@ class Exact:
     def __call__(self, seen: Observation) -> Activity:
         scores = _scores(seen)
         num = count_over(self.num_active_fn(seen.x), seen.axis_name)
-        mask = selection.batch_largest(rows_of(scores), num, **seen.axes)
+        valid, rows = _flat_valid(seen, scores), rows_of(scores)
+        if valid is not None:  # padding takes nobody's place
+            rows = jnp.where(valid[:, None], rows, -jnp.inf)
+        mask = selection.batch_largest(rows, num, **seen.axes)
         return hard(at_valid(mask.reshape(scores.shape), seen.valid), scores)
 
 

@@ -106,8 +106,8 @@ def restructure(
     Cost: one singular value decomposition of 2m x 2m per leaf and pair that matters together.
     """
     C = components.num_components
-    given, components = components, components_lib.aligned(components)
-    fresh = None if fresh is None else components_lib.aligned(fresh)
+    given, components = components, _aligned(components)
+    fresh = None if fresh is None else _aligned(fresh)
     firing, square = np.asarray(usage.firing), np.asarray(usage.square)
     always = np.arange(C) < num_always_on
     often = firing > LEAST_FIRING * topk / C
@@ -120,7 +120,7 @@ def restructure(
     whole = _joined(components, groups)
     keep = alive | always
 
-    def rebuilt(f: Factors, other: Factors, old: Factors) -> Factors:
+    def rebuilt(old: Factors, f: Factors, other: Factors) -> Factors:
         kept = keep.reshape(-1, *[1] * (f.U.ndim - 1))
         U, V = (np.asarray(a) if fresh is not None else 0 for a in (other.U, other.V))
         f = dataclasses.replace(f, U=np.where(kept, f.U, U), V=np.where(kept, f.V, V))
@@ -128,7 +128,11 @@ def restructure(
         return dataclasses.replace(f, U=jnp.asarray(f.U), V=jnp.asarray(f.V))
 
     others = components if fresh is None else fresh
-    return components_lib.map_sites(rebuilt, whole, others, given), alive
+    return components_lib.map_sites(rebuilt, given, whole, others), alive
+
+
+def _aligned(components: Components) -> Components:
+    return components_lib.aligned(jax.tree.map(jnp.asarray, components))
 
 
 def _pairs(components: Components, numbers: range) -> list[tuple[int, int]]:

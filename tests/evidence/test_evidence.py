@@ -125,12 +125,13 @@ def test_bits_worked_by_hand(judge, pentagon):
 def test_bits_of_learned_gates_count_what_is_kept():
     """Logits of a gate may be below 0 where a component is kept; attributions of 0 name nothing."""
     x = jnp.ones((6, 3))
-    problem = make_problem(lambda p, x: x @ p["w"], {"w": jnp.ones((3, 2))}, lambda rng, step: x)
+    params = {"w": jnp.arange(6.0).reshape(3, 2)}
+    problem = make_problem(lambda p, x: x @ p["w"], params, lambda rng, step: x)
     method = SPD(num_components=4)
     components = method.make_components(jax.random.key(0), problem)
     gate = method.make_gate(jax.random.key(1), problem, components)
     trained = Trained(components, gate)
-    subject = make(Setting(problem, method), problem.params, trained, x)
+    subject = make(Setting(problem, method), params, trained, x)
     subject = dataclasses.replace(subject, scores=-jnp.ones((6, 4)))
     # All four of rank one: 4 (log₂ 4 + 1).
     assert float(length.bits(subject, jnp.ones((6, 4), bool), 1.0)) == pytest.approx(12)

@@ -1,4 +1,7 @@
-"""The engine on networks of every kind: layouts, routes and attributions against materialised weights and `jax.jacrev`."""
+"""The engine on networks of every kind: layouts, routes, attributions.
+
+Against materialised weights and `jax.jacrev`.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +13,7 @@ from apd_jax import attributions, components, decompose, default_config
 from apd_jax.attributions import tangents
 from apd_jax.components import layout
 from apd_jax.components.layout import Layout
-from apd_jax.forward import kappa as factored
-from apd_jax.forward import sparse
+from apd_jax.forward import kappa, sparse
 from apd_jax.gates import selection as masks
 
 C = 3
@@ -93,7 +95,8 @@ def test_routes_and_attributions_agree(name, monkeypatch):
             np.testing.assert_allclose(a, b, atol=loose * largest, err_msg=route)
 
 
-FORMED = {  # the leaves that have to be formed for every example: no product, convolution or lookup of a plain view
+# The leaves that have to be formed for every example: no product or lookup of a plain view.
+FORMED = {
     "conv_channels_first_depthwise": {"depthwise"},
     "normalised_weights": {"w"},
     "custom_vjp_on_weights_and_in_a_scan": {"w", "layers"},
@@ -109,9 +112,9 @@ FORMED = {  # the leaves that have to be formed for every example: no product, c
 @pytest.mark.parametrize("name", NETWORKS)
 def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
     fn, params, x, cs = setup(name)
-    formed, materialise = set(), factored.Kappa.materialise
+    formed, materialise = set(), kappa.Kappa.materialise
     monkeypatch.setattr(
-        factored.Kappa, "materialise", lambda self: formed.add(self.name) or materialise(self)
+        kappa.Kappa, "materialise", lambda self: formed.add(self.name) or materialise(self)
     )
     mask = jnp.ones((jax.tree.leaves(x)[0].shape[0], C), jnp.bool_)
     whole, expected = jax.jit(
@@ -174,10 +177,9 @@ def test_a_weight_that_a_loop_repeats_is_formed_once_where_that_is_cheaper():
     w, s, x = jnp.ones((4, 4)), jnp.array([1.0, 0.0, 1.0]), jnp.arange(4.0)[None]
     cs = components.init(jax.random.key(0), {"w": w}, num_components=3)
     f = cs.factors["w"]
-    once = factored.kappa(
-        f, s, None, like=w, name="w", flavor="cheaper", per_position=False, num_examples=1
-    )
-    # Multiplications of one row by the factors: 3·4·(4 + 4) = 96; by a formed weight 16, and 3·3·4·4 = 144 to form it, over 4 steps 36.
+    once = kappa.kappa(f, s, None, like=w, name="w", flavor="cheaper", num_examples=1)
+    # Multiplications of one row by the factors: 3·4·(4 + 4) = 96; by a formed weight 16, and
+    # 3·3·4·4 = 144 to form it, over 4 steps 36.
     rows, factors = x[None], once.matrices("i")
     repeated = once.before_loop(4)
     assert (once._cheaper(rows, *factors), repeated._cheaper(rows, *factors)) == ("kept", "dense")

@@ -1,15 +1,20 @@
-"""Masks and attributions per position, padding, the KL metric and random probes, against plain definitions."""
+"""Masks and attributions per position, padding, the KL metric and random probes.
+
+Against plain definitions.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_method, make_problem, seen
 
 import apd_jax
 from apd_jax import attributions, components, losses
 from apd_jax.errors import InputError
 from apd_jax.forward import sparse
-from apd_jax.train import step as step_lib
+from apd_jax.train.state import init_state
+from apd_jax.train.step import make_step
 
 B, T, V, C = 4, 3, 5, 3
 PARAMS = {
@@ -156,7 +161,7 @@ def test_kl_metric_is_twice_the_divergence(cs, mode):
 
 
 def test_integrated_gradients_are_complete():
-    """One component that is the network, one output: the attribution is what the output loses without it."""
+    """One component that is the network, one output: what the output loses without it."""
     one = components.from_materialized({n: None if n == "b" else PARAMS[n][None] for n in PARAMS})
     fn = lambda p, x: jnp.tanh(0.05 * network(p, x).sum((1, 2)))[:, None]  # noqa: E731
     nothing = fn({n: PARAMS[n] if n == "b" else jnp.zeros_like(PARAMS[n]) for n in PARAMS}, TOKENS)
@@ -180,8 +185,7 @@ def test_padding_counts_nowhere(cs, fields):
     )
     valid_fn = lambda x: x["valid"]  # noqa: E731
     fn = lambda p, x: network(p, x["tokens"])  # noqa: E731
-    config = apd_jax.default_config()
-    config.update(
+    method = make_method(
         mask_per="position",
         attribution_metric="kl",
         minimality_loss="kl",
@@ -193,15 +197,20 @@ def test_padding_counts_nowhere(cs, fields):
     metrics = {}
     for name, tokens in {"a": TOKENS, "b": jnp.where(valid, TOKENS, 6 - TOKENS)}.items():
         batch = {"tokens": tokens, "valid": valid}
-        step = step_lib.make_step(fn, lambda key, i, batch=batch: batch, config, valid_fn=valid_fn)
-        state = step_lib.init_state(jax.random.key(0), PARAMS, config, select=["e", "w", "v"])
-        state, metrics[name] = jax.jit(step)(state, PARAMS, jax.random.key(1))
-        mask = step_lib.make_mask_fn(config, thresholds=jnp.array([9, 0.5, 9]), valid_fn=valid_fn)(
-            jnp.ones((B, T, C)), batch
+        problem = make_problem(
+            fn,
+            PARAMS,
+            lambda key, i, batch=batch: batch,
+            valid_fn=valid_fn,
+            select=["e", "w", "v"],
         )
-        assert (
-            mask.sum() == (16 if fields else 12) and not mask[~valid].any()
-        )  # ⌊1.5 · 8 positions⌋, or two of three components
+        state = init_state(jax.random.key(0), problem, method)
+        arrays = {"log_thresholds": jnp.log(jnp.array([9, 0.5, 9]))} if fields else ()
+        gate = method.gate(arrays, problem)
+        mask = gate(seen(jnp.ones((B, T, C)), batch, valid=valid)).active
+        state, metrics[name] = jax.jit(make_step(problem, method))(state, PARAMS, jax.random.key(1))
+        # ⌊1.5 · 8 positions⌋, or two of three components.
+        assert mask.sum() == (16 if fields else 12) and not mask[~valid].any()
     if fields:
         assert 0 < metrics["a"]["importance"] < C - 1 and metrics["a"]["mean_active"] >= 1
     else:
@@ -251,9 +260,8 @@ def test_refused(select, options, sentence):
 def test_positions_that_are_gone_are_refused():
     fn = lambda p, x: jnp.mean(x, axis=1) @ p["w"]  # noqa: E731
     some = components.init(jax.random.key(0), {"w": PARAMS["w"]}, num_components=2)
-    with pytest.raises(
-        InputError, match=r"meets activations of shape \(1,\) without an axis of the 3 positions"
-    ):
+    sentence = r"leaf 'w' meets activations of shape \(1, 4\), .* carries the 3 positions \(none is"
+    with pytest.raises(InputError, match=sentence):
         sparse.apply(
             fn, {"w": PARAMS["w"]}, some, jnp.ones((B, 3, 2), jnp.bool_), jnp.ones((B, 3, 4))
         )

@@ -1,6 +1,7 @@
-"""The sparse forward pass: every route against the plain definition, in value and gradient, for many kinds of network.
+"""The sparse forward pass: every route against the plain definition, in value and gradient.
 
-The oracle is written out here: for every example, sum its kept components into weights and call the network with them.
+The oracle is written out here: for every example, sum its kept components into weights and call the
+network with them.
 """
 
 import flax.linen as nn
@@ -226,10 +227,10 @@ def test_auto_is_exact_and_all_kept_is_the_component_sum(network):
 
     @jax.jit
     def pairs(c):
-        run = lambda mask: (
-            sparse.apply(apply_fn, params, c, mask, x, slots=4),
-            oracle(apply_fn, params, c, mask, x),
-        )  # noqa: E731
+        def run(mask):
+            found = sparse.apply(apply_fn, params, c, mask, x, slots=4)
+            return found, oracle(apply_fn, params, c, mask, x)
+
         kept = sparse.apply(
             apply_fn, params, c, jnp.ones((B, C), bool), x, route="dispatch", slots=2
         )
@@ -251,7 +252,8 @@ def test_inputs_may_be_a_pytree():
 
 
 def test_slots():
-    # k·B/C = 1.28·256/130 = 2.52; 2.52 + 6·sqrt(2.52) + 2 = 14.04, to 8 rows: 16. Never more than the batch.
+    # k·B/C = 1.28·256/130 = 2.52; 2.52 + 6·sqrt(2.52) + 2 = 14.04, to 8 rows: 16. Never more than
+    # the batch.
     assert dispatch.slots_for(1.28, 256, 130) == 16
     assert dispatch.slots_for(4.0, 10, 4) == 10
 

@@ -1,18 +1,26 @@
-"""The masks against a stable numpy sort: exact counts, deterministic ties, traced k, no sort in the program."""
+"""The masks against a stable numpy sort, and the gates on attributions that use them.
+
+Exact counts, deterministic ties, traced k, no sort in the program.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_method, make_problem, seen
 from jax.sharding import PartitionSpec
 
-from apd_jax import attributions
+from apd_jax import attributions, masks
 from apd_jax.errors import InputError
-from apd_jax.gates import selection as masks
+from apd_jax.gates.base import AlwaysOn, Gate, Rule
+from apd_jax.gates.ranked import All, BatchTopK, Exact, LearnedThreshold, Threshold, TopK
 
 
 def reference(scores, num):
-    """The `num` largest of a flat array, ties to the lower position: a stable sort of the negated scores."""
+    """The `num` largest of a flat array: a stable sort of the negated scores.
+
+    Ties go to the lower position.
+    """
     kept = np.zeros(scores.size, bool)
     kept[np.argsort(-scores.ravel(), kind="stable")[:num]] = True
     return kept.reshape(scores.shape)
@@ -84,7 +92,8 @@ def test_a_python_k_outside_jit(scores):
 
 @pytest.mark.parametrize(
     ("k", "batch_size", "expected"),
-    # 0.29·100 is 28.999999999999996 in floating point and must not lose an example; 1.28·256 = 327.68; 0.211·2048 = 432.128.
+    # 0.29·100 is 28.999999999999996 in floating point and must not lose an example.
+    # 1.28·256 = 327.68; 0.211·2048 = 432.128.
     [
         (0.29, 100, 29),
         (1.28, 256, 327),
@@ -164,13 +173,98 @@ def test_pentagon_keeps_each_features_own_component(pentagon):
     np.testing.assert_array_equal(masks.batch_topk(scores, 1), np.eye(5, dtype=bool))
 
 
-def test_importances_by_hand():
-    """A^8 / (A^8 + τ^8): a half at the threshold of each component, and constant in the attributions."""
+# Gates
+
+
+def test_learned_importances_by_hand():
+    """A^8 / (A^8 + τ^8): a half at each component's threshold, constant in the attributions."""
     A, tau = rng.uniform(0.01, 1, size=(8, 6)), rng.uniform(0.1, 0.5, size=6)
     A[0, 0] = 0
-    found = masks.importances(jnp.asarray(A, jnp.float32), jnp.log(jnp.asarray(tau, jnp.float32)))
-    np.testing.assert_allclose(found, A**8 / (A**8 + tau**8), rtol=1e-4, atol=1e-7)
-    gradient = jax.grad(lambda a, t: masks.importances(a, t).sum(), argnums=(0, 1))(
-        jnp.asarray(A, jnp.float32), jnp.log(tau)
-    )
+
+    def importances(A, log_tau):
+        return LearnedThreshold(log_tau)(seen(A)).values
+
+    both = jnp.asarray(A, jnp.float32), jnp.log(jnp.asarray(tau, jnp.float32))
+    np.testing.assert_allclose(importances(*both), A**8 / (A**8 + tau**8), rtol=1e-4, atol=1e-7)
+    gradient = jax.grad(lambda a, t: importances(a, t).sum(), argnums=(0, 1))(*both)
     assert not gradient[0].any() and (gradient[1] <= 0).all() and np.isfinite(gradient[1]).all()
+
+
+def test_what_a_learned_gate_says():
+    A = jnp.array([[0.2, 0.1, 0.4], [0.05, 0.3, 0.0]])
+    tau = jnp.array([0.1, 0.2, 0.4])
+    found = LearnedThreshold(jnp.log(tau))(seen(A))
+    # Active is what lies above the threshold; at the threshold itself g is a half.
+    assert found.active.tolist() == [[True, False, False], [False, True, False]]
+    assert not found.hard and found.values[0, 2] == pytest.approx(0.5, abs=1e-5)
+    np.testing.assert_array_equal(found.priced, found.values)
+    np.testing.assert_array_equal(found.scores, A)
+    assert found.mean_active(seen(A)) == 1.0  # one of each example
+    np.testing.assert_allclose(LearnedThreshold(jnp.log(tau)).rule().cuts, tau, rtol=1e-6)
+
+
+def test_always_on_components_have_no_price_and_no_gradient():
+    A, tau = jnp.array([[0.2, 0.1, 0.4]]), jnp.log(jnp.array([0.1, 0.2, 0.4]))
+    found = AlwaysOn(LearnedThreshold(tau), 2)(seen(A))
+    assert found.active.tolist() == [[True, True, False]]
+    np.testing.assert_allclose(found.values, [[1.0, 1.0, 0.5]], atol=1e-5)
+    np.testing.assert_allclose(found.priced, [[0.0, 0.0, 0.5]], atol=1e-5)
+    np.testing.assert_array_equal(found.scores, A)
+    slope = jax.grad(lambda t: AlwaysOn(LearnedThreshold(t), 2)(seen(A)).values.sum())(tau)
+    assert slope[:2].tolist() == [0.0, 0.0] and slope[2] < 0  # finite, though hidden ones are -inf
+
+
+def num_active(x):
+    return x
+
+
+EVERY_GATE = [
+    (BatchTopK(1.5), "k = 1.5", Rule()),
+    (TopK(2.0), "k = 2 of every input", Rule(top=2)),
+    (Threshold(0.25), "threshold 0.25", Rule(cuts=0.25)),
+    (Exact(num_active), "as many as features are active", Rule()),
+    (All(), "all", Rule(everything=True)),
+]
+
+
+@pytest.mark.parametrize(("gate", "says", "rule"), EVERY_GATE, ids=lambda v: type(v).__name__)
+def test_padding_keeps_nothing_at_any_gate(gate, says, rule):
+    assert isinstance(gate, Gate)
+    assert (gate.says, gate.rule()) == (says, rule)
+    beside = AlwaysOn(gate, 1)
+    assert beside.says == says + " beside 1 always on" and beside.rule().always_on == 1
+    scores = jnp.asarray(rng.uniform(0.3, 1, size=(2, 4, 5)), jnp.float32)
+    valid = jnp.array([[True, True, True, False], [True, False, False, False]])
+    observed = seen(scores, jnp.array([2, 1]), valid=valid)
+    for one in (gate, beside):
+        found = one(observed)
+        assert not found.active[~valid].any() and found.active[valid].any()
+        # Mean over the 4 positions that count.
+        np.testing.assert_allclose(found.mean_active(observed), found.active.sum() / 4, rtol=1e-6)
+    assert beside(observed).active[valid][:, 0].all()
+    if isinstance(gate, BatchTopK):  # ⌊1.5·4⌋ pairs at the 4 positions that count
+        assert gate(observed).active.sum() == 6
+    if isinstance(gate, Exact):  # 2 + 1, though padding has scores too
+        assert gate(observed).active.sum() == 3
+
+
+def test_a_gate_of_traced_numbers_says_so():
+    said = []
+
+    def mask(k):
+        gate = BatchTopK(k)
+        said.append(gate.says)
+        return gate(seen(jnp.asarray(SCORES["distinct"]))).active
+
+    assert jax.jit(mask)(1.5).sum() == 12
+    assert said == ["k = traced"] and isinstance(BatchTopK(jnp.float32(2)), Gate)
+    assert BatchTopK(jnp.float32(2)).says == "k = 2"
+
+
+def test_a_method_makes_its_gate():
+    problem = make_problem(lambda params, x: x, {}, lambda key, step: jnp.ones((2, 3)))
+    thresholds = {"log_thresholds": jnp.zeros(3)}
+    learned = make_method(mask="learned", threshold=0.1).gate(thresholds, problem)
+    assert learned.log_thresholds is thresholds["log_thresholds"]
+    assert make_method(mask="topk", topk=2.0).gate((), problem) == TopK(2.0)
+    assert make_method(num_always_on=2).gate((), problem) == AlwaysOn(BatchTopK(1.0), 2)

@@ -14,8 +14,8 @@ DIAGONAL = np.diag([3.0, 2.0]).astype(np.float32)
 def small(**more):
     """Quick stages; components begin at random, as they do where modes explain too little."""
     r = default_recipe()
-    r.update({"restarts": 2, "least_explained": 2.0} | dict.fromkeys(STAGES, {"num_steps": 6}))
-    r.update(more)
+    r.update({"restarts": 2, "least_explained": 2.0} | more)
+    r.update({stage: {"num_steps": 6} for stage in STAGES})
     method = APD(
         num_components=4,
         batch_size=1000,

@@ -7,8 +7,8 @@ from conftest import close, get_config
 from ml_collections import ConfigDict
 
 from apd_jax import targets
+from apd_jax.network.outputs import outputs
 from apd_jax.targets import chain
-from apd_jax.train import step
 
 SMOKE = (
     ("tms", "5-2,smoke"),
@@ -28,14 +28,14 @@ def given(config: ConfigDict):
 @pytest.mark.parametrize(("file", "arg"), SMOKE)
 def test_a_target_is_its_layers(file, arg):
     target, params, x = given(get_config(file, arg))
-    out, _ = step.split_result(target.apply_fn(params, x))
+    out = outputs(target.apply_fn(params, x))
     assert float(jnp.abs(out).max()) > 0
     close(chain.run(target.layers, params, x), out)
 
 
 def test_the_golden_networks_are_their_layers(golden):
     target = golden.target
-    out, _ = step.split_result(target.apply_fn(golden.params, golden.x))
+    out = outputs(target.apply_fn(golden.params, golden.x))
     close(chain.run(target.layers, golden.params, golden.x), out)
     layers, leaves, sides = chain.fold(target.layers, golden.params, set(golden.components.factors))
     close(chain.run(layers, leaves, golden.x), out)

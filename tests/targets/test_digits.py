@@ -1,14 +1,17 @@
-"""The digits target: its data, its forward pass against plain numpy, its scores on a decomposition that is known, and its training."""
+"""The digits target: its data, its forward pass against plain numpy, its scores, its training.
+
+Scores are of a decomposition that is known.
+"""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import get_config
+from conftest import get_config, make_method
 from ml_collections import ConfigDict
 from scipy.stats import spearmanr
 
-from apd_jax import attributions, default_config, targets
+from apd_jax import SPD, attributions, targets
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.targets import digits, scoring
@@ -96,7 +99,7 @@ def test_forward_and_loss_are_plain_numpy():
 
 
 def by_output(params):
-    """Two components: the columns of the last matrix for digits 0 to 4 and for 5 to 9, the convolutions all in the first."""
+    """Two components: columns 0 to 4 of the last matrix with all convolutions, and columns 5 to 9."""
     first = (jnp.arange(10) < 5).astype(jnp.float32)
 
     def split(path, leaf):
@@ -113,9 +116,8 @@ def by_output(params):
 
 
 def decomposition_of(target, params, components, **fields):
-    config = default_config()
-    config.update(num_components=components.num_components, **fields)
-    return Decomposition(target.problem(params), components, config, [])
+    method = make_method(num_components=components.num_components, **fields)
+    return Decomposition(target.problem(params), components, method)
 
 
 def test_score_of_a_known_decomposition(trained):
@@ -171,14 +173,33 @@ def test_rank_correlations_are_spearmans(trained):
     assert set(none) == set(found) == set(digits.CORRELATION_LABELS) and set(none.values()) == {0.0}
 
 
+@pytest.mark.parametrize("at", ["target", "components"])
+def test_rank_correlations_of_any_method(at, trained):
+    """Of the same components the same numbers, whatever the gate reads.
+
+    Gradients are at the target's weights; at the components' sum if the method takes them there.
+    """
+    target, params = trained
+    components = jax.tree.map(lambda a: 0.9 * a, by_output(params))  # their sum is not the target
+    x, alive = target.sample_fn(jax.random.key(2), 0), np.array([True, True])
+    apd = decomposition_of(target, params, components, topk=2.0, attributions_at=at)
+    found = scoring.rank_correlations(apd, x, alive)
+    if at == "target":
+        spd = Decomposition(apd.problem, components, SPD(num_components=2))
+        assert scoring.rank_correlations(spd, x, alive) == pytest.approx(found)
+    weights = params if at == "target" else components_lib.total(components, params)
+    given = attributions.gradient(target.apply_fn, weights, components, x)
+    truth = attributions.ablation(target.apply_fn, params, components, x)
+    assert found["attribution_rank_correlation_gradient"] == pytest.approx(
+        spearmanr(np.ravel(given), np.ravel(truth)).statistic, abs=1e-3
+    )
+
+
 def test_what_is_never_kept_or_next_to_nothing_is_dead():
     firing_rates, norms = np.array([0.0, 1e-6, 0.5, 0.5]), np.array([3.0, 2.0, 0.029, 0.031])
-    assert scoring.alive_components(firing_rates, norms).tolist() == [
-        False,
-        True,
-        False,
-        True,
-    ]  # the cut is 1 % of 3
+    # The cut is 1 % of 3.
+    assert scoring.alive_components(firing_rates, norms).tolist() == [False, True, False, True]
+    assert scoring.large_components(norms).tolist() == [True, True, False, True]
 
 
 def test_seed_decides_everything():

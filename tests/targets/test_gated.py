@@ -1,12 +1,13 @@
-"""The hand-coded gated functions: what they compute, that the truth scores as such, and that what is not the truth does not."""
+"""The hand-coded gated functions: what they compute, and that only the truth scores as such."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_method
 from ml_collections import ConfigDict
 
-from apd_jax import components, default_config, targets
+from apd_jax import components, targets
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.targets import gated
@@ -82,7 +83,8 @@ def test_neurons_gated_by_weights_are_balanced():
 
 
 def test_half_of_a_function_is_silent_behind_a_bias_and_a_quarter_without():
-    # P/2 alone at t = 2.5: behind the bias every neuron reads (t + 6)/2 = 4.25, below its β + 6 >= 5. Without bias both factors are halved.
+    # P/2 alone at t = 2.5: behind the bias every neuron reads (t + 6)/2 = 4.25, below its
+    # β + 6 >= 5. Without bias both factors are halved.
     for gate, expected in (("bias", 0.0), ("weights", 0.25)):
         target, params = make(gate)
         half = params | {name: part[0] / 2 for name, part in gated.truth(params, 2).items()}
@@ -101,7 +103,8 @@ def test_samples():
     assert x.shape == (20_000, 4)
     assert x[:, 0].min() >= 0 and x[:, 0].max() <= 5
     assert set(np.unique(x[:, 1:])) == {0.0, 1.0}
-    # Standard deviations: of the mean of t 5/sqrt(12·2e4) = 0.010, of the share of bits sqrt(0.16/6e4) = 0.0016.
+    # Standard deviations: of the mean of t 5/sqrt(12·2e4) = 0.010, of the share of bits
+    # sqrt(0.16/6e4) = 0.0016.
     np.testing.assert_allclose(x[:, 0].mean(), 2.5, atol=0.05)
     np.testing.assert_allclose(x[:, 1:].mean(), 0.2, atol=0.008)
     np.testing.assert_array_equal(target.num_active_fn(jnp.asarray(x)), x[:, 1:].sum(axis=1))
@@ -113,12 +116,9 @@ def test_samples():
 def scored(weights, target, params):
     """weights: {leaf: [C, ...]}."""
     tree = {name: jnp.asarray(weights[name]) if name in weights else None for name in params}
-    decomposition = Decomposition(
-        target.problem(params), components.from_materialized(tree), default_config(), []
-    )
-    return target.score_fn(
-        decomposition, jax.random.key(0), np.ones(decomposition.components.num_components, bool)
-    )
+    parts = components.from_materialized(tree)
+    decomposition = Decomposition(target.problem(params), parts, make_method())
+    return target.score_fn(decomposition, jax.random.key(0), np.ones(parts.num_components, bool))
 
 
 @pytest.mark.parametrize("gate", gated.GATES)
@@ -159,7 +159,8 @@ def test_the_truth_is_found(gate):
 def test_what_is_not_the_truth_is_not_found():
     target, params = make("weights")
     true = gated.truth(params, 2)
-    # Functions 0 and 1 in one component, and nothing in another: their network still works, but neither is found.
+    # Functions 0 and 1 in one component, and nothing in another: their network still works, but
+    # neither is found.
     merged = scored(
         {name: jnp.stack([part[0] + part[1], part[2], 0 * part[0]]) for name, part in true.items()},
         target,
@@ -167,7 +168,8 @@ def test_what_is_not_the_truth_is_not_found():
     ).metrics
     assert merged["functions_found"] == 1 and merged["success"] == 0
     assert merged["mmcs_functions"] < 0.7 and merged["one_bit_error"] < 1e-6
-    # All components shrunk by a quarter: the right directions, but too short, and 1 - (3/4)² of the output is missing.
+    # All components shrunk by a quarter: the right directions, but too short. 1 - (3/4)² of the
+    # output is missing.
     shrunk = scored({name: 0.75 * part for name, part in true.items()}, target, params).metrics
     assert shrunk["functions_found"] == 0 and shrunk["functions_computed"] == 0
     assert shrunk["mmcs_functions"] == pytest.approx(1, abs=1e-4) and shrunk[

@@ -1,17 +1,16 @@
-"""The induction target: its data, its scores against plain numpy and numbers worked by hand, and a small one trained to its bar."""
+"""The induction target: its data, its scores against numpy and by hand, a small one trained."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import get_config
+from conftest import get_config, make_method, method_of
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
-from apd_jax import default_config, targets
+from apd_jax import targets
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
-from apd_jax.methods.config import validate
 from apd_jax.targets import induction
 from apd_jax.targets.pretrain import pretrain
 
@@ -70,7 +69,8 @@ TOKENS = jnp.array([[9, 0, 1, 2, 0, 1, 2], [9, 0, 1, 2, 3, 4, 5]])
 
 def test_determined_and_where_to_look_by_hand():
     assert np.array_equal(induction.determined(TOKENS), [[0, 0, 0, 0, 1, 1, 1], [0] * 7])
-    # The second a (position 4) looks at the first b (position 2), the second b at the first c, the second c at the second a (position 4).
+    # The second a (position 4) looks at the first b (position 2), the second b at the first c, the
+    # second c at the second a (position 4).
     found = induction.follows_same(TOKENS)
     assert np.argwhere(found).tolist() == [[0, 4, 2], [0, 5, 3], [0, 6, 4]]
 
@@ -141,11 +141,9 @@ def decomposed(target, params, shares, **fields):
         ),
         params,
     )
-    config = default_config()
-    config.update(num_components=len(shares), batch_size=64, **fields)
-    return Decomposition(
-        target.problem(params), components_lib.from_materialized(weights), config, []
-    )
+    method = make_method(num_components=len(shares), batch_size=64, **fields)
+    components = components_lib.from_materialized(weights)
+    return Decomposition(target.problem(params), components, method)
 
 
 def test_pretraining_learns_and_the_scores_know_the_whole_from_nothing():
@@ -171,7 +169,8 @@ def test_pretraining_learns_and_the_scores_know_the_whole_from_nothing():
         assert m[f"sparse_{name}"] == pytest.approx(m[f"target_{name}"], abs=1e-3)
     assert m["num_accuracy_components"] == m["num_induction_components"] == 1
     assert m["spans_layers"] == 1.0  # of one alive component
-    # What is lost without it, against the network with its weights set to 0: attention then is uniform over 1..t+1 positions.
+    # What is lost without it, against the network with its weights set to 0: attention then is
+    # uniform over 1..t+1 positions.
     tokens = target.sample_fn(jax.random.key(5), 0)
     look = (
         np.asarray(induction.follows_same(tokens))
@@ -202,7 +201,8 @@ def test_seed_decides_everything():
 
 
 def test_kept_by_kind_by_hand():
-    # Sequence 0: positions 0 to 3 are its first block (with the start), 4 to 6 determined; sequence 1 has no repetition.
+    # Sequence 0: positions 0 to 3 are its first block (with the start), 4 to 6 determined.
+    # Sequence 1 has no repetition.
     mask = np.zeros((2, 7, 3), bool)
     mask[0, :2, 0], mask[0, 4:, 1], mask[1, 0, 1], mask[0, 0, 2] = True, True, True, True
     np.testing.assert_allclose(
@@ -243,7 +243,7 @@ def test_refused(change, message):
 def test_config_builds(arg):
     config = get_config("induction", arg)
     assert config.is_locked
-    validate(config.apd)
+    method_of(config).check()
     target = targets.build(config.target, config.apd.batch_size)
     x = jax.eval_shape(target.sample_fn, jax.random.key(0), 0)
     assert x.shape == (config.apd.batch_size, 1 + 2 * config.target.max_block)

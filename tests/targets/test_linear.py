@@ -1,12 +1,13 @@
-"""The linear targets: what they compute, what their inputs are, and that the truth scores as such."""
+"""The linear targets: what they compute, what their inputs are, and how the truth scores."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import make_method
 from ml_collections import ConfigDict
 
-from apd_jax import components, default_config, targets
+from apd_jax import components, targets
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 
@@ -31,13 +32,9 @@ def test_a_block_diagonal_rotation_on_one_block_at_a_time():
 
 
 def scored(P, target, params):
-    config = default_config()
     cs = components.from_materialized({"W": jnp.asarray(P, jnp.float32)})
-    return target.score_fn(
-        Decomposition(target.problem(params), cs, config, []),
-        jax.random.key(0),
-        np.ones(len(P), bool),
-    ).metrics
+    decomposition = Decomposition(target.problem(params), cs, make_method())
+    return target.score_fn(decomposition, jax.random.key(0), np.ones(len(P), bool)).metrics
 
 
 def test_the_truth_scores_as_such_and_halves_do_not():

@@ -1,4 +1,4 @@
-"""Pretraining: one step by hand, determinism, fixed leaves, divergence, and a 5-2 target trained to its pentagon."""
+"""Pretraining: one step by hand, determinism, fixed leaves, divergence; a 5-2 target's pentagon."""
 
 import jax
 import numpy as np
@@ -84,8 +84,8 @@ def test_history_and_progress_every_hundred_steps():
 
 def test_tms_5_2_learns_the_pentagon():
     params, history = run(make_config(num_steps=5000, batch_size=1024, schedule="linear"))
-    # The released code's trained 5-2 target (golden file tms_5_2) has rows of length 1.13 to 1.14 and biases of -0.245. Five directions
-    # evenly spaced in the plane are 360°/5 = 72° apart.
+    # The released code's trained 5-2 target (golden file tms_5_2) has rows of length 1.13 to 1.14
+    # and biases of -0.245. Five directions evenly spaced in the plane are 360°/5 = 72° apart.
     W = np.asarray(params["W"])
     np.testing.assert_allclose(np.linalg.norm(W, axis=1), np.full(5, 1.135), atol=0.03)
     np.testing.assert_allclose(params["b"], np.full(5, -0.245), atol=0.02)
@@ -122,7 +122,8 @@ def test_divergence_names_the_step():
     # A step of 1e30 makes the outputs, of order W², overflow in the next step.
     with pytest.raises(
         ValueError,
-        match=r"no longer finite at step 1; lower config.target.pretrain.learning_rate \(now 1e\+30\)",
+        match=r"no longer finite at step 1; "
+        r"lower config.target.pretrain.learning_rate \(now 1e\+30\)",
     ):
         run(make_config(learning_rate=1e30))
 

@@ -1,4 +1,4 @@
-"""The ResidMLP target: against the golden arrays of the released implementation, and against numbers worked by hand."""
+"""The ResidMLP target: against the released implementation's golden arrays, and by hand."""
 
 from pathlib import Path
 
@@ -90,8 +90,9 @@ def test_monosemantic_baseline_by_hand():
 
 
 def test_forward_by_hand():
-    # One feature, two residual dimensions: r = 2·(1, 0) = (2, 0);  pre = 2·3 = 6, with bias -1: 5;  r += 5·(0.1, 0.2) + (1, 0) = (3.5, 1);
-    # out = r·(1, 1) = 4.5. The hidden activation is ReLU(6) = 6: before the bias.
+    # One feature, two residual dimensions: r = 2·(1, 0) = (2, 0);  pre = 2·3 = 6, with bias -1: 5;
+    # r += 5·(0.1, 0.2) + (1, 0) = (3.5, 1);  out = r·(1, 1) = 4.5.
+    # The hidden activation is ReLU(6) = 6: before the bias.
     params = {
         "W_E": jnp.array([[1.0, 0.0]]),
         "W_U": jnp.array([[1.0], [1.0]]),
@@ -173,7 +174,8 @@ def test_init():
 def test_samples_are_signed():
     x = np.asarray(targets.build(make_config(), 20_000).sample_fn(jax.random.key(0), 0))
     active = x[x != 0]
-    # 120,000 entries, 36,000 active: standard deviations 0.0013 (share) and 0.577/sqrt(36000) = 0.003 (mean).
+    # 120,000 entries, 36,000 active: standard deviations 0.0013 (share) and
+    # 0.577/sqrt(36000) = 0.003 (mean).
     np.testing.assert_allclose(active.size / x.size, 0.3, atol=0.006)
     np.testing.assert_allclose(active.mean(), 0.0, atol=0.015)
     np.testing.assert_allclose(active.var(), 1 / 3, atol=0.01)
@@ -181,7 +183,8 @@ def test_samples_are_signed():
 
 
 def test_neuron_contributions_by_hand():
-    # Identity embedding, 2 features. Layer 0, one neuron: in (1, 2), out (3, 4): contributions 1·3 and 2·4.
+    # Identity embedding, 2 features. Layer 0, one neuron: in (1, 2), out (3, 4): contributions 1·3
+    # and 2·4.
     # Layer 1: in (5, 0), out (-1, 6): 5·(-1) and 0·6.
     params = {"W_E": jnp.eye(2), "W_U": jnp.eye(2)}
     weights = {"W_E": None, "W_U": None}  # as in a materialised component

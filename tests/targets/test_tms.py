@@ -1,4 +1,4 @@
-"""The TMS target: against the golden arrays of the released implementation, and against numbers worked by hand."""
+"""The TMS target: against the released implementation's golden arrays, and by hand."""
 
 import math
 from pathlib import Path
@@ -52,7 +52,8 @@ def test_forward_is_the_released_one(file, hidden):
 
 
 def test_forward_by_hand():
-    # x = (1, 2), W = ((1), (2)), b = (-4, -20):  h = 1·1 + 2·2 = 5;  h Wᵀ + b = (5 - 4, 10 - 20);  ReLU gives (1, 0).
+    # x = (1, 2), W = ((1), (2)), b = (-4, -20):  h = 1·1 + 2·2 = 5;  h Wᵀ + b = (5 - 4, 10 - 20);
+    # ReLU gives (1, 0).
     # Loss: ((1 - 1)² + (0 - 2)²) / 2 = 2.
     target = targets.build(make_config(2, 1), 8)
     params = {"W": jnp.array([[1.0], [2.0]]), "b": jnp.array([-4.0, -20.0])}
@@ -95,7 +96,8 @@ def test_rotation(size):
     R = tms.rotation(jax.random.key(3), (size, size))
     np.testing.assert_allclose(R @ R.T, np.eye(size), atol=1e-5)
     np.testing.assert_allclose(jnp.linalg.det(R), 1.0, atol=1e-5)
-    # The eigenvalues are e^{±iθ}, one pair per plane; one plane is turned by 30°, none by more. One dimension has no plane.
+    # The eigenvalues are e^{±iθ}, one pair per plane; one plane is turned by 30°, none by more.
+    # One dimension has no plane.
     angles = np.abs(np.angle(np.linalg.eigvals(np.asarray(R))))
     np.testing.assert_allclose(angles.max(), math.radians(30) if size > 1 else 0, atol=1e-3)
     assert np.array_equal(R, tms.rotation(jax.random.key(3), (size, size)))
@@ -105,13 +107,14 @@ def test_samples_are_sparse_uniform_and_pure():
     target = targets.build(make_config(5, 2, probability=0.2), 20_000)
     x = np.asarray(target.sample_fn(jax.random.key(0), 7))
     active = x[x != 0]
-    # 100,000 entries: the share of active ones has standard deviation sqrt(0.2·0.8/1e5) = 0.0013; the mean of 20,000
-    # uniform values 0.289/sqrt(2e4) = 0.002.
+    # 100,000 entries: the share of active ones has standard deviation sqrt(0.2·0.8/1e5) = 0.0013,
+    # the mean of 20,000 uniform values 0.289/sqrt(2e4) = 0.002.
     np.testing.assert_allclose(active.size / x.size, 0.2, atol=0.006)
     np.testing.assert_allclose(active.mean(), 0.5, atol=0.01)
     np.testing.assert_allclose(active.var(), 1 / 12, atol=0.003)
     assert active.min() > 0 and active.max() <= 1
-    # Pairs of features are independent: both active in 0.04 of the examples, standard deviation 0.0014.
+    # Pairs of features are independent: both active in 0.04 of the examples, standard deviation
+    # 0.0014.
     np.testing.assert_allclose(np.mean((x[:, 0] != 0) & (x[:, 1] != 0)), 0.04, atol=0.007)
     assert np.array_equal(x, target.sample_fn(jax.random.key(0), 7))
     assert not np.array_equal(x, target.sample_fn(jax.random.key(0), 8))
@@ -149,7 +152,8 @@ def test_feature_weights_of_every_component():
         ({"d_hidden": 0}, "d_hidden must be at least 1; got 0"),
         (
             {"hidden": "rotatoin"},
-            "unknown target.hidden 'rotatoin'; known: none, identity, rotation. Did you mean 'rotation'?",
+            "unknown target.hidden 'rotatoin'; known: none, identity, rotation. "
+            "Did you mean 'rotation'?",
         ),
         ({"probability": 0.0}, r"feature_probability must lie in \(0, 1\]; got 0.0"),
         ({"probability": 1.5}, r"feature_probability must lie in \(0, 1\]; got 1.5"),
