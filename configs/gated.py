@@ -42,8 +42,8 @@ def get_config(arg: str = "paper") -> ConfigDict:
     settings, gates = sorted(variants & set(SETTINGS)) or ["paper"], sorted(variants & set(GATES))
     if len(settings) > 1 or len(gates) > 1:
         raise InputError(
-            f"gated variant {arg!r} names {' and '.join(settings if len(settings) > 1 else gates)}; "
-            "give one of them."
+            f"gated variant {arg!r} names "
+            f"{' and '.join(settings if len(settings) > 1 else gates)}; give one of them."
         )
     short = settings == ["short"]
 

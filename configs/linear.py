@@ -4,7 +4,7 @@ One 8-dimensional map, 4 blocks of 3 dimensions that are used one at a time, and
 
     python -m apd_jax.main --config=configs/linear.py --workdir=runs/linear
     python -m apd_jax.main --config=configs/linear.py:4x3 --workdir=runs/blocks
-    python -m apd_jax.main --config=configs/linear.py --config.apd.num_components=16 --workdir=runs/c
+    python -m apd_jax.main --config=configs/linear.py --config.apd.num_components=16
 
 Argument: NxS (N blocks of size S; 1xD is the plain map), then, after a comma
     smoke            every stage in seconds on a CPU; the result means nothing

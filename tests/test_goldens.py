@@ -1,6 +1,7 @@
-"""Every array of the released implementation that this package computes, at 1e-5 of its largest entry.
+"""Every array of the released implementation that this package computes.
 
-The files and what is in them: the comments below name the key. All networks are built by `apd_jax.targets`.
+At 1e-5 of its largest entry. The comments below name the keys of the files. All networks are built
+by `apd_jax.targets`.
 """
 
 import dataclasses
@@ -9,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from conftest import close, make_config
+from conftest import close, make_method, make_problem
 
-from apd_jax import attributions, losses
+from apd_jax import attributions, losses, masks
 from apd_jax import components as components_lib
-from apd_jax.attributions import outputs
 from apd_jax.forward import sparse
-from apd_jax.gates import selection as masks
-from apd_jax.train import step as step_lib
+from apd_jax.network.outputs import outputs
+from apd_jax.train.state import begin_at
+from apd_jax.train.step import make_step
 
 
 def attribute(golden, components):
@@ -26,9 +27,10 @@ def attribute(golden, components):
 
 
 def released_simplicity(components, mask, p):
-    """Ours plus what the released code counts for pairs that are *off*: (1e-16)^(p/2) for each of the m rank-one parts.
+    """Ours plus what the released code counts for pairs that are *off*.
 
-    We leave that constant out on purpose. Per matrix it is uses · (number off) · m · 1e-16^(p/2) / (N·B): 1e-4 for p = 0.5.
+    That is (1e-16)^(p/2) for each of the m rank-one parts. We leave that constant out on purpose.
+    Per matrix it is uses · (number off) · m · 1e-16^(p/2) / (N·B): 1e-4 for p = 0.5.
     """
     off = jnp.sum(~mask) * sum(f.uses * f.U.shape[-1] for f in components.factors.values())
     return losses.simplicity(components, mask, p) + off * 1e-16 ** (p / 2) / (
@@ -57,15 +59,16 @@ def test_the_network_and_the_component_sum(golden):
 
 
 def test_gradient_attributions(golden):
-    run = lambda fn, mode: attributions.squared(
-        "gradient", fn, golden.params, golden.components, golden.x, mode=mode
-    )  # noqa: E731
+    def run(fn, mode):
+        return attributions.squared(
+            "gradient", fn, golden.params, golden.components, golden.x, mode=mode
+        )
+
     fns, modes = (golden.apply_fn, golden.target.attribution_fn), ("forward", "reverse")
     for squared in jax.jit(lambda: [run(fn, mode) for fn in fns for mode in modes])():
         close(np.sqrt(squared), golden["attributions/gradient_sqrt_mean"])
-        close(
-            golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"]
-        )  # the released code's own form
+        # The released code's own form.
+        close(golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"])
 
 
 def test_ablation_attributions(golden):
@@ -149,7 +152,8 @@ def test_faithfulness(golden):
 def test_simplicity(golden):
     mask, lp = golden["mask/batch_topk"], golden["lp/per_component"]
     powers = ("0.5", "0.9", "1.0")
-    # Per matrix, without N and B: all but one set aside. The released code lists a tied matrix twice.
+    # Per matrix, without N and B: all but one set aside.
+    # The released code lists a tied matrix twice.
     alone = {
         {"W": "linear1", "hidden": "hidden_0"}.get(name, name): components_lib.Components(
             {name: dataclasses.replace(f, uses=1)}
@@ -230,8 +234,11 @@ def test_lp_variant(golden):
 
 
 def run_step(golden, **fields):
-    """One step at a learning rate of 0.01, and the gradient that it took, read back from Adam's first moment (0.1 g)."""
-    config = make_config(
+    """One step at a learning rate of 0.01, and the gradient that it took.
+
+    The gradient is read back from Adam's first moment (0.1 g).
+    """
+    method = make_method(
         num_components=golden.components.num_components,
         topk=round(golden["meta/topk"], 6),
         optimizer="adamw",
@@ -244,27 +251,26 @@ def run_step(golden, **fields):
         simplicity_coeff=golden["meta/coeff_schatten"],
         hidden_reconstruction_coeff=0.0 if golden.is_tms else golden["meta/coeff_act_recon"],
     )
-    config.update(fields)
-    step = step_lib.make_step(
+    method = method.replace(**fields)
+    problem = make_problem(
         golden.apply_fn,
+        golden.params,
         lambda key, i: golden.x,
-        config,
         attribution_fn=golden.target.attribution_fn,
+        uses=golden.target.uses,
     )
-    state = step_lib.TrainState(
-        jnp.zeros((), jnp.int32),
-        golden.components,
-        step_lib.make_optimizer(config).init(golden.components),
-    )
-    state, metrics = jax.jit(step)(state, golden.params, jax.random.key(0))
-    moment = optax.tree.get(state.opt_state, "mu")
+    state = begin_at(golden.components, problem, method)
+    step = jax.jit(make_step(problem, method))
+    state, metrics = step(state, golden.params, jax.random.key(0))
+    moment = optax.tree.get(state.opt_state, "mu").components
     return state, metrics, jax.tree.map(lambda m: 10 * m, moment)
 
 
 def after_adamw(state, gradient, expected, old):
-    """The new values, to 1e-5; where |g| < 1e-6 the first step lr·g/(|g| + 1e-8) shows the rounding of g, up to 1e-4.
+    """The new values, to 1e-5.
 
-    At most 0.5 % of the entries (the reference's README).
+    Where |g| < 1e-6 the first step lr·g/(|g| + 1e-8) shows the rounding of g, up to 1e-4. At most
+    0.5 % of the entries (the reference's README).
     """
     assert set(state.components.factors) == set(expected)
     for name, f in state.components.factors.items():
@@ -317,9 +323,8 @@ def test_train_step_of_the_lp_variant(golden):
         faithfulness_coeff=golden["meta/lp_coeff_param_match"],
         attribution_lp_coeff=golden["meta/lp_coeff_lp_sparsity"],
         simplicity_coeff=golden["meta/lp_coeff_schatten"],
-        attribution_mode="reverse"
-        if golden.is_tms
-        else "forward",  # the gradient flows through either
+        # The gradient flows through either.
+        attribution_mode="reverse" if golden.is_tms else "forward",
     )
     close(metrics["attribution_lp"], golden["loss/lp_sparsity"])
     close(metrics["simplicity"], golden["loss/schatten_lp_mask_p0.9"])

@@ -48,9 +48,15 @@ def _lead(shared: str, size: int, positions: tuple[int, ...]) -> tuple[int, ...]
 
 
 def _over_devices(gradient: PyTree, shared: str, axis_name: str | None) -> PyTree:
-    """What all devices of the batch share is ascended by the sum of their gradients."""
-    together = shared == "batch" and axis_name is not None
-    return lax.psum(gradient, axis_name) if together else gradient
+    """The gradient of the mean over the whole batch, from that of this device's own mean.
+
+    What all devices share has a part of it on each.
+    """
+    if axis_name is None:
+        return gradient
+    if shared == "batch":
+        return lax.pmean(gradient, axis_name)
+    return jax.tree.map(lambda g: g / lax.axis_size(axis_name), gradient)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,12 +132,15 @@ class PersistentAdversary(Ablation):
     ) -> tuple[PyTree, Any]:
         def once(_: Any, carry: tuple[Kept, Sources]) -> tuple[Kept, Sources]:
             kept, r = carry
-            kept = self.finish(kept, r, gradient(r))
+            kept = self._ascended(kept, gradient(r))
             return kept, jax.tree.map(self._mine, kept.sources)
 
         return lax.fori_loop(0, self.ascents, once, (state, sources))
 
-    def finish(self, state: Any, sources: Any, gradient: Any) -> Kept:
+    def finish(self, state: Any, sources: Any, gradient: Any) -> Any:
+        return self._ascended(state, gradient)
+
+    def _ascended(self, state: Kept, gradient: Sources) -> Kept:
         gradient = _over_devices(gradient, self.shared, self.axis_name)
         gradient = jax.tree.map(self._everyone, gradient)
         b1, b2 = self.betas
@@ -187,7 +196,7 @@ class Pool(PersistentAdversary):
     def finish(self, state: Any, sources: Any, gradient: Any) -> Any:
         kept, turn = state
         which = self._turn(state)
-        one = super().finish(self._one(kept, which), sources, gradient)
+        one = self._ascended(self._one(kept, which), gradient)
         return self._put(kept, one, which), turn + 1
 
     def _turn(self, state: Any) -> Array:

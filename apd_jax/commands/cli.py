@@ -20,7 +20,7 @@ from apd_jax.train import parallel
 
 
 def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
-    """absl's parser; whatever a config file or an override raises is the user's to mend, so it ends in a sentence."""
+    """absl's parser. What config files and overrides raise is the user's to mend: one sentence."""
     try:
         rest = flags.FLAGS(argv)
         if config.value is not None:
@@ -33,7 +33,10 @@ def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
 
 @contextlib.contextmanager
 def told_in_a_sentence() -> Iterator[None]:
-    """Ends the program on the user's mistakes with status 2, and after an interruption with the signal's."""
+    """Ends the program with status 2 on the user's mistakes.
+
+    After an interruption with the signal's.
+    """
     try:
         yield
     except InputError as error:
@@ -41,7 +44,8 @@ def told_in_a_sentence() -> Iterator[None]:
     except Interrupted as stop:
         if parallel.is_primary():
             print(
-                f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes on from there.",
+                f"Stopped at step {stop.step}; the checkpoint is saved, and the same command goes "
+                "on from there.",
                 file=sys.stderr,
             )
         sys.exit(128 + stop.signum)
@@ -51,42 +55,46 @@ def told_in_a_sentence() -> Iterator[None]:
 
 
 def only_our_messages() -> None:
-    """Notes and warnings of this library on stderr, by the first process; of others only errors: orbax tells every file it writes."""
+    """Notes and warnings of this library on stderr, by the first process; of others only errors.
+
+    orbax tells every file that it writes.
+    """
     absl_logging.set_verbosity(absl_logging.ERROR)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apd_jax").setLevel(logging.INFO if parallel.is_primary() else logging.ERROR)
 
 
 def keep_programs(workdir: str) -> None:
-    """Compiled programs are kept beside the workdir, in .jax_cache: the next run of the same shapes begins at once.
+    """Compiled programs are kept beside the workdir, in .jax_cache.
 
+    The next run of the same shapes then begins at once.
     JAX_COMPILATION_CACHE_DIR names another place, or none if it is empty.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update(
-            "jax_compilation_cache_dir", str(epath.Path(workdir).parent / ".jax_cache")
-        )
+        folder = epath.Path(workdir).parent / ".jax_cache"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
 
 
 def make_console() -> Console:
-    """Where tables go: as wide as the terminal, or 140 columns in a file; quiet on all processes but the first."""
+    """Where tables go: as wide as the terminal, or 140 columns in a file.
+
+    Quiet on all processes but the first.
+    """
     return Console(width=None if sys.stdout.isatty() else 140, quiet=not parallel.is_primary())
 
 
 def sentence(error: Exception) -> str:
-    """The last line of an error is its cause; ml_collections puts a traceback before it, and quotes unknown fields its own way."""
+    """The last line of an error, which is its cause.
+
+    ml_collections puts a traceback before it, and quotes unknown fields its own way.
+    """
     text = str(error.args[0] if error.args else error)
     if isinstance(error, KeyError | AttributeError):
         field, near = re.search(r"\w+", text), re.search(r"Did you mean \\?[\"'](\w+)", text)
-        return f"the config has no field {field[0] if field else text!r}." + (
-            f" Did you mean {near[1]!r}?" if near else ""
-        )
-    cause = (
-        [line.strip() for line in text.splitlines() if line.strip()][-1]
-        if text.strip()
-        else repr(error)
-    )
-    return cause.split("InputError: ")[-1]
+        meant = f" Did you mean {near[1]!r}?" if near else ""
+        return f"the config has no field {field[0] if field else text!r}.{meant}"
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
+    return lines[-1].split("InputError: ")[-1]
 
 
 def refuse(sentence: str) -> None:

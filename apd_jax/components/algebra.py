@@ -284,7 +284,7 @@ def _aligned(f: Factors, C: int) -> Factors:
     for c, own in pieces.items():
         place[c, : len(own)] = own
 
-    def spread(a: Array) -> Array:  # [C, most, ...]
+    def spread(a: Array | np.ndarray) -> Array:  # [C, most, ...]
         return jnp.concatenate([a, jnp.zeros_like(a[:1])])[place]
 
     U = jnp.moveaxis(spread(f.U), 1, -2)  # [C, *batch, d_in, most, m]

@@ -136,7 +136,10 @@ def init(
         kept = None if layout == Layout.default(leaf.ndim) else layout
         return Factors(U, V, tuple(leaf.shape), uses.get(name, 1), kept, ids=own)
 
-    return Components(jax.tree_util.tree_map_with_path(make, params), num_components)
+    tree = jax.tree_util.tree_map_with_path(make, params)
+    # The count is part of the tree's structure: said only where no site says it.
+    whole = any(f.ids is None for f in Components(tree).factors.values())
+    return Components(tree, None if whole else num_components)
 
 
 def _options(select: Select, name: str) -> dict[str, Any]:

@@ -1,6 +1,9 @@
-"""What every single component does: where its weights are, which inputs need it, what happens to the outputs without it.
+"""What every single component does.
 
-Shapes: B examples, T positions, C components, n examples shown per component, O outputs; a matrix [a, b], of which r x s are shown.
+Where its weights are, which inputs need it, and what the outputs are without it.
+
+Shapes: B examples, T positions, C components, n examples shown per component, O outputs; a matrix
+[a, b], of which r x s are shown.
 """
 
 from __future__ import annotations
@@ -106,16 +109,18 @@ def _output(apply_fn: Callable, params: PyTree, x: PyTree) -> Float[Array, "B ..
 
 @dataclasses.dataclass(frozen=True)
 class Matrix:
-    """One matrix in the target, in the sum, and in every component: its r rows and s columns of the largest norm, in their own order."""
+    """One matrix in the target, in the sum, and in every component.
+
+    Of each the r rows and s columns of the largest norm are shown, in their own order.
+    """
 
     name: str
     shape: tuple[int, int]
     rows: Int[np.ndarray, "C r"]
     columns: Int[np.ndarray, "C s"]
     values: Float[np.ndarray, "C r s"]
-    row_norms: Float[
-        np.ndarray, "C r"
-    ]  # over all columns: how strongly the component reads each input
+    # over all columns: how strongly the component reads each input
+    row_norms: Float[np.ndarray, "C r"]
     column_norms: Float[np.ndarray, "C s"]  # over all rows: how strongly it writes each output
     target_rows: Int[np.ndarray, " r"]
     target_columns: Int[np.ndarray, " s"]
@@ -124,8 +129,10 @@ class Matrix:
 
 
 def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
-    """Every decomposed leaf as matrices [d_in, d_out] of at most `side` shown rows and columns; stacked ones one by one.
+    """Every decomposed leaf as matrices [d_in, d_out]; stacked ones one by one.
 
+    Args:
+      side: how many rows and columns are shown at most.
     Cost: every P_c of one leaf is formed once, one after the other.
     """
     components = components_lib.aligned(decomposition.components)

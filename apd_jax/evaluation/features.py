@@ -33,6 +33,7 @@ from apd_jax.targets.scoring import alive_components
 
 SERVED_GAIN = 0.75  # a feature is served if its top-1 alone has more than this share of the gain
 SWEEP_VALUES = 41
+KEPT = ("topk", "top1", "all", "gates", "stochastic")  # the masks of minimality_*
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +101,41 @@ def evaluate(
     Cost: num_batches · about ten forward passes (C times that where attributions are taken
       forward), in three XLA programs.
     """
+    rest, drawn, swept, values = _measured(target, decomposition, num_batches, seed)
+    per_example = {name: loss.reshape(-1) for name, loss in drawn["losses"].items()}
+    firing_rates = drawn["fired"].sum(axis=0) / len(per_example["topk"])
+    alive = alive_components(firing_rates, rest["norms"])
+    alone = swept["losses"]
+    served = alone["none"] - alone["top1"] > SERVED_GAIN * (alone["none"] - alone["target"])
+    kept = {name: per_example[name] for name in KEPT if name in per_example}
+    trained_at = [name for name in ("simplicity", "hidden_reconstruction") if name in drawn]
+    metrics = {
+        **geometry.scores(rest["component_weights"], rest["target_weights"]),
+        **{name: float(rest[name]) for name in ("faithfulness", "relative_parameter_error")},
+        **{f"minimality_{name}": float(loss.mean()) for name, loss in kept.items()},
+        **{name: float(drawn[name].mean()) for name in trained_at},
+        "num_components": len(alive),
+        "num_alive_components": int(alive.sum()),
+        "num_dead_components": int((~alive).sum()),
+        "mean_active_components": float(firing_rates.sum()),
+        "top1_share": float(served.mean()),
+    }
+    arrays = _arrays(rest, drawn, swept, values, firing_rates, alive)
+    if target.monosemantic_fn is not None:
+        scrubs = {
+            f"scrub_{name}": loss
+            for name, loss in per_example.items()
+            if name == "topk" or name not in KEPT
+        }
+        metrics |= {name: float(loss.mean()) for name, loss in scrubs.items()}
+        arrays |= scrubs
+    return Evaluation(metrics, arrays)
+
+
+def _measured(
+    target: FeatureTarget, decomposition: Decomposition, num_batches: int, seed: int
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any], np.ndarray]:
+    """`_at_rest`, `_on_batches` and `_on_sweep`, and the values of the sweep."""
     method, problem = decomposition.method, decomposition.problem
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
     params, trained = problem.params, decomposition.trained
@@ -115,47 +151,32 @@ def evaluate(
     lowest = -1.0 if drawn["lowest"].min() < 0 else 0.0  # signed inputs: swept over both signs
     values = np.linspace(lowest, 1.0, SWEEP_VALUES, dtype=np.float32) * target.probe_value
     swept = jax.device_get(jax.jit(lambda p, t: _on_sweep(model(p, t), values))(params, trained))
+    return rest, drawn, swept, values
 
-    per_example = {name: loss.reshape(-1) for name, loss in drawn["losses"].items()}
-    firing_rates = drawn["fired"].sum(axis=0) / len(per_example["topk"])
-    alive = alive_components(firing_rates, rest["norms"])
-    alone = swept["losses"]
-    served = alone["none"] - alone["top1"] > SERVED_GAIN * (alone["none"] - alone["target"])
-    asked = [name for name in ("topk", "top1", "all", "gates", "stochastic") if name in per_example]
 
-    metrics = {
-        **geometry.scores(rest["component_weights"], rest["target_weights"]),
-        **{name: float(rest[name]) for name in ("faithfulness", "relative_parameter_error")},
-        **{f"minimality_{name}": float(per_example[name].mean()) for name in asked},
-        **{
-            name: float(drawn[name].mean())
-            for name in ("simplicity", "hidden_reconstruction")
-            if name in drawn
-        },
-        "num_components": len(alive),
-        "num_alive_components": int(alive.sum()),
-        "num_dead_components": int((~alive).sum()),
-        "mean_active_components": float(firing_rates.sum()),
-        "top1_share": float(served.mean()),
-    }
-    arrays = {
+def _arrays(
+    rest: dict[str, Any],
+    drawn: dict[str, Any],
+    swept: dict[str, Any],
+    values: np.ndarray,
+    firing_rates: np.ndarray,
+    alive: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """What figures are drawn from: of `_at_rest`, `_on_batches`, and `_on_sweep` at `values`."""
+    each = geometry.per_feature(rest["component_weights"], rest["target_weights"])
+    return {
         "feature_weights_target": rest["target_weights"],
         # of the summed model: not the components' sum where they are products of weights
         "feature_weights_sum": rest["sum_weights"],
         "feature_weights_components": rest["component_weights"],
-        **{
-            f"{name}_of_feature": values
-            for name, values in geometry.per_feature(
-                rest["component_weights"], rest["target_weights"]
-            ).items()
-        },
+        **{f"{name}_of_feature": scores for name, scores in each.items()},
         "attributions_one_hot": rest["attributions"],
         "mask_one_hot": rest["mask"],
         "component_of_feature": rest["owner"],
         "feature_of_component": np.where(alive, rest["attributions"].argmax(axis=0), -1),
         "firing_rates": firing_rates,
         "component_norms": rest["norms"],
-        **{f"per_feature_loss_{name}": loss for name, loss in alone.items()},
+        **{f"per_feature_loss_{name}": loss for name, loss in swept["losses"].items()},
         **{
             f"active_feature_loss_{name}": _mean_where_active(loss, drawn["active"])
             for name, loss in drawn["label_losses"].items()
@@ -163,15 +184,6 @@ def evaluate(
         "sweep_values": values,
         **{f"sweep_{name}": out for name, out in swept["outputs"].items()},
     }
-    if target.monosemantic_fn is not None:
-        scrubs = {
-            f"scrub_{name}": loss
-            for name, loss in per_example.items()
-            if name not in ("top1", "all", "gates", "stochastic")
-        }
-        metrics |= {name: float(loss.mean()) for name, loss in scrubs.items()}
-        arrays |= scrubs
-    return Evaluation(metrics, arrays)
 
 
 def _at_rest(model: _Model) -> dict[str, Array]:

@@ -6,14 +6,16 @@ Shapes: B examples, C components, L decomposed leaves.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
+from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition, activity_of
 from apd_jax.evaluation import masks
 from apd_jax.forward import sparse
@@ -75,6 +77,36 @@ def evaluate(
 
     Cost: num_batches · four forward passes and the gate, in one XLA program.
     """
+    components, params = decomposition.components, decomposition.problem.params
+    drawn = _on_batches(target, decomposition, num_batches, seed)
+    norms = np.asarray(components_lib.norms(components))
+    firing_rates = drawn.pop("fired").mean(axis=0)
+    alive = alive_components(firing_rates, norms)
+    ranks = jax.device_get(components_lib.effective_ranks(components))
+    of_leaf = _leaf_norms(components, params)
+    missing = components_lib.relative_parameter_error(components, params)
+    metrics = {
+        "faithfulness": float(losses.faithfulness(components, params)),
+        "relative_parameter_error": float(missing),
+        **{name: float(values.mean()) for name, values in drawn.items()},
+        "num_components": len(alive),
+        "num_alive_components": int(alive.sum()),
+        "num_dead_components": int((~alive).sum()),
+        "mean_active_components": float(firing_rates.sum()),
+        "total_rank": int(sum(rank[alive].sum() for rank in ranks.values())),
+    }
+    arrays = {
+        "firing_rates": firing_rates,
+        "component_norms": norms,
+        **{f"leaf_norms_{name}": share for name, share in of_leaf.items()},
+    }
+    return Evaluation(metrics, arrays, panels(firing_rates, of_leaf))
+
+
+def _on_batches(
+    target: Target, decomposition: Decomposition, num_batches: int, seed: int
+) -> dict[str, np.ndarray]:
+    """What is measured on the batches, one value (of `fired` one row) per batch."""
     method, problem = decomposition.method, decomposition.problem
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
 
@@ -83,14 +115,12 @@ def evaluate(
         target_out = outputs(problem.apply_fn(params, x))
         activity = activity_of(method, problem, trained, params, x)
         weights = position_weights(x, problem.valid_fn)[0]
-        chosen = chosen_masks(activity, jax.random.fold_in(key, step))
+        fires = fired(activity)
         found = {
-            "fired": jnp.mean(
-                fired(activity), axis=range(activity.active.ndim - 1), dtype=jnp.float32
-            ),
+            "fired": jnp.mean(fires, axis=range(fires.ndim - 1), dtype=jnp.float32),
             "simplicity": losses.simplicity(trained.components, activity.active, method.norm_p),
         }
-        for name, mask in chosen.items():
+        for name, mask in chosen_masks(activity, jax.random.fold_in(key, step)).items():
             result = sparse.apply(problem.apply_fn, params, trained.components, mask, x)
             found[f"minimality_{name}"] = losses.minimality(
                 outputs(result), target_out, method.minimality_loss, weights
@@ -101,37 +131,30 @@ def evaluate(
     def measure(trained: Trained, params: PyTree) -> dict[str, Array]:
         return jax.lax.map(lambda step: one(trained, params, step), jnp.arange(num_batches))
 
-    components, params = decomposition.components, problem.params
-    drawn = jax.device_get(measure(decomposition.trained, params))
+    return jax.device_get(measure(decomposition.trained, problem.params))
+
+
+def _leaf_norms(components: Components, params: PyTree) -> dict[str, Float[np.ndarray, " C"]]:
+    """{leaf: ‖P_c‖ / ‖θ*‖ there}."""
     leaves = components_lib.decomposed_leaves(components, params)
     squares = jax.device_get(components_lib.squared_norms(components))
-    norms = np.asarray(components_lib.norms(components))
-    firing_rates = drawn["fired"].mean(axis=0)
-    alive = alive_components(firing_rates, norms)
-    ranks = jax.device_get(components_lib.effective_ranks(components))
-    of_leaf = {
-        name: np.sqrt(np.maximum(squares[name], 0) / float(jnp.sum(leaves[name] ** 2)))
-        for name in leaves
+    return {
+        name: np.sqrt(np.maximum(squares[name], 0) / float(jnp.sum(leaf**2)))
+        for name, leaf in leaves.items()
     }
 
-    metrics = {
-        "faithfulness": float(losses.faithfulness(components, params)),
-        "relative_parameter_error": float(
-            components_lib.relative_parameter_error(components, params)
-        ),
-        **{name: float(values.mean()) for name, values in drawn.items() if name != "fired"},
-        "num_components": len(alive),
-        "num_alive_components": int(alive.sum()),
-        "num_dead_components": int((~alive).sum()),
-        "mean_active_components": float(firing_rates.sum()),
-        "total_rank": int(sum(rank[alive].sum() for rank in ranks.values())),
-    }
+
+def panels(
+    firing_rates: Float[np.ndarray, " C"], of_leaf: Mapping[str, Float[np.ndarray, " C"]]
+) -> dict[str, Panel]:
+    """Norm of every component in every leaf, and how often it fires; ordered by that."""
     order = np.argsort(-firing_rates, kind="stable")
-    panels = {
+    return {
         "components": Panel(
             title="Where the components live",
-            caption="Norm of every component's part in each decomposed leaf over the leaf's own norm, components ordered by how often they "
-            "are kept. Good: each component sits in the leaves of one mechanism, and dead ones are dark throughout.",
+            caption="Norm of every component's part in each decomposed leaf over the leaf's own "
+            "norm, components ordered by how often they are kept. Good: each component sits in the "
+            "leaves of one mechanism, and dead ones are dark throughout.",
             xlabel="component (ordered by firing rate)",
             ylabel="",
             matrix=np.stack([share[order] for share in of_leaf.values()]),
@@ -141,17 +164,11 @@ def evaluate(
         ),
         "firing": Panel(
             title="How often components are kept",
-            caption="Share of examples (or positions) on which each component is kept. Good: a sharp edge between the components "
-            "that are used and those that never are.",
+            caption="Share of examples (or positions) on which each component is kept. Good: a "
+            "sharp edge between the components that are used and those that never are.",
             xlabel="component (ordered by firing rate)",
             ylabel="share of examples",
             x=np.arange(len(order)),
             lines={"firing rate": firing_rates[order]},
         ),
     }
-    arrays = {
-        "firing_rates": firing_rates,
-        "component_norms": norms,
-        **{f"leaf_norms_{name}": share for name, share in of_leaf.items()},
-    }
-    return Evaluation(metrics, arrays, panels)

@@ -1,6 +1,7 @@
 """Where the truth is known: do the components hold the features, one each, in direction and length?
 
-Shapes: C components, F features, d the length of the vector W_f that serves feature f; P_{c,f} is component c's part of it.
+Shapes: C components, F features, d the length of the vector W_f that serves feature f; P_{c,f} is
+component c's part of it.
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ def of_components(
     components: Components,
     num_always_on: int = 0,
 ) -> Float[Array, "C F d"]:
-    """w(A + P_c) - w(A): what every component adds to the feature weights of the always-on ones, A, without which it is never used.
+    """w(A + P_c) - w(A): what every component adds to the feature weights of the always-on ones, A.
 
-    w(P_c) where w is linear, as for TMS. Where it is a product of leaves, of which A holds one, a component of the other alone has no
-    product. Always-on components have their own w(P_c).
+    No component is ever used without A. Where w is linear, as for TMS, this is w(P_c). Where w is a
+    product of two leaves and A holds one of them, w(P_c) of a component in the other leaf is 0.
+    Always-on components have their own w(P_c).
     """
     P = components_lib.materialize(components)
     alone = jax.vmap(feature_weights)(P)
@@ -68,11 +70,12 @@ def norm_ratios(
 def one_to_one(
     cosine: Float[np.ndarray, "C F"], norm_ratio: Float[np.ndarray, "C F"]
 ) -> Int[np.ndarray, " F"]:
-    """The component of every feature, no component twice, that maximises Σ_f cos · min(norm ratio, 1).
+    """The component of every feature, no component twice: maximises Σ_f cos · min(norm ratio, 1).
 
-    The argmax of the cosine alone is fooled by a tiny column that happens to point the right way, and hides a component that
-    serves two features. Here a vector scores by how much of W_f it really holds: its projection on W_f, in units of ‖W_f‖, as
-    long as it is no longer than W_f; greater length earns nothing.
+    The argmax of the cosine alone is fooled by a tiny column that happens to point the right way,
+    and hides a component that serves two features. Here a vector scores by how much of W_f it
+    really holds: its projection on W_f, in units of ‖W_f‖. Greater length than that of W_f earns
+    nothing.
 
     Returns: [F]; -1 for the features left over when C < F.
     """
@@ -87,19 +90,19 @@ def per_feature(
 ) -> dict[str, Float[np.ndarray, " F"]]:
     r"""How well the components match each feature f.
 
-    mmcs = max_c cos(P_{c,f}, W_f)        ml2r = ‖P_{c*,f}‖ / ‖W_f‖, c* that argmax        (APD, section 3.1)
+    mmcs = max_c cos(P_{c,f}, W_f)
+    ml2r = ‖P_{c*,f}‖ / ‖W_f‖, c* that argmax        (APD, section 3.1)
 
     Returns:
       mmcs, ml2r: as in the paper; both best at 1.
-      mmcs_one_to_one, ml2r_one_to_one: the same with c* from `one_to_one`; 0 for a feature left over.
-      owned: 1 where the one-to-one component has f as its main feature (the longest of its F vectors), with
-        cosine >= OWNED_COSINE and norm ratio >= OWNED_NORM_RATIO; else 0.
+      mmcs_one_to_one, ml2r_one_to_one: the same with c* from `one_to_one`; 0 for a feature that is
+        left over.
+      owned: 1 where the one-to-one component has f as its main feature (the longest of its F
+        vectors), with cosine >= OWNED_COSINE and norm ratio >= OWNED_NORM_RATIO; else 0.
     Cost: C·F·d, and an assignment of order max(C, F)³ on the host.
     """
-    cosine, ratio = (
-        cosines(component_weights, target_weights),
-        norm_ratios(component_weights, target_weights),
-    )
+    cosine = cosines(component_weights, target_weights)
+    ratio = norm_ratios(component_weights, target_weights)
     features = np.arange(target_weights.shape[0])
     best, owner = cosine.argmax(axis=0), one_to_one(cosine, ratio)
     assigned = owner >= 0

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from apd_jax import components as components_lib
-from apd_jax.components import Components
+from apd_jax.components import Components, Factors
 from apd_jax.errors import InputError
 
 
@@ -29,11 +29,14 @@ def cosines(first: Components, second: Components) -> Float[np.ndarray, "C D"]:
     if ours != theirs:
         name = sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))[0]
         raise InputError(
-            f"the two decompositions differ in leaf {name!r}: {ours.get(name, 'absent')} and {theirs.get(name, 'absent')}."
+            f"the two decompositions differ in leaf {name!r}: {ours.get(name, 'absent')} and "
+            f"{theirs.get(name, 'absent')}."
         )
 
-    def inner(a, b) -> Array:
-        def one(factors):
+    first, second = components_lib.aligned(first), components_lib.aligned(second)
+
+    def inner(a: Factors, b: Factors) -> Array:
+        def one(factors: tuple[Array, Array]) -> Array:
             U, V = factors
             gram_u = jnp.einsum("...im,d...in->d...mn", U, b.U)
             gram_v = jnp.einsum("...mo,d...no->d...mn", V, b.V)
@@ -44,10 +47,7 @@ def cosines(first: Components, second: Components) -> Float[np.ndarray, "C D"]:
     products = jax.jit(
         lambda p, q: sum(inner(f, q.factors[name]) for name, f in p.factors.items())
     )(first, second)
-    norms = [
-        np.sqrt(np.maximum(sum(jax.device_get(components_lib.squared_norms(one)).values()), 0))
-        for one in (first, second)
-    ]
+    norms = [np.asarray(components_lib.norms(one)) for one in (first, second)]
     lengths = np.multiply.outer(*norms)
     return np.divide(products, lengths, out=np.zeros(lengths.shape, np.float32), where=lengths > 0)
 
@@ -55,7 +55,10 @@ def cosines(first: Components, second: Components) -> Float[np.ndarray, "C D"]:
 def one_to_one(
     cosine: Float[np.ndarray, "C D"],
 ) -> tuple[Int[np.ndarray, " k"], Int[np.ndarray, " k"]]:
-    """The pairs (c, d), no component twice, with the largest sum of cosines: two arrays, of the k = min(C, D) pairs, best first."""
+    """The pairs (c, d), no component twice, with the largest sum of cosines.
+
+    Returns: two arrays, of the k = min(C, D) pairs, best first.
+    """
     c, d = linear_sum_assignment(cosine, maximize=True)
     best = np.argsort(-cosine[c, d], kind="stable")
     return c[best], d[best]

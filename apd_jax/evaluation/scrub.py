@@ -1,9 +1,11 @@
-"""Causal scrubbing: does an input depend on the components of its active features, and on no others?
+"""Causal scrubbing: does an input need the components of its active features, and no others?
 
-Every active feature is mapped to the component that is top-1 on its one-hot input. All other components are switched at random,
-those of the active features are forced on (scrubbed: should cost little) or off (antiscrubbed: should cost much).
+Every active feature is mapped to the component that is top-1 on its one-hot input. Those of the
+active features are forced on (scrubbed: should cost little) or off (antiscrubbed: should cost
+much), and all others are switched at random.
 
-Shapes: B examples, C components, F features. Losses are per example, mean_o (out - target_out)², against the *target's* output.
+Shapes: B examples, C components, F features. Losses are per example, mean_o (out - target_out)²,
+against the *target's* output.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ def antiscrub(mask: Bool[Array, "B C"], needed: Bool[Array, "B C"]) -> Bool[Arra
 
 
 def draw_masks(rng: PRNGKeyArray, needed: Bool[Array, "B C"]) -> dict[str, Bool[Array, "B C"]]:
-    """The masks `scrubbed`, `antiscrubbed` and `random`, each from a random half of all components drawn for it alone."""
+    """The masks `scrubbed`, `antiscrubbed` and `random`.
+
+    Each begins with a random half of all components, drawn for it alone.
+    """
     draws = jax.random.bernoulli(rng, 0.5, (3, *needed.shape))
     return {
         "scrubbed": scrub(draws[0], needed),
@@ -53,7 +58,11 @@ def per_example_loss(
 def baselines(
     x: Float[Array, "B F"], target_out: Float[Array, "B F"], monosemantic_fn: Callable
 ) -> dict[str, Float[Array, " B"]]:
-    """Losses without any component: `zero` predicts 0, `monosemantic` gives each neuron one feature (x, its first entries the label's)."""
+    """Losses without any component.
+
+    zero: the output is 0. monosemantic: each neuron serves one feature, so the output is x but for
+      the first features, whose outputs are those of the label.
+    """
     return {
         "zero": per_example_loss(jnp.zeros_like(target_out), target_out),
         "monosemantic": per_example_loss(monosemantic_fn(x), target_out),

@@ -1,6 +1,8 @@
-"""Evidence for a decomposition: nineteen checks, each with its bar, its budget and a reason where it cannot be computed.
+"""Evidence for a decomposition: nineteen checks.
 
-What a passed card says: these components are needed for this behaviour on this distribution, under ablations up to this budget.
+Each has its bar and its budget, and where it cannot be computed a reason. What a passed card says:
+these components are needed for this behaviour on this distribution, under ablations up to this
+budget.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from apd_jax.evidence import ablate, audit, controls, fit, length, retrain, trut
 from apd_jax.evidence.card import Evidence
 from apd_jax.evidence.check import Case, Check
 from apd_jax.evidence.subject import Setting, make
+from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.targets.base import Target
@@ -71,16 +74,19 @@ def evidence(
     """Fills the checks 1 to 19 for one decomposition; what cannot be computed for it says why.
 
     Args:
-      decomposition: of one instance. Errors are measured as its `minimality_loss` says, in units of `Case.scale`.
-      target: what is known of the network, for scrubbing, geometry and fresh weights; None for a network of your own.
-      x: the examples to judge on; None draws `num_examples` from the sampler with a key that training never uses.
+      decomposition: of one instance. Errors are measured as its `minimality_loss` says, in units of
+        `Case.scale`.
+      target: what is known of the network, for scrubbing, geometry and fresh weights; None for a
+        network of your own.
+      x: the examples to judge on; None draws `num_examples` from the sampler with a key that
+        training never uses.
       num_examples: None takes as many as a training batch has, over which its mask was chosen, too.
       bits_per_rank: α of the description length, in bits per rank per leaf.
-      full: also train again: more components (13), ten seeds (14), other data (15), a random network (16). Takes about twenty times
-        the original run.
+      full: also train again: more components (13), ten seeds (14), other data (15), a random
+        network (16). Takes about twenty times the original run.
       seeds: other seeds' decompositions of the same target by the same settings, if there are any.
       other: another run of the same target, matched with this one.
-      earlier: {step: components} of other checkpoints of this run.
+      earlier: {step: what was trained} of other checkpoints of this run.
       provenance: workdir, command, step of the run.
       checks: the numbers of those to run; None runs all.
       console: where a progress display goes.
@@ -88,30 +94,19 @@ def evidence(
       InputError: several instances; no data; examples that are none.
     Cost: without `full` some 400 sparse passes over the examples, a third of them with gradients.
     """
-    config, problem = decomposition.method, decomposition.problem
-    if config.num_instances != 1:
+    method, problem = decomposition.method, decomposition.problem
+    if method.num_instances != 1:
         raise InputError(
-            f"evidence is of one instance, and there are {config.num_instances}; take decomposition.instance(i)."
+            f"evidence is of one instance, and there are {method.num_instances}; take "
+            "decomposition.instance(i)."
         )
-    count = int(config.batch_size if num_examples is None else num_examples)
+    count = int(method.batch_size if num_examples is None else num_examples)
     if count < 2:
         raise InputError(f"num_examples must be at least 2; got {count}.")
-    key = jax.random.fold_in(jax.random.key(config.seed), STREAM + 2)
+    key = jax.random.fold_in(jax.random.key(method.seed), STREAM + 2)
     draw, num_batches = _held_out(decomposition, x, key, count)
-    setting = Setting(problem, config)
-    about = {
-        "workdir": "",
-        "command": "decomposition.evidence()",
-        "step": config.num_steps,
-        "seed": config.seed,
-        **(provenance or {}),
-    }
-    about |= {
-        "device": jax.devices()[0].device_kind,
-        "num_devices": jax.device_count(),
-        "jax": jax.__version__,
-    }
-    about |= {"date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")}
+    about = _about(method, provenance or {})
+    setting = Setting(problem, method)
     case = Case(
         subject=make(setting, problem.params, decomposition.trained, draw(0)),
         decomposition=decomposition,
@@ -128,6 +123,21 @@ def evidence(
         full=full,
     )
     return Evidence(about, _asked(case, console, checks))
+
+
+def _about(method: Method, provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the numbers come from, as far as it is known."""
+    return {
+        "workdir": "",
+        "command": "decomposition.evidence()",
+        "step": method.num_steps,
+        "seed": method.seed,
+        **provenance,
+        "device": jax.devices()[0].device_kind,
+        "num_devices": jax.device_count(),
+        "jax": jax.__version__,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    }
 
 
 def _asked(case: Case, console: Console | None, numbers: Sequence[int] | None) -> list[Check]:

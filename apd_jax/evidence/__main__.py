@@ -1,8 +1,11 @@
 """Command line: the evidence of a run, from its workdir.
 
-python -m apd_jax.evidence --workdir=runs/tms             checks 1 to 19 from the newest checkpoint: evidence.json, evidence.md, figures
-python -m apd_jax.evidence --workdir=runs/tms --full      also those that need further runs (about twenty times the time of the run)
-python -m apd_jax.evidence --workdir=runs/a --other=runs/b     also how far two runs of one target agree
+Checks 1 to 19 from the newest checkpoint, as evidence.json, evidence.md and figures:
+  python -m apd_jax.evidence --workdir=runs/tms
+Also those that need further runs (about twenty times the time of the run):
+  python -m apd_jax.evidence --workdir=runs/tms --full
+Also how far two runs of one target agree:
+  python -m apd_jax.evidence --workdir=runs/a --other=runs/b
 """
 
 from __future__ import annotations
@@ -40,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
         cli.only_our_messages()
         if _FULL.value and jax.process_count() > 1:
             cli.refuse(
-                "--full trains again, which one process does alone; give the command without a launcher."
+                "--full trains again, which one process does alone; give the command without a "
+                "launcher."
             )
         if len(argv) > 1:
             cli.refuse(f"unexpected argument {argv[1]!r}; options are written --name=value.")

@@ -1,6 +1,9 @@
-"""May inactive components be ablated in any combination? On average (4), in the worst case (5), and along curves (6).
+"""May inactive components be ablated in any combination?
 
-Every permitted mask keeps the active components at 1 and each inactive one at a factor in [0, 1], its scale.
+On average (4), in the worst case (5), and along curves (6).
+
+Every permitted mask keeps the active components at 1 and each inactive one at a factor in [0, 1],
+its scale.
 Shapes: n examples, C components, S steps.
 """
 
@@ -22,9 +25,8 @@ from apd_jax.targets.base import Panel
 
 NUM_DRAWS = 8  # of random factors
 STEP_SIZE = 0.1
-NUM_STARTS = (
-    4  # from a single one the ascent is sometimes caught at a corner that is only locally the worst
-)
+# From a single start the ascent is sometimes caught at a corner that is only locally the worst.
+NUM_STARTS = 4
 LADDER = (20, 40, 80)  # steps of the ascent
 PLATEAU = 0.1  # what the last doubling of steps may add, as a part of the error
 CURVE_POINTS = 21
@@ -35,11 +37,13 @@ _BAR = f"≤ {ERROR_BAR:.0%} of the {{unit}}*"
 
 
 def partial(case: Case) -> Check:
-    """Check 4: inactive components scaled by independent random factors; and what "removed" may mean besides zero.
+    """Check 4: inactive components scaled by independent random factors.
 
-    zero: inactive components are absent. mean: each is kept at its average scale, the share of examples (positions) on which it is
-    active, so that Σ_c of a component's average is what it contributes to a typical example. init: each is replaced by a fresh,
-    independent draw from the distribution that training started from.
+    And what "removed" may mean besides that:
+      zero: inactive components are absent.
+      mean: each is kept at its average scale, the share of examples (positions) on which it is
+        active. It then contributes to every example what it contributes to a typical one.
+      init: each is replaced by a fresh draw from the distribution that training started from.
     """
     subject, key = case.subject, jax.random.fold_in(case.key, 4)
     values = {
@@ -55,9 +59,10 @@ def partial(case: Case) -> Check:
         passed=values["random"] <= ERROR_BAR,
         bar=_BAR.format(unit=case.unit),
         values=values,
-        text=f"With inactive components scaled by random factors the error is {values['random']:.2%} of the {case.unit}; with them at zero "
-        f"{values['zero']:.2%}, at their average scale {values['mean']:.2%}, replaced by fresh draws from the initialisation "
-        f"{values['init']:.2%}.",
+        text=f"With inactive components scaled by random factors the error is "
+        f"{values['random']:.2%} of the {case.unit}; with them at zero {values['zero']:.2%}, "
+        f"at their average scale {values['mean']:.2%}, "
+        f"replaced by fresh draws from the initialisation {values['init']:.2%}.",
         budget=f"{NUM_DRAWS} draws per example, {case.examples}",
     )
 
@@ -96,13 +101,14 @@ def attack(
     steps: int = LADDER[-1],
     starts: int = NUM_STARTS,
 ) -> Float[Array, "S n"]:
-    """The largest error that projected gradient ascent finds over the factors of inactive components.
+    """The largest error that projected gradient ascent over inactive components' factors finds.
 
-    r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from uniform random starts; the worst point seen counts, all-off and
-    all-on included.
+    r ← clip(r + 0.1 · sign ∂/∂r mean_b D_b, 0, 1) from uniform random starts. The worst point seen
+    counts, all-off and all-on included.
 
     Args:
-      shared: one factor per component, used wherever it is inactive; else one per example (position) and component.
+      shared: one factor per component, used wherever it is inactive; else one per example
+        (position) and component.
     Returns: every example's error at the worst point seen after 0, 1, …, `steps` steps.
     Cost: starts · steps sparse passes forward and back.
     """
@@ -133,12 +139,14 @@ def attack(
 
 
 def worst(case: Case) -> Check:
-    """Check 5: the factors of inactive components chosen to do the most damage; and for networks that allow it a bound on that damage."""
+    """Check 5: the factors of inactive components chosen to do the most damage.
+
+    And a bound on that damage, for networks that allow it.
+    """
     subject, key = case.subject, jax.random.fold_in(case.key, 5)
     found = attack(subject, key, shared=True)
-    found_each = jnp.maximum(
-        attack(subject, jax.random.fold_in(key, 1), shared=False), found
-    )  # shared factors are permitted here, too
+    found_each = attack(subject, jax.random.fold_in(key, 1), shared=False)
+    found_each = jnp.maximum(found_each, found)  # shared factors are permitted here, too
     shared, each = (
         np.array([case.relative(e) for e in jnp.mean(history, axis=1)])
         for history in (found, found_each)
@@ -149,20 +157,14 @@ def worst(case: Case) -> Check:
         f"per_example_{steps}": each[steps] for steps in LADDER
     }
     text = (
-        f"The worst factors found, shared over the batch, give an error of {shared[LADDER[0]]:.2%}, {before:.2%} and {last:.2%} of the "
-        f"{case.unit} after {', '.join(map(str, LADDER))} steps; chosen anew for every example {each[LADDER[-1]]:.2%}."
+        f"The worst factors found, shared over the batch, give an error of "
+        f"{shared[LADDER[0]]:.2%}, {before:.2%} and {last:.2%} of the {case.unit} "
+        f"after {', '.join(map(str, LADDER))} steps; "
+        f"chosen anew for every example {each[LADDER[-1]]:.2%}."
     )
-    count = min(BOUNDED_EXAMPLES, subject.mask.shape[0])
-    try:
-        bound = case.relative(jnp.mean(bounds.error_bound(subject, count)))
-        attacked = case.relative(jnp.mean(found_each[-1, :count]))
-        values |= {"bound": bound, "per_example_where_bounded": attacked}
-        if bound <= TELLING:
-            text += f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; the ascent finds {attacked:.2%} there)."
-        else:
-            text += f" The interval bound, {bound:.2g} times the {case.unit}, is too wide to tell anything."
-    except bounds.UnboundedError as error:
-        text += f" An interval bound was left out: {error}."
+    bounded, said = _bounded(case, found_each[-1])
+    values |= bounded
+    text += said
     lines = {"shared over the batch": shared, "per example": each}
     return Check(
         5,
@@ -173,13 +175,15 @@ def worst(case: Case) -> Check:
         + f", and the last doubling of steps adds at most {PLATEAU:.0%}*",
         values=values,
         text=text,
-        budget=f"{'/'.join(map(str, LADDER))} steps × {STEP_SIZE}, {NUM_STARTS} random starts, {case.examples}",
+        budget=f"{'/'.join(map(str, LADDER))} steps × {STEP_SIZE}, {NUM_STARTS} random starts, "
+        f"{case.examples}",
         arrays={"worst_shared": shared, "worst_per_example": each},
         panels={
             "worst": Panel(
                 title="Inactive components at their worst",
-                caption="Largest error that gradient ascent on the factors (0 to 1) of inactive components has found. Good: low, and level "
-                f"long before the last step. The bar is {ERROR_BAR}.",
+                caption="Largest error that gradient ascent on the factors (0 to 1) of inactive "
+                "components has found. Good: low, and level long before the last step. "
+                f"The bar is {ERROR_BAR}.",
                 xlabel="steps of the ascent",
                 ylabel=f"error / {case.unit}",
                 x=np.arange(len(shared)),
@@ -189,12 +193,32 @@ def worst(case: Case) -> Check:
     )
 
 
+def _bounded(case: Case, found: Float[Array, " n"]) -> tuple[dict[str, float], str]:
+    """The bound on any permitted damage beside what the ascent found; in numbers and words."""
+    subject = case.subject
+    count = min(BOUNDED_EXAMPLES, subject.mask.shape[0])
+    try:
+        bound = case.relative(jnp.mean(bounds.error_bound(subject, count)))
+    except bounds.UnboundedError as error:
+        return {}, f" An interval bound was left out: {error}."
+    attacked = case.relative(jnp.mean(found[:count]))
+    values = {"bound": bound, "per_example_where_bounded": attacked}
+    if bound > TELLING:
+        wide = f"{bound:.2g} times the {case.unit}"
+        return values, f" The interval bound, {wide}, is too wide to tell anything."
+    return values, (
+        f" On {count} examples no permitted factors can exceed {bound:.2%} (interval bound; "
+        f"the ascent finds {attacked:.2%} there)."
+    )
+
+
 @jax.jit
 def trajectories(subject: Subject, key: PRNGKeyArray) -> dict[str, Float[Array, " points"]]:
     """Mean error along three curves from all components on (t = 0) to active ones only (t = 1).
 
-    joint: inactive components scaled by 1 - t, together. by_attribution, random_order: the first ⌊t·(number inactive)⌉ of them, those of
-    least attribution first or in random order, are off.
+    joint: inactive components scaled by 1 - t, together.
+    by_attribution, random_order: the first ⌊t·(number inactive)⌉ of them are off, those of least
+      attribution first or in random order.
     """
     inactive = ~subject.mask
     number = jnp.sum(inactive, axis=-1, keepdims=True)
@@ -220,7 +244,10 @@ def trajectories(subject: Subject, key: PRNGKeyArray) -> dict[str, Float[Array, 
 
 
 def monotone(case: Case) -> Check:
-    """Check 6: the error stays low all the way from all components on to the active ones only (APD, appendix A.1)."""
+    """Check 6: the error stays low from all components on to the active ones only.
+
+    (APD, appendix A.1)
+    """
     curves = {
         name: np.array([case.relative(e) for e in curve])
         for name, curve in trajectories(case.subject, jax.random.fold_in(case.key, 6)).items()
@@ -240,16 +267,17 @@ def monotone(case: Case) -> Check:
         passed=all(curve.max() <= ERROR_BAR for curve in curves.values()),
         bar=_BAR.format(unit=case.unit) + " everywhere on all three curves",
         values=values,
-        text=f"From all components to the active ones the error is at most {values['joint_max']:.2%} of the {case.unit} with the others "
-        f"scaled down together, {values['by_attribution_max']:.2%} removed in the order of attribution, and "
+        text=f"From all components to the active ones the error is at most "
+        f"{values['joint_max']:.2%} of the {case.unit} with the others scaled down together, "
+        f"{values['by_attribution_max']:.2%} removed in the order of attribution, and "
         f"{values['random_order_max']:.2%} removed in random order.",
         budget=f"{CURVE_POINTS} points per curve, {case.examples}",
         arrays={f"trajectory_{name}": curve for name, curve in curves.items()},
         panels={
             "trajectories": Panel(
                 title="From all components to the active ones",
-                caption="Error while inactive components are removed, together or one by one. Good: no hill, whatever the order. "
-                f"The bar is {ERROR_BAR}.",
+                caption="Error while inactive components are removed, together or one by one. "
+                f"Good: no hill, whatever the order. The bar is {ERROR_BAR}.",
                 xlabel="share of the inactive components' removal",
                 ylabel=f"error / {case.unit}",
                 x=np.linspace(0, 1, CURVE_POINTS),

@@ -1,6 +1,9 @@
-"""Do attributions say what ablation does? Rank correlations by kind and leaf (8), and damage by attribution (9).
+"""Do attributions say what ablation does?
 
-Shapes: n examples, C components. The truth is ablation of one component at a time from the sum of all (kind "ablation").
+Rank correlations by kind and leaf (8), and damage by attribution (9).
+
+Shapes: n examples, C components. The truth is ablation of one component at a time from the sum of
+all (kind "ablation").
 """
 
 from __future__ import annotations
@@ -73,16 +76,17 @@ def correlations(subject: Subject, leaf: str = "") -> tuple[dict[str, float], di
     for name, (kind, mode) in KINDS.items():
         try:
             found[name] = spearman(np.asarray(_attributions(subject, kind, mode, leaf)), truth)
-        except (
-            TypeError,
-            NotImplementedError,
-        ) as error:  # functions without a tangent, or without a cotangent
+        # Functions without a tangent, or without a cotangent.
+        except (TypeError, NotImplementedError) as error:
             failed[name] = " ".join(str(error).split())[:100]
     return found, failed
 
 
 def fidelity(case: Case) -> Check:
-    """Check 8: Spearman correlation of each kind of attribution with true ablation, over all leaves together and leaf by leaf."""
+    """Check 8: Spearman correlation of each kind of attribution with true ablation.
+
+    Over all leaves together, and leaf by leaf.
+    """
     subject = _audited(case.subject)
     together, failed = correlations(subject)
     leaves = list(subject.components.factors)
@@ -107,14 +111,12 @@ def fidelity(case: Case) -> Check:
         panels={
             "audit": Panel(
                 title="Attributions against true ablation",
-                caption="Spearman rank correlation over all examples and components. Good: near 1; a leaf near 0 is ranked by chance.",
+                caption="Spearman rank correlation over all examples and components. Good: near 1; "
+                "a leaf near 0 is ranked by chance.",
                 xlabel="kind of attribution",
                 ylabel="",
-                matrix=np.array(
-                    [
-                        [np.nan_to_num(found.get(kind, 0.0)) for kind in together]
-                        for found in rows.values()
-                    ]
+                matrix=np.nan_to_num(
+                    [[found.get(kind, 0.0) for kind in together] for found in rows.values()]
                 ),
                 unit="rank correlation",
                 rows=list(rows),
@@ -149,9 +151,10 @@ def tempered(case: Case) -> Check:
             "top_bin_damage": means[-1],
             "bottom_bin_damage": means[0],
         },
-        text=f"In {NUM_BINS} bins of rising attribution the mean damage of ablating one component alone goes from {means[0]:.2g} to "
-        f"{means[-1]:.2g} (units of the output) and rises at {rising:.0%} of the steps; rank correlation {r:.3f} where attributions are "
-        f"above 0.",
+        text=f"In {NUM_BINS} bins of rising attribution the mean damage of ablating one component "
+        f"alone goes from {means[0]:.2g} to {means[-1]:.2g} (units of the output) "
+        f"and rises at {rising:.0%} of the steps; "
+        f"rank correlation {r:.3f} where attributions are above 0.",
         budget=f"{used.sum()} pairs of example and component",
         arrays={
             "tempered_damage": means,
@@ -160,7 +163,8 @@ def tempered(case: Case) -> Check:
         panels={
             "tempered": Panel(
                 title="Damage by attribution",
-                caption="Mean change of the output when one component is ablated alone, by tenths of rising attribution. Good: it rises.",
+                caption="Mean change of the output when one component is ablated alone, by tenths "
+                "of rising attribution. Good: it rises.",
                 xlabel="tenth of the pairs, by attribution",
                 ylabel="change of the output (its units)",
                 x=np.arange(1, NUM_BINS + 1),

@@ -1,9 +1,11 @@
-"""Intervals that hold a network's outputs under every permitted mask: interval arithmetic on its jaxpr.
+"""Intervals that hold a network's outputs under every permitted mask.
 
-A permitted mask keeps active components at 1 and scales inactive ones by factors in [0, 1], so every entry of a weight lies in
+A permitted mask keeps active components at 1 and scales inactive ones by factors in [0, 1], so
+every entry of a weight lies in
     Σ_active P_c + Σ_inactive [min(P_c, 0), max(P_c, 0)].
-Operations are bounded one by one; what ties two intervals together (a weight used twice, one factor in many entries) is forgotten,
-so the bound is wide but safe, up to float rounding.
+The operations of the network's jaxpr are bounded one by one. What ties two intervals together (a
+weight used twice, one factor in many entries) is forgotten, so the bound is wide but safe, up to
+float rounding.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ class Interval(NamedTuple):
     hi: Any
 
 
-# Operations that only place numbers elsewhere, or rise with each of their arguments: their bounds are those of the ends.
+# Operations that only place numbers elsewhere, or rise with each of their arguments: their bounds
+# are those of the ends.
 _INCREASING = {
     *(
         "add",
@@ -68,10 +71,12 @@ _CALLS = ("jaxpr", "call_jaxpr")  # where an operation keeps its inner jaxpr
 def error_bound(subject: Subject, count: int) -> Float[Array, " n"]:
     """The largest error that any permitted mask may cause, for each of the first `count` examples.
 
-    mse: from the end of every output's interval that is farther from the target. kl: Σ_v p_v (log p_v - lo_v) + log Σ_v exp(hi_v).
+    mse: from the end of every output's interval that is farther from the target.
+    kl: Σ_v p_v (log p_v - lo_v) + log Σ_v exp(hi_v).
 
     Raises:
-      UnboundedError: masks per position, or an operation without a rule on something that depends on the components.
+      UnboundedError: masks per position, or an operation without a rule on something that depends
+        on the components.
     Cost: count · (C·|θ| + a few forward passes).
     """
     lo, hi = output_bounds(subject, count)
@@ -85,13 +90,15 @@ def error_bound(subject: Subject, count: int) -> Float[Array, " n"]:
 
 
 def output_bounds(subject: Subject, count: int) -> Interval:
-    """Lowest and highest outputs [count, ...] of the first examples under all permitted masks. Raises and cost as in `error_bound`."""
+    """Lowest and highest outputs [count, ...] of the first examples under all permitted masks.
+
+    Raises and cost as in `error_bound`.
+    """
     if subject.mask.ndim != 2:
         raise UnboundedError("intervals are worked out for masks per example, not per position")
-    apply_fn, weights = (
-        subject.setting.problem.apply_fn,
-        {n: f.weights for n, f in components_lib.aligned(subject.components).factors.items()},
-    )
+    apply_fn = subject.setting.problem.apply_fn
+    factors = components_lib.aligned(subject.components).factors
+    weights = {name: f.weights for name, f in factors.items()}
 
     def one(mask, x):
         active = mask.astype(jnp.float32)
@@ -173,7 +180,10 @@ def _product(bind: Callable, a: Any, b: Any, **_: Any) -> Interval:
 
 
 def _matrix_product(bind: Callable, a: Any, b: Any, **_: Any) -> Interval:
-    """By middle and radius (Rump): m_a m_b ± (|m_a| r_b + r_a |m_b| + r_a r_b); exact if one side is a point."""
+    """By middle and radius (Rump): m_a m_b ± (|m_a| r_b + r_a |m_b| + r_a r_b).
+
+    Exact if one side is a point.
+    """
     (middle_a, radius_a), (middle_b, radius_b) = (
         ((hi + lo) / 2, (hi - lo) / 2) for lo, hi in map(_ends, (a, b))
     )

@@ -1,4 +1,4 @@
-"""What a reader sees of an evidence: the verdict, a table for the terminal, a card in Markdown, the files."""
+"""What a reader sees of an evidence: verdict, terminal table, card in Markdown, files."""
 
 from __future__ import annotations
 
@@ -35,10 +35,15 @@ class Evidence:
         met = sum(check.passed is True for check in self.checks)
         asked = {check.number: check for check in self.checks}
         if all(number in asked and asked[number].passed for number in _NEEDED):
-            claim = "These components are needed for this behaviour on this distribution, under ablations up to this budget "
-            claim += f"({asked[5].budget})"
+            claim = (
+                "These components are needed for this behaviour on this distribution, under "
+                f"ablations up to this budget ({asked[5].budget})"
+            )
         else:
-            claim = "It is not shown that these components are needed for this behaviour on this distribution"
+            claim = (
+                "It is not shown that these components are needed for this behaviour on this "
+                "distribution"
+            )
         names = (
             f"; not met: {', '.join(f'{c.title.lower()} ({c.number})' for c in missed)}"
             if missed
@@ -76,7 +81,8 @@ class Evidence:
         p = self.provenance
         lines = [f"# {title}", "", self.verdict, ""]
         lines += [
-            f"Run `{p['workdir']}`, step {p['step']}, seed {p['seed']}; {p['num_devices']} × {p['device']}, JAX {p['jax']}, {p['date']}."
+            f"Run `{p['workdir']}`, step {p['step']}, seed {p['seed']}; "
+            f"{p['num_devices']} × {p['device']}, JAX {p['jax']}, {p['date']}."
         ]
         lines += [f"Command: `{p['command']}`. Bars with a * are ours.", ""]
         lines += ["| # | check | | bar | what was found | budget |", "|---|---|---|---|---|---|"]
@@ -100,11 +106,13 @@ def _why(check: Check) -> str:
 def save(
     found: Sequence[Evidence], workdir: epath.PathLike, numbers: Sequence[int], *, several: bool
 ) -> list[epath.Path]:
-    """Writes evidence.json and evidence.md, and evidence.npz and figures/evidence_*.png of each instance.
+    """Writes evidence.json, evidence.md, and of each instance evidence.npz and figures.
 
     Args:
-      found: of each instance. evidence.json describes the first; where the run has several, all stand in its `instances`.
-      numbers: which instances of the run these are. Instance i has evidence_i.npz, but the first evidence.npz, like evaluation.npz.
+      found: of each instance. evidence.json describes the first; where the run has several, all
+        stand in its `instances`.
+      numbers: which instances of the run these are. The first has evidence.npz, instance i
+        evidence_i.npz, like evaluation.npz; figures are named evidence_*.png.
       several: whether the run has several.
     Returns: the paths of evidence.json and evidence.md.
     """

@@ -23,7 +23,10 @@ ERROR_BAR = 0.1  # the error that any permitted ablation may cause, as a part of
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One number of the card, with its bar. passed is None where there is no bar, or the check was not computed (`why` says so)."""
+    """One number of the card, with its bar.
+
+    passed is None where there is no bar, or the check was not computed (`why` says so).
+    """
 
     number: int
     name: str
@@ -38,7 +41,10 @@ class Check:
     panels: Mapping[str, Panel] = dataclasses.field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """All but arrays and figures. Values that are not finite are left out: JSON has no word for them."""
+        """All but arrays and figures.
+
+        Values that are not finite are left out: JSON has no word for them.
+        """
         fields = {
             f.name: getattr(self, f.name)
             for f in dataclasses.fields(self)
@@ -92,11 +98,7 @@ class Case:
     def unit(self) -> str:
         """What `scale` is, in words."""
         constant, none = self._baselines
+        if none < constant:
+            return "error without any component"
         mse = self.decomposition.method.minimality_loss == "mse"
-        return (
-            "error without any component"
-            if none < constant
-            else "output variance"
-            if mse
-            else "best constant output's KL divergence"
-        )
+        return "output variance" if mse else "best constant output's KL divergence"

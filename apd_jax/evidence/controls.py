@@ -1,4 +1,7 @@
-"""Do the bars tell anything? An untrained decomposition, a random and a shuffled network must fail them (16)."""
+"""Do the bars tell anything (16)?
+
+An untrained decomposition, a random and a shuffled network must fail them.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ ASKED = (fit.faithfulness, fit.sparse, ablate.partial, ablate.monotone)
 
 
 def random_params(case: Case, key: PRNGKeyArray) -> PyTree:
-    """Another network: the target's initialisation drawn afresh if it has one, else the target `shuffled`."""
+    """Another network: the target's initialisation drawn afresh, or `shuffled` if it has none."""
     if case.target is not None and case.target.loss_fn is not None:
         return jax.jit(case.target.init_fn)(key)
     return shuffled(case, key)
@@ -32,9 +35,11 @@ def shuffled(case: Case, key: PRNGKeyArray) -> PyTree:
 
 
 def controls(case: Case) -> Check:
-    """Check 16: freshly initialised components, and a freshly drawn and a shuffled network against these components, by checks 1, 3, 4, 6.
+    """Check 16: what checks 1, 3, 4 and 6 say where they should fail.
 
-    Each must fail 1 and 3. With `full` a decomposition of that network is trained too, by the same settings; it must fail at least one.
+    Of freshly initialised components; and of these components for a freshly drawn and for a
+    shuffled network. Each must fail 1 and 3. With `full` a decomposition of the freshly drawn
+    network is trained too, by the same settings; it must fail at least one.
     """
     s, key = case.subject, jax.random.fold_in(case.key, 16)
     untrained = fresh(key, s)
@@ -66,7 +71,10 @@ def controls(case: Case) -> Check:
     )
     text = f"Bars failed, as they should be: {counted}."
     if fooled:
-        text = f"WARNING: the control {' and the control '.join(fooled)} passes bars that it must fail; these bars tell nothing here. {text}"
+        text = (
+            f"WARNING: the control {' and the control '.join(fooled)} passes bars that it must "
+            f"fail; these bars tell nothing here. {text}"
+        )
     return Check(
         16,
         "controls",

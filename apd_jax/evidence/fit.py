@@ -1,4 +1,7 @@
-"""Do the components stand for the network? Their sum (1), the active ones (3), their size (11), which live (12), training (17).
+"""Do the components stand for the network?
+
+Their sum (1), the active ones (3), their size (11), which live (12), training (17), where these
+numbers come from (18).
 
 Shapes: n examples, C components.
 """
@@ -7,7 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +33,8 @@ PARAMETER_BAR = 1e-3
 UNMASKED_BAR = 0.01
 SIZE_BAR = 0.01  # norm ratio and gain lie within 1 ± this
 THRESHOLD = 0.1  # of the largest attribution in the batch
-SHARP = 10.0  # the least active alive component fires this many times as often as the most active dead one
+# The least active alive component fires this many times as often as the most active dead one.
+SHARP = 10.0
 FIRING_BATCHES = 10
 # The losses that must have levelled off: all but those whose coefficient or power is annealed.
 LEVELLED = (
@@ -53,27 +58,28 @@ def _unmasked_error(subject: Subject) -> Float[Array, ""]:
 
 def faithfulness(case: Case) -> Check:
     """Check 1: do the components sum to the network?"""
-    parameters, unmasked = (
-        float(
-            components_lib.relative_parameter_error(case.subject.components, case.subject.params)
-        ),
-        case.relative(_unmasked_error(case.subject)),
-    )
+    s = case.subject
+    parameters = float(components_lib.relative_parameter_error(s.components, s.params))
+    unmasked = case.relative(_unmasked_error(s))
     return Check(
         1,
         "parameter_faithfulness",
         "Parameter faithfulness",
         passed=parameters <= PARAMETER_BAR and unmasked <= UNMASKED_BAR,
-        bar=f"parameters ≤ {PARAMETER_BAR:g}*, all components on ≤ {UNMASKED_BAR:.0%} of the {case.unit}*",
+        bar=f"parameters ≤ {PARAMETER_BAR:g}*, "
+        f"all components on ≤ {UNMASKED_BAR:.0%} of the {case.unit}*",
         values={"relative_parameter_error": parameters, "unmasked_error": unmasked},
-        text=f"The components' sum misses {parameters:.2g} of the squared norm of the weights; with all of them on the output is off by "
-        f"{unmasked:.2g} of the {case.unit}.",
+        text=f"The components' sum misses {parameters:.2g} of the squared norm of the weights; "
+        f"with all of them on the output is off by {unmasked:.2g} of the {case.unit}.",
         budget=case.examples,
     )
 
 
 def sparse(case: Case) -> Check:
-    """Check 3: the error with the active components only, kept as in training and by choices that were not trained on."""
+    """Check 3: the error with the active components only.
+
+    Kept as in training, and by choices that were not trained on.
+    """
     s = case.subject
     setting, k, C = s.setting, s.k, s.num_components
     choosable = C - setting.method.always_on
@@ -106,9 +112,11 @@ def sparse(case: Case) -> Check:
             "threshold_active": float(jnp.sum(masks["threshold"])) / rows,
             "topk": k,
         },
-        text=f"With the components kept as in training ({s.kept}; {active:.3g} per input) the error is {values['trained']:.2%} of "
-        f"the {case.unit}; {at_k}, with the largest of every example {values['top1']:.2%}, with all above {THRESHOLD:.0%} of the largest "
-        f"attribution {values['threshold']:.2%}, with none {values['none']:.2%}.",
+        text=f"With the components kept as in training ({s.kept}; {active:.3g} per input) "
+        f"the error is {values['trained']:.2%} of the {case.unit}; {at_k}, "
+        f"with the largest of every example {values['top1']:.2%}, "
+        f"with all above {THRESHOLD:.0%} of the largest attribution {values['threshold']:.2%}, "
+        f"with none {values['none']:.2%}.",
         budget=case.examples,
     )
 
@@ -116,9 +124,11 @@ def sparse(case: Case) -> Check:
 def shrinkage(case: Case) -> Check:
     """Check 11: are components and outputs as large as they should be?
 
-    gain: the factor by which the sparse outputs fit the target's best, Σ out·target / Σ target², after what the network gives without any
-    component is taken from both (of logits also their mean). norm_ratio: ‖Σ_c P_c‖ / ‖θ*‖, or where the features' own weights are known
-    the mean norm ratio of the components that hold them.
+    gain: the factor of the target's outputs that fits the sparse ones best,
+      Σ out·target / Σ target². What the network gives without any component is first taken from
+      both, and of logits their mean.
+    norm_ratio: ‖Σ_c P_c‖ / ‖θ*‖. Where the features' own weights are known, the mean norm ratio of
+      the components that hold them.
     """
     s, kl = case.subject, case.decomposition.method.minimality_loss == "kl"
     none = outputs(s, jnp.zeros(s.mask.shape))
@@ -143,8 +153,8 @@ def shrinkage(case: Case) -> Check:
         passed=abs(gain - 1) <= SIZE_BAR and abs(ratio - 1) <= SIZE_BAR,
         bar=f"1 ± {SIZE_BAR:g}* both",
         values={"norm_ratio": ratio, "gain": gain},
-        text=f"{of[0].upper() + of[1:]} {ratio:.3f} of the norm of the target's weights, and the sparse outputs are "
-        f"{gain:.3f} times the target's.",
+        text=f"{of[0].upper() + of[1:]} {ratio:.3f} of the norm of the target's weights, "
+        f"and the sparse outputs are {gain:.3f} times the target's.",
         budget=case.examples,
     )
 
@@ -164,7 +174,10 @@ def _fired(subject: Subject) -> Float[Array, " C"]:
 
 
 def alive(subject: Subject, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Firing rates [C] on held-out batches, and which components live: kept somewhere, with more than ALIVE_NORM of the largest norm."""
+    """Firing rates [C] on held-out batches, and which components live.
+
+    Those that are kept somewhere, with more than ALIVE_NORM of the largest norm.
+    """
     rates, s = [_fired(subject)], subject
     for i in range(1, min(FIRING_BATCHES, case.num_batches)):
         rates.append(_fired(make(s.setting, s.params, s.trained, case.draw(i))))
@@ -185,31 +198,33 @@ def alive_components(case: Case) -> Check:
         "lowest_alive_rate": lowest,
         "highest_dead_rate": highest,
     }
-    text = f"{living.sum()} of {len(living)} components are alive; they are active on {lowest:.2%} to {rates.max():.2%} of the examples"
-    text += (
-        f", the dead on at most {highest:.2%}."
-        if (~living).any()
-        else ", and there is no dead one to tell them from."
-    )
+    text = f"{living.sum()} of {len(living)} components are alive; "
+    text += f"they are active on {lowest:.2%} to {rates.max():.2%} of the examples"
+    if (~living).any():
+        text += f", the dead on at most {highest:.2%}."
+    else:
+        text += ", and there is no dead one to tell them from."
+    passed = False if not living.any() else None
+    if living.any() and (~living).any():
+        passed = bool(lowest >= SHARP * highest)
     order = np.argsort(-rates, kind="stable")
     return Check(
         12,
         "alive_components",
         "Alive components",
-        passed=bool(lowest >= SHARP * highest)
-        if (~living).any() and living.any()
-        else False
-        if not living.any()
-        else None,
-        bar=f"the least used alive component fires ≥ {SHARP:g} times as often as the most used dead one*",
+        passed=passed,
+        bar=f"the least used alive component fires ≥ {SHARP:g} times as often as the most used "
+        "dead one*",
         values=values,
         text=text,
-        budget=f"{batches} × {case.examples}; alive: fires, with more than {ALIVE_NORM:.0%} of the largest norm",
+        budget=f"{batches} × {case.examples}; "
+        f"alive: fires, with more than {ALIVE_NORM:.0%} of the largest norm",
         arrays={"firing_rates": rates, "alive": living},
         panels={
             "firing": Panel(
                 title="How often components are active",
-                caption="Share of held-out examples on which each component is active. Good: a sharp edge between used and dead ones.",
+                caption="Share of held-out examples on which each component is active. Good: a "
+                "sharp edge between used and dead ones.",
                 xlabel="component (ordered by firing rate)",
                 ylabel="share of examples",
                 x=np.arange(len(order)),
@@ -220,42 +235,23 @@ def alive_components(case: Case) -> Check:
 
 
 def convergence(case: Case) -> Check:
-    """Check 17: has training levelled off? Means over windows of the log are compared, never last values.
+    """Check 17: has training levelled off?
 
-    Where earlier checkpoints are kept, what checks 2, 3 and 5 measure is reported for each of them.
+    Means over windows of the log are compared, never last values. Where earlier checkpoints are
+    kept, what checks 2, 3 and 5 measure is reported for each of them.
     """
-    about = SimpleNamespace(number=17, name="convergence", title="Convergence")
+    about = {
+        **{"number": 17, "name": "convergence", "title": "Convergence"},
+        "bar": f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, "
+        f"within {STANDARD_ERRORS:g} standard errors, "
+        f"or by ≤ {IMMATERIAL:.0%} of the bars of checks 1 and 3*",
+    }
     rows = case.decomposition.history
     length = max(int(WINDOW * len(rows)), MIN_ROWS)
-    bar = (
-        f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, within {STANDARD_ERRORS:g} standard errors, "
-        f"or by ≤ {IMMATERIAL:.0%} of the bars of checks 1 and 3*"
-    )
-    nothing = losses.faithfulness(
-        jax.tree.map(jnp.zeros_like, case.subject.components), case.subject.params
-    )
-    material = {
-        "faithfulness": PARAMETER_BAR * float(nothing),
-        "minimality": ERROR_BAR * case.scale,
-    }
     if len(rows) < 2 * length:
         why = f"the training log has {len(rows)} rows; two windows of {length} are needed"
-        return Check(about.number, about.name, about.title, bar=bar, why=why)
-    values, level = {}, []
-    for name in [n for n in LEVELLED if n in rows[-1]]:
-        before, last = (
-            np.array([row[name] for row in part], float)
-            for part in (rows[-2 * length : -length], rows[-length:])
-        )
-        error = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / length)
-        values[name] = last.mean()
-        values[f"{name}_change"] = (last.mean() - before.mean()) / max(abs(before.mean()), 1e-30)
-        allowed = max(
-            LEVEL * abs(before.mean()),
-            STANDARD_ERRORS * error,
-            IMMATERIAL * material.get(name, 0.0),
-        )
-        level.append(bool(abs(last.mean() - before.mean()) <= allowed))
+        return Check(**about, why=why)
+    values, level = _levelled(case, rows, length)
     for step, trained in case.earlier.items():
         s = make(case.subject.setting, case.subject.params, trained, case.subject.x)
         values |= {
@@ -269,15 +265,39 @@ def convergence(case: Case) -> Check:
         if name.endswith("_change")
     )
     return Check(
-        about.number,
-        about.name,
-        about.title,
-        passed=all(level),
-        bar=bar,
+        **about,
+        passed=level,
         values=values,
-        text=f"From the last but one window of the log to the last, the mean losses moved: {changes}.",
+        text="From the last but one window of the log to the last, the mean losses moved: "
+        f"{changes}.",
         budget=f"windows of {length} of {len(rows)} logged rows",
     )
+
+
+def _levelled(
+    case: Case, rows: Sequence[Mapping[str, Any]], length: int
+) -> tuple[dict[str, Any], bool]:
+    """The mean of every loss over the last window and its change, and whether all are level."""
+    s = case.subject
+    nothing = losses.faithfulness(jax.tree.map(jnp.zeros_like, s.components), s.params)
+    material = {"faithfulness": PARAMETER_BAR * float(nothing), "simplicity": 0.0}
+    values, level = {}, []
+    for name in [n for n in LEVELLED if n in rows[-1]]:
+        before, last = (
+            np.array([row[name] for row in part], float)
+            for part in (rows[-2 * length : -length], rows[-length:])
+        )
+        error = np.sqrt((before.var(ddof=1) + last.var(ddof=1)) / length)
+        moved = last.mean() - before.mean()
+        values[name] = last.mean()
+        values[f"{name}_change"] = moved / max(abs(before.mean()), 1e-30)
+        allowed = max(
+            LEVEL * abs(before.mean()),
+            STANDARD_ERRORS * error,
+            IMMATERIAL * material.get(name, ERROR_BAR * case.scale),  # of errors of outputs
+        )
+        level.append(bool(abs(moved) <= allowed))
+    return values, all(level)
 
 
 def _plateau(case: Case) -> dict[str, float]:
@@ -300,7 +320,8 @@ def provenance(case: Case) -> Check:
     }
     missing = [name for name, value in given.items() if value in ("", None)]
     values = {name: given[name] for name in ("step", "seed") if name not in missing}
-    where = f"Step {given['step']} of {given['workdir'] or 'a decomposition in memory'}, seed {given['seed']}, on {given['device']}"
+    run = given["workdir"] or "a decomposition in memory"
+    where = f"Step {given['step']} of {run}, seed {given['seed']}, on {given['device']}"
     return Check(
         18,
         "provenance",

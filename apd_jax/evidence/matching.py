@@ -17,7 +17,11 @@ SAME = 0.9  # cosine from which on two components count as the same
 
 @dataclasses.dataclass(frozen=True)
 class Agreement:
-    """match: each component's partner, -1 if none. cosine: with it; 0 without. large: which have above ALIVE_NORM of the largest norm."""
+    """How the components of one decomposition are found in another.
+
+    match: each component's partner, -1 if none. cosine: with it; 0 without. large: which have above
+    ALIVE_NORM of the largest norm.
+    """
 
     match: Int[np.ndarray, " C"]
     cosine: Float[np.ndarray, " C"]
@@ -34,7 +38,9 @@ class Agreement:
 
 
 def agreement(a: Components, b: Components) -> Agreement:
-    """Matches components one to one so that the sum of cosines of whole parameter vectors, all leaves together, is largest.
+    """Matches components one to one so that the sum of their cosines is largest.
+
+    Cosines are of whole parameter vectors, all leaves together.
 
     Raises:
       InputError: the two decompose other leaves, or leaves of other shapes.

@@ -1,4 +1,7 @@
-"""What only further runs can tell: more components (13), other seeds (14), other data (15). All but the given ones are left to `full`."""
+"""What only further runs can tell: more components (13), other seeds (14), other data (15).
+
+All but the given runs are left to `full`.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from apd_jax.components import Components
 from apd_jax.decomposition import instances
@@ -33,7 +36,10 @@ _LEFT = "needs further runs; give --full"
 def again(
     case: Case, *, params: PyTree = None, sample_fn: Callable | None = None, **changes: Any
 ) -> list[Trained]:
-    """Decompositions by the same settings but for `changes`, trained side by side if `num_instances` says so."""
+    """Decompositions by the same settings but for `changes`.
+
+    Trained side by side if `num_instances` says so.
+    """
     d = case.decomposition
     problem = dataclasses.replace(
         d.problem,
@@ -71,7 +77,10 @@ def capacity(case: Case) -> Check:
 
 
 def recovered(case: Case, components: Components) -> bool:
-    """Every feature has a component of its own; without known features: at least RECOVERED of this run's components are found again."""
+    """Every feature has a component of its own.
+
+    Without known features: at least RECOVERED of this run's components are found again.
+    """
     s, target = case.subject, case.target
     if isinstance(target, FeatureTarget):
         parts = geometry.of_components(
@@ -85,21 +94,22 @@ def recovered(case: Case, components: Components) -> bool:
 
 
 def seeds(case: Case) -> Check:
-    """Check 14: how many seeds of one frozen target find the same? Failures count. Another run (--other) is compared here too."""
-    about = {
-        "number": 14,
-        "name": "seeds",
-        "title": "Seeds",
-        "bar": f"≥ {RECOVERED:.0%} of at least {NUM_SEEDS} seeds*: every feature has a component of its own"
-        if isinstance(case.target, FeatureTarget)
-        else f"≥ {RECOVERED:.0%} of at least {NUM_SEEDS} seeds* find {RECOVERED:.0%} of these components",
-    }
+    """Check 14: how many seeds of one frozen target find the same? Failures count.
+
+    Another run (--other) is compared here too.
+    """
+    bar = f"≥ {RECOVERED:.0%} of at least {NUM_SEEDS} seeds*"
+    if isinstance(case.target, FeatureTarget):
+        bar += ": every feature has a component of its own"
+    else:
+        bar += f" find {RECOVERED:.0%} of these components"
+    about = {"number": 14, "name": "seeds", "title": "Seeds", "bar": bar}
     values, text = {}, ""
     if case.other is not None:
-        with_other = agreement(case.subject.components, case.other)
-        values = {"other_mean_cosine": with_other.mean_cosine, "other_share": with_other.share}
-        text = f"With the other run, {with_other.share:.0%} of the components agree (cosine ≥ {SAME}), "
-        text += f"mean cosine {with_other.mean_cosine:.4f}. "
+        other = agreement(case.subject.components, case.other)
+        values = {"other_mean_cosine": other.mean_cosine, "other_share": other.share}
+        text = f"With the other run, {other.share:.0%} of the components agree (cosine ≥ {SAME}), "
+        text += f"mean cosine {other.mean_cosine:.4f}. "
     others = list(case.seeds)
     if case.full and len(others) < NUM_SEEDS - 1:
         others = again(case, num_instances=NUM_SEEDS - 1, seed=case.decomposition.method.seed + 1)
@@ -120,40 +130,41 @@ def seeds(case: Case) -> Check:
         **about,
         passed=bool(np.mean(found) >= RECOVERED) if len(runs) >= NUM_SEEDS else None,
         values=values,
-        text=text
-        + f"{sum(found)} of {len(runs)} seeds recover, this run counted; the others' mean cosine with it is {cosines.mean():.3f}, "
+        text=text + f"{sum(found)} of {len(runs)} seeds recover, this run counted; "
+        f"the others' mean cosine with it is {cosines.mean():.3f}, "
         f"at the least {cosines.min():.3f}.",
         why="" if len(runs) >= NUM_SEEDS else f"the bar asks for {NUM_SEEDS} seeds; give --full",
         budget=f"{len(runs)} seeds of one target, {case.decomposition.method.num_steps} steps",
     )
 
 
+def _shifted(a: Array) -> Array:
+    floating = jnp.issubdtype(a.dtype, jnp.floating)
+    return a * jnp.asarray(SHIFT, a.dtype) if floating else a
+
+
 def data(case: Case) -> Check:
     """Check 15: are the same components found from other data?
 
-    permuted: the batches in reverse order. halved: half as many different batches, each used twice. shifted: floating inputs times SHIFT.
-    The agreement is the share of this run's components that are found again.
+    permuted: the batches in reverse order. halved: half as many different batches, each used twice.
+    shifted: floating inputs times SHIFT. The agreement is the share of this run's components that
+    are found again.
     """
     about = {"number": 15, "name": "data", "title": "Data"}
-    sample, config = case.decomposition.problem.sample_fn, case.decomposition.method
+    sample, num_steps = case.decomposition.problem.sample_fn, case.decomposition.method.num_steps
     if not case.full:
         return Check(**about, why=_LEFT)
     if not callable(sample):
         return Check(**about, why="the data come from an iterable, which cannot be drawn anew")
     variants: dict[str, Callable] = {
-        "permuted": lambda rng, step: sample(rng, config.num_steps - 1 - step),
-        "halved": lambda rng, step: sample(rng, step % -(-config.num_steps // 2)),
+        "permuted": lambda rng, step: sample(rng, num_steps - 1 - step),
+        "halved": lambda rng, step: sample(rng, step % -(-num_steps // 2)),
     }
     floating = any(
         jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(case.subject.x)
     )
     if floating:
-        variants["shifted"] = lambda rng, step: jax.tree.map(
-            lambda a: (
-                a * jnp.asarray(SHIFT, a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
-            ),
-            sample(rng, step),
-        )
+        variants["shifted"] = lambda rng, step: jax.tree.map(_shifted, sample(rng, step))
     found = {
         name: agreement(case.subject.components, again(case, sample_fn=fn)[0].components)
         for name, fn in variants.items()
@@ -168,5 +179,5 @@ def data(case: Case) -> Check:
         + ", ".join(f"{name} {a.share:.0%}" for name, a in found.items())
         + ".",
         why="" if floating else "shifted data were left out: the inputs are not floating point",
-        budget=f"one run of {config.num_steps} steps each; shifted: inputs × {SHIFT}",
+        budget=f"one run of {num_steps} steps each; shifted: inputs × {SHIFT}",
     )

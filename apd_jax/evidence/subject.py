@@ -152,7 +152,10 @@ def errors(
 
 
 def scaled(subject: Subject, factors: Float[Array, "..."]) -> Float[Array, "n *T C"]:
-    """The mask with active components at 1 and inactive ones at the given factors: one, of each component [1, C], or like the mask."""
+    """The mask with active components at 1 and inactive ones at the given factors.
+
+    factors: one for all, one of each component [1, C], or like the mask.
+    """
     active = subject.mask.astype(jnp.float32)
     return active + (1 - active) * factors
 

@@ -1,6 +1,7 @@
 """Against what is known of a target made of features: scrubbing (7) and geometry (10).
 
-Shapes: C components, F features, d the length of a feature's weight vector, P_{c,f} component c's part of it.
+Shapes: C components, F features, d the length of a feature's weight vector, P_{c,f} component c's
+part of it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ _NO_FEATURES = "the truth of this target is not one weight vector per input feat
 
 
 def scrubbing(case: Case) -> Check:
-    """Check 7: an input's features need their own components and no others (APD's protocol; see `apd_jax.evaluation.scrub`)."""
+    """Check 7: an input's features need their own components and no others.
+
+    APD's protocol; see `apd_jax.evaluation.scrub`.
+    """
     about = {"number": 7, "name": "scrubbing", "title": "Scrubbing"}
     target, s = case.target, case.subject
     if not isinstance(target, FeatureTarget) or case.evaluation is None:
@@ -46,48 +50,35 @@ def scrubbing(case: Case) -> Check:
         **about,
         passed=values["scrubbed"] <= ERROR_BAR
         and values["antiscrubbed"] >= SEPARATION * values["scrubbed"],
-        bar=f"scrubbed ≤ {ERROR_BAR:.0%} of the {case.unit}*, antiscrubbed ≥ {SEPARATION:g} × scrubbed*",
+        bar=f"scrubbed ≤ {ERROR_BAR:.0%} of the {case.unit}*, "
+        f"antiscrubbed ≥ {SEPARATION:g} × scrubbed*",
         values=values,
-        text=f"With the components of active features forced on and the others switched at random the error is "
-        f"{values['scrubbed']:.2%} of the {case.unit}, forced off {values['antiscrubbed']:.2%}; as in training {values['sparse']:.2%}, "
+        text="With the components of active features forced on and the others switched at random "
+        f"the error is {values['scrubbed']:.2%} of the {case.unit}, "
+        f"forced off {values['antiscrubbed']:.2%}; as in training {values['sparse']:.2%}, "
         f"all at random {values['random']:.2%}.",
         budget=f"one random mask per example and kind, {case.examples}",
     )
 
 
 def geometry_of(case: Case) -> Check:
-    """Check 10: each feature's weights in one component of its own, in direction and length, matched one to one."""
+    """Check 10: each feature's weights in one component of its own, in direction and length.
+
+    Matched one to one.
+    """
     about = {"number": 10, "name": "geometry", "title": "Geometry"}
     evaluation = case.evaluation
-    if evaluation is None or not isinstance(case.target, FeatureTarget):
-        known = (
-            {}
-            if evaluation is None
-            else {name: evaluation.metrics[name] for name in evaluation.labels}
-        )
-        text = (
-            ". ".join(f"{evaluation.labels[name]}: {value:.4g}" for name, value in known.items())
-            if evaluation
-            else ""
-        )
+    if evaluation is None:
+        return Check(**about, why=_NO_FEATURES)
+    m, labels = evaluation.metrics, evaluation.labels
+    if not isinstance(case.target, FeatureTarget):
+        known = {name: m[name] for name in labels}
+        text = ". ".join(f"{labels[name]}: {value:.4g}" for name, value in known.items())
         return Check(**about, values=known, text=text, why=_NO_FEATURES)
-    m, P, W = (
-        evaluation.metrics,
-        evaluation.arrays["feature_weights_components"],
-        evaluation.arrays["feature_weights_target"],
-    )
+    P, W = (evaluation.arrays[f"feature_weights_{of}"] for of in ("components", "target"))
     pure = purity(P, W)
-    values = {
-        name: m[name]
-        for name in (
-            "mmcs",
-            "ml2r",
-            "mmcs_one_to_one",
-            "ml2r_one_to_one",
-            "num_features_owned",
-            "num_features",
-        )
-    }
+    names = ("mmcs", "ml2r", "mmcs_one_to_one", "ml2r_one_to_one")
+    values = {name: m[name] for name in (*names, "num_features_owned", "num_features")}
     values |= {"purity": float(pure.mean()), "cross_leaf_share": cross_leaf_share(case.subject)}
     for leaf, (parts, whole) in leaf_parts(case.target, case.subject).items():
         scores = geometry.scores(parts, whole)
@@ -100,17 +91,22 @@ def geometry_of(case: Case) -> Check:
         passed=cosine >= COSINE_BAR
         and abs(ratio - 1) <= NORM_BAR
         and values["purity"] >= PURITY_BAR,
-        bar=f"MMCS ≥ {COSINE_BAR}, ML2R 1 ± {NORM_BAR}, purity ≥ {PURITY_BAR:.0%}, no component twice*",
+        bar=f"MMCS ≥ {COSINE_BAR}, ML2R 1 ± {NORM_BAR}, purity ≥ {PURITY_BAR:.0%}, "
+        "no component twice*",
         values=values,
-        text=f"No component used twice, the mean cosine with the features' weights is {cosine:.4f}, the norm ratio {ratio:.3f}, purity "
-        f"{values['purity']:.1%}; {m['num_features_owned']} of {m['num_features']} features have a component of their own.",
+        text="No component used twice, the mean cosine with the features' weights is "
+        f"{cosine:.4f}, the norm ratio {ratio:.3f}, purity {values['purity']:.1%}; "
+        f"{m['num_features_owned']} of {m['num_features']} features have a component of their own.",
         budget=f"{m['num_features']} features",
         arrays={"purity_of_feature": pure},
     )
 
 
 def purity(P: Float[np.ndarray, "C F d"], W: Float[np.ndarray, "F d"]) -> Float[np.ndarray, " F"]:
-    """‖P_{c,f}‖² / Σ_g ‖P_{c,g}‖² of the feature's one-to-one component; 0 for a feature left over."""
+    """‖P_{c,f}‖² / Σ_g ‖P_{c,g}‖² of the feature's one-to-one component.
+
+    0 for a feature that is left over.
+    """
     owner = geometry.one_to_one(geometry.cosines(P, W), geometry.norm_ratios(P, W))
     squares = np.sum(P.astype(np.float64) ** 2, axis=-1)
     share = squares / np.maximum(squares.sum(axis=1, keepdims=True), 1e-30)
@@ -118,10 +114,13 @@ def purity(P: Float[np.ndarray, "C F d"], W: Float[np.ndarray, "F d"]) -> Float[
 
 
 def leaf_parts(target: FeatureTarget, s: Subject) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Each leaf's own part in the features' weights: {leaf: ([C, F, d] of the components, [F, d] of the target)}.
+    """Each leaf's own part in the features' weights.
 
-    A feature's weights are linear in each leaf, so a leaf's part is what they lose when it is 0, with the target's values in all others.
-    Empty for a single leaf; leaves without a part are left out.
+    A feature's weights are linear in each leaf, so a leaf's part is what they lose when it is 0,
+    with the target's values in all others.
+
+    Returns: {leaf: ([C, F, d] of the components, [F, d] of the target)}. Empty for a single leaf;
+      leaves without a part are left out.
     """
     factors, found = components_lib.aligned(s.components).factors, {}
     for name, f in factors.items() if len(factors) > 1 else ():
@@ -142,18 +141,17 @@ def leaf_parts(target: FeatureTarget, s: Subject) -> dict[str, tuple[np.ndarray,
 
 
 def cross_leaf_share(s: Subject) -> float:
-    """How much of a component lies outside its main leaf: mean over components of 1 - its largest share of ‖P_{c,l}‖² / ‖θ*_l‖²."""
+    """How much of a component lies outside its main leaf.
+
+    1 - its largest share of ‖P_{c,l}‖² / ‖θ*_l‖², averaged over the components of some size.
+    """
     leaves = components_lib.decomposed_leaves(s.components, s.params)
+    squares = components_lib.squared_norms(s.components)
     of_leaf = np.stack(
-        [
-            np.asarray(sq) / float(jnp.sum(leaves[name] ** 2))
-            for name, sq in components_lib.squared_norms(s.components).items()
-        ]
+        [np.asarray(squares[name]) / float(jnp.sum(leaf**2)) for name, leaf in leaves.items()]
     )
     norm = np.asarray(norms(s.components))
     held = of_leaf[:, large_components(norm)]
-    return (
-        float(np.mean(1 - held.max(axis=0) / np.maximum(held.sum(axis=0), 1e-30)))
-        if held.size
-        else 0.0
-    )
+    if not held.size:
+        return 0.0
+    return float(np.mean(1 - held.max(axis=0) / np.maximum(held.sum(axis=0), 1e-30)))

@@ -25,7 +25,7 @@ from apd_jax.forward.positions import Scope
 from apd_jax.forward.rules import MEETINGS, VIEWS
 
 Value = Any  # an array or a Kappa
-Scopes = Sequence[Scope | None]  # of an operation's inner functions
+Scopes = Callable[[int], Scope | None]  # of an operation's inner functions
 
 
 def run(
@@ -54,8 +54,7 @@ def _outputs(eqn: JaxprEqn, values: list[Value], scope: Scope | None, i: int) ->
     name, out = eqn.primitive.name, None
     if any(isinstance(value, Kappa) for value in values):
         if name in _INNER:
-            scopes = _NO_SCOPES if scope is None else scope.inner[i]
-            return _INNER[name](scopes, *values, **eqn.params)
+            return _INNER[name](_scopes(scope, i), *values, **eqn.params)
         if name in MEETINGS:
             positions = None if scope is None else [scope.axes(v) for v in eqn.invars]
             out = MEETINGS[name](positions, *values, **eqn.params)
@@ -66,33 +65,24 @@ def _outputs(eqn: JaxprEqn, values: list[Value], scope: Scope | None, i: int) ->
     return out if eqn.primitive.multiple_results else [out]
 
 
-class _NoScopes(Sequence):
-    """No scope for any inner function."""
-
-    def __getitem__(self, i: Any) -> None:
-        return None
-
-    def __len__(self) -> int:
-        return 0
-
-
-_NO_SCOPES = _NoScopes()
+def _scopes(scope: Scope | None, i: int) -> Scopes:
+    return lambda k: None if scope is None else scope.inner[i][k]
 
 
 def _call(scopes: Scopes, *values: Value, jaxpr: Any, **_: Any) -> list[Value]:
-    return run(jaxpr.jaxpr, jaxpr.consts, *values, scope=scopes[0])
+    return run(jaxpr.jaxpr, jaxpr.consts, *values, scope=scopes(0))
 
 
 def _checkpoint(
     scopes: Scopes, *values: Value, jaxpr: Jaxpr, prevent_cse: Any, policy: Any, **_: Any
 ) -> list[Value]:
-    inner = functools.partial(run, jaxpr, (), scope=scopes[0])
+    inner = functools.partial(run, jaxpr, (), scope=scopes(0))
     return jax.checkpoint(inner, policy=policy, prevent_cse=bool(np.any(prevent_cse)))(*values)
 
 
 def _cond(scopes: Scopes, index: Array, *values: Value, branches: Any, **_: Any) -> list[Any]:
     def branch(i: int, closed: Any) -> Callable[[], list[Any]]:
-        return lambda: arrays(run(closed.jaxpr, closed.consts, *values, scope=scopes[i]))
+        return lambda: arrays(run(closed.jaxpr, closed.consts, *values, scope=scopes(i)))
 
     return lax.switch(index, [branch(i, closed) for i, closed in enumerate(branches)])
 
@@ -110,7 +100,7 @@ def _while(
         for value in values[: cond_nconsts + body_nconsts]
     ]
     go_on, body = (
-        functools.partial(run, closed.jaxpr, closed.consts, scope=scopes[i])
+        functools.partial(run, closed.jaxpr, closed.consts, scope=scopes(i))
         for i, closed in enumerate((cond_jaxpr, body_jaxpr))
     )
     return lax.while_loop(
@@ -145,7 +135,7 @@ def _scan(
     ]
 
     def body(carry, x):
-        outs = arrays(run(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *x, scope=scopes[0]))
+        outs = arrays(run(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *x, scope=scopes(0)))
         return outs[:num_carry], outs[num_carry:]
 
     start = arrays(values[num_consts : num_consts + num_carry])

@@ -163,16 +163,16 @@ class Kappa:
         if self.flavor == "activation":
             value = lax.stop_gradient(value)
         if self.base is not None:
-            value = self._own_share(value.dtype) + value
+            value = self._own_share(self.base, value.dtype) + value
         return value.astype(self.dtype)
 
-    def _own_share(self, dtype: Any) -> Array:
+    def _own_share(self, base: Array, dtype: Any) -> Array:
         """β θ*."""
         if self.base_weights is None:
-            return self.base
+            return base
         factor = self.base_weights[..., 0]
         spread = factor.reshape(*factor.shape, *[1] * (self.ndim - factor.ndim))
-        return self._in_order(spread).astype(dtype) * self.base
+        return self._in_order(spread).astype(dtype) * base
 
     def _in_order(self, canonical: Array) -> Array:
         """[*b, *ins, *outs] -> the value's own order of axes."""

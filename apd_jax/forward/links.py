@@ -14,6 +14,7 @@ from jax.extend.core import JaxprEqn
 from apd_jax.components.layout import regroup
 
 Link = tuple[int, int, int, int]
+Axes = Iterable[Any]  # int, or numpy's
 
 
 def links(eqn: JaxprEqn) -> Iterable[Link]:
@@ -25,7 +26,7 @@ def links(eqn: JaxprEqn) -> Iterable[Link]:
     family = next((rule for start, rule in _FAMILIES.items() if name.startswith(start)), _alike)
     for k, a, j, b in _RULES.get(name, family)(eqn):
         if shape_of(eqn.invars[k])[a] == shape_of(eqn.outvars[j])[b]:
-            yield k, a, j, b
+            yield int(k), int(a), int(j), int(b)
 
 
 def shape_of(var: Any) -> tuple[int, ...]:
@@ -36,22 +37,24 @@ def _ndim(var: Any) -> int:
     return len(shape_of(var))
 
 
-def _alike(eqn: JaxprEqn, without: Iterable[int] = ()) -> Iterator[Link]:
-    """All axes but some of operands and results that have one shape."""
+def _alike(eqn: JaxprEqn) -> Iterator[Link]:
+    """All axes of operands and results of one shape, up to axes of size 1 that are repeated."""
     for k, x in enumerate(eqn.invars):
         for j, y in enumerate(eqn.outvars):
-            if shape_of(x) == shape_of(y):
-                yield from ((k, axis, j, axis) for axis in set(range(_ndim(x))) - set(without))
+            own, made = shape_of(x), shape_of(y)
+            fits = len(own) == len(made)
+            if fits and all(a in (1, b) for a, b in zip(own, made, strict=True)):
+                yield from ((k, axis, j, axis) for axis in range(len(own)))
 
 
-def _kept(eqn: JaxprEqn, gone: Iterable[int], results: Iterable[int] = (0,)) -> Iterator[Link]:
+def _kept(eqn: JaxprEqn, gone: Axes, results: Axes = (0,)) -> Iterator[Link]:
     """The axes of the first operand that are left when some go."""
     left = [axis for axis in range(_ndim(eqn.invars[0])) if axis not in tuple(gone)]
     for j in results:
         yield from ((0, axis, j, place) for place, axis in enumerate(left))
 
 
-def _in_place(eqn: JaxprEqn, operands: Iterable[int], touched: Iterable[int]) -> Iterator[Link]:
+def _in_place(eqn: JaxprEqn, operands: Axes, touched: Axes) -> Iterator[Link]:
     """The axes of some operands that all results have at the same place, but those touched."""
     for k in operands:
         for j in range(len(eqn.outvars)):
@@ -59,7 +62,7 @@ def _in_place(eqn: JaxprEqn, operands: Iterable[int], touched: Iterable[int]) ->
             yield from ((k, axis, j, axis) for axis in axes)
 
 
-def _pairwise(eqn: JaxprEqn, touched: Iterable[int] = ()) -> Iterator[Link]:
+def _pairwise(eqn: JaxprEqn, touched: Axes = ()) -> Iterator[Link]:
     """Result j is operand j, but for the axes touched."""
     for k, x in enumerate(eqn.invars[: len(eqn.outvars)]):
         yield from ((k, axis, k, axis) for axis in set(range(_ndim(x))) - set(touched))

@@ -14,8 +14,9 @@ from apd_jax.components.layout import Layout
 from apd_jax.errors import InputError
 from apd_jax.forward import positions
 from apd_jax.forward.harvest import Watch
+from apd_jax.forward.links import shape_of
 from apd_jax.forward.positions import Scope
-from apd_jax.forward.primitives import called
+from apd_jax.forward.primitives import called, ints
 from apd_jax.forward.views import View, view_of, whole
 
 
@@ -207,11 +208,13 @@ def _dot(eqn: JaxprEqn, known: Sequence[View | None], place: _Place) -> Meeting 
     view, x = known[k], eqn.invars[1 - k]
     if view is None or known[1 - k] is not None:
         return None
-    contracting, batching = eqn.params["dimension_numbers"]
+    contracting, batching = (
+        [ints(axes) for axes in pair] for pair in eqn.params["dimension_numbers"]
+    )
     side = _side_read(view, contracting[k], batching[k])
     if side is None:
         return None
-    contract, batch = tuple(contracting[1 - k]), tuple(batching[1 - k])
+    contract, batch, ndim = contracting[1 - k], batching[1 - k], len(shape_of(x))
     return _meeting(
         view,
         side,
@@ -222,8 +225,8 @@ def _dot(eqn: JaxprEqn, known: Sequence[View | None], place: _Place) -> Meeting 
         stacked=batching[k],
         batch=batch,
         contract=contract,
-        free=tuple(i for i in range(len(x.aval.shape)) if i not in (*contract, *batch)),
-        of=(x, range(len(x.aval.shape))),
+        free=tuple(i for i in range(ndim) if i not in (*contract, *batch)),
+        of=(x, range(ndim)),
     )
 
 
@@ -232,8 +235,8 @@ def _conv(eqn: JaxprEqn, known: Sequence[View | None], place: _Place) -> Meeting
     if view is None or known[0] is not None:
         return None
     numbers = p["dimension_numbers"]
-    _, in_axis, *window = numbers.rhs_spec
-    batch_axis, _, *spatial = numbers.out_spec
+    _, in_axis, *window = ints(numbers.rhs_spec)
+    batch_axis, _, *spatial = ints(numbers.out_spec)
     side = _side_read(view, (in_axis, *window), ())
     if side is None or p["feature_group_count"] != 1 or p["batch_group_count"] != 1:
         return None
@@ -258,17 +261,17 @@ def _gather(eqn: JaxprEqn, known: Sequence[View | None], place: _Place) -> Meeti
     view, numbers = known[0], eqn.params["dimension_numbers"]
     if view is None or len(numbers.start_index_map) != 1 or numbers.operand_batching_dims:
         return None
-    (axis,) = numbers.start_index_map
+    (axis,) = ints(numbers.start_index_map)
     others = [i for i in range(len(view.axes)) if i != axis]
     side = _side_read(view, (axis,), ())
     if (
         side is None
-        or tuple(numbers.collapsed_slice_dims) != (axis,)
+        or ints(numbers.collapsed_slice_dims) != (axis,)
         or [eqn.params["slice_sizes"][i] for i in others] != [view.shape[i] for i in others]
     ):
         return None
     indices = eqn.invars[1]
-    free = tuple(range(len(indices.aval.shape) - 1))
+    free = tuple(range(len(shape_of(indices)) - 1))
     return _meeting(
         view,
         side,

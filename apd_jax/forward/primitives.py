@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, SupportsIndex
 
 import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
@@ -44,6 +44,11 @@ def called(eqn: JaxprEqn) -> tuple[Jaxpr, Sequence[Any]] | None:
         pair for pair in _functions(eqn) if (len(pair[0].invars), len(pair[0].outvars)) == fits
     ]
     return found[0] if found else None
+
+
+def ints(axes: Iterable[SupportsIndex]) -> tuple[int, ...]:
+    """An operation's axes as plain numbers: some are numpy's."""
+    return tuple(int(axis) for axis in axes)
 
 
 def _functions(eqn: JaxprEqn) -> Iterator[tuple[Jaxpr, Sequence[Any]]]:

@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike
 
 from apd_jax.components import layout
 from apd_jax.forward.kappa import Kappa
+from apd_jax.forward.primitives import ints
 
 Positions = Sequence[frozenset[int]] | None  # of every operand, the axes that carry the positions
 
@@ -166,7 +167,7 @@ def _(positions: Positions, operand: Any, indices: ArrayLike, **params):
 
 @_view("transpose")
 def _(value: Kappa, *, permutation):
-    return value.transposed(permutation)
+    return value.transposed(ints(permutation))
 
 
 @_view("convert_element_type")
@@ -259,12 +260,12 @@ def _(value: Kappa, *, axis, **_):
         _cut(value, axis, lambda a, i, k=k: lax.slice_in_dim(a, k, k + 1, axis=i))
         for k in range(value.shape[axis])
     ]
-    return [_squeezed(part, [axis]) for part in parts]
+    return [_squeezed(part, (axis,)) for part in parts]
 
 
 @_view("squeeze")
 def _(value: Kappa, *, dimensions):
-    return _squeezed(value, dimensions)
+    return _squeezed(value, ints(dimensions))
 
 
 def _squeezed(value: Kappa, dimensions: Sequence[int]) -> Kappa | Array:
@@ -279,7 +280,7 @@ def _squeezed(value: Kappa, dimensions: Sequence[int]) -> Kappa | Array:
 
 @_view("rev")
 def _(value: Kappa, *, dimensions):
-    for axis in dimensions:
+    for axis in ints(dimensions):
         value = _cut(value, axis, lambda a, i: jnp.flip(a, i))
     return value
 

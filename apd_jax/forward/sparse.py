@@ -39,7 +39,8 @@ from apd_jax.forward.kappa import kappa
 log = logging.getLogger(__name__)
 
 _MOVING = 40  # multiplications that moving an entry to its component and back costs (CPU)
-_TINY_LEAF = 4096  # entries up to which forming all weights beats factored products (TMS, CPU)
+_TINY_LEAF = 4096  # entries up to which forming all weights beats factored products (TMS, CPU),
+_LARGER = 3  # if they are no more than so many times those of the factors (40x10, 64x64, CPU)
 
 
 @jax.tree_util.register_dataclass
@@ -131,7 +132,30 @@ def run(
         return _materialized(apply_fn, params, components, weights, x)
     plans = _plans(weights, slots) if chosen == "dispatch" else {}
     flavor = "dense" if chosen == "materialize" else "cheaper" if route == "auto" else "kept"
+    try:
+        return _factored(apply_fn, params, factors, leaves, weights, plans, flavor, x)
+    except InputError:
+        raise
+    except Exception as error:
+        if route != "auto" or per_position:
+            raise
+        log.warning(
+            "the factored sparse pass cannot run this function (%s); forming the weights instead.",
+            _first_line(error),
+        )
+        return _materialized(apply_fn, params, components, weights, x)
 
+
+def _factored(
+    apply_fn: Callable,
+    params: PyTree,
+    factors: Mapping[str, Factors],
+    leaves: Mapping[str, Array],
+    weights: Weights,
+    plans: Mapping[str, Plan],
+    flavor: str,
+    x: PyTree,
+) -> Any:
     def one(weights_b: dict[str, tuple[Any, Any]], x_b: PyTree) -> Any:
         values = {
             name: kappa(
@@ -148,18 +172,7 @@ def run(
         }
         return _first(_interpreted(apply_fn, params, values, _batch_of_one(x_b)))
 
-    try:
-        return jax.vmap(one)(_pairs(weights), x)
-    except InputError:
-        raise
-    except Exception as error:
-        if route != "auto" or per_position:
-            raise
-        log.warning(
-            "the factored sparse pass cannot run this function (%s); forming the weights instead.",
-            _first_line(error),
-        )
-        return _materialized(apply_fn, params, components, weights, x)
+    return jax.vmap(one)(_pairs(weights), x)
 
 
 def substituted(
@@ -314,7 +327,7 @@ def _choose(
     dispatchable = bool(slots) and dtypes == {jnp.dtype(bool)}
     chosen = route
     if route == "auto":
-        tiny = all(leaves[name].size <= _TINY_LEAF and leaves[name].ndim <= 2 for name in factors)
+        tiny = all(_is_tiny(f, leaves[name]) for name, f in factors.items())
         rank = max(f.rank for f in factors.values())
         rows = max(_num_rows(own) for own in weights.values())
         B = next(iter(weights.values())).pieces.shape[0]
@@ -331,6 +344,11 @@ def _choose(
             "choose auto, materialize, masked, or dispatch (which needs a bool mask and slots)."
         )
     return chosen
+
+
+def _is_tiny(f: Factors, leaf: Array) -> bool:
+    """Whether κ itself is cheap: small, and not much larger than the factors that make it."""
+    return leaf.ndim <= 2 and leaf.size <= min(_TINY_LEAF, _LARGER * f.rank * sum(leaf.shape))
 
 
 def _plans(weights: Weights, slots: int | None) -> dict[str, Plan]:

@@ -14,6 +14,7 @@ import numpy as np
 from jax.extend.core import JaxprEqn, Literal
 
 from apd_jax.components.layout import Layout, regroup
+from apd_jax.forward.primitives import ints
 
 SIDES = {"b": "batch", "i": "ins", "o": "outs"}
 
@@ -138,24 +139,24 @@ def _dynamic_slice(eqn: JaxprEqn, view: View, p: Mapping[str, Any]) -> View | No
 def _split(eqn: JaxprEqn, view: View, p: Mapping[str, Any]) -> list[View]:
     stops = np.cumsum(p["sizes"]).tolist()
     starts = [0, *stops[:-1]]
-    return [view.cut(p["axis"], slice(a, b)) for a, b in zip(starts, stops, strict=True)]
+    return [view.cut(int(p["axis"]), slice(a, b)) for a, b in zip(starts, stops, strict=True)]
 
 
 def _unstack(eqn: JaxprEqn, view: View, p: Mapping[str, Any]) -> list[View]:
-    axis = p["axis"]
+    axis = int(p["axis"])
     parts = [view.cut(axis, slice(k, k + 1)) for k in range(view.shape[axis])]
     return [part.without([axis]) for part in parts]
 
 
 def _rev(eqn: JaxprEqn, view: View, p: Mapping[str, Any]) -> View:
-    for axis in p["dimensions"]:
+    for axis in ints(p["dimensions"]):
         view = view.cut(axis, slice(None, None, -1))
     return view
 
 
 def _broadcast(eqn: JaxprEqn, view: View, p: Mapping[str, Any]) -> View | None:
     """Where it only adds axes of size 1."""
-    places, sizes = p["broadcast_dimensions"], p["shape"]
+    places, sizes = ints(p["broadcast_dimensions"]), p["shape"]
     new = [i for i in range(len(sizes)) if i not in places]
     if any(sizes[i] != 1 for i in new) or [sizes[i] for i in places] != list(view.shape):
         return None
@@ -209,7 +210,7 @@ _VIEWS: dict[str, Callable[..., Any]] = {
     ),
     "sharding_constraint": _same,
     "transpose": _transpose,
-    "squeeze": lambda eqn, view, p: view.without(p["dimensions"]),
+    "squeeze": lambda eqn, view, p: view.without(ints(p["dimensions"])),
     "slice": _slice,
     "dynamic_slice": _dynamic_slice,
     "split": _split,

@@ -47,7 +47,7 @@ def make(method: Any, gate_learning_rate: Any = None) -> optax.GradientTransform
 
 def _clipped(most: float) -> Any:
     def clip(updates: Trained, _: Any) -> Trained:
-        norm = optax.global_norm(updates.components)
+        norm = optax.tree.norm(updates.components)
         factor = jnp.minimum(1.0, most / (norm + 1e-6))
         components = jax.tree.map(lambda g: g * factor, updates.components)
         return dataclasses.replace(updates, components=components)

@@ -139,7 +139,7 @@ def _shortest(
 
 
 def _packed(u: Array, s: Array, vt: Array) -> dict[str, Any]:
-    """ranks [C], and the factors of all components one after the other: every U_c [a, r_c], every V_c [r_c, b]."""
+    """ranks [C], and the factors of all components in turn: every U_c [a, r_c], V_c [r_c, b]."""
     U, V, ranks = np.asarray(u * s[:, None, :]), np.asarray(vt), np.asarray(jnp.sum(s > 0, axis=1))
     return {
         "ranks": ranks.tolist(),

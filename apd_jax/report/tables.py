@@ -24,6 +24,8 @@ _RESULTS = {
     "faithfulness": ("faithfulness loss", "0"),
     "relative_parameter_error": ("|target - sum|² / |target|²", "0"),
     "minimality_topk": ("distance to the target, mask of training", "0"),
+    "minimality_gates": ("distance to the target, gates of training as they are", "0"),
+    "minimality_stochastic": ("distance to the target, the others times U(0, 1)", "0"),
     "minimality_top1": ("distance to the target, top-1", "0"),
     "minimality_all": ("distance to the target, all components", "0"),
     "minimality_none": ("distance to the target, no component", "large"),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+import jax
+
 if TYPE_CHECKING:
     from apd_jax.decomposition import Decomposition
 
@@ -24,55 +26,72 @@ def render(
     evidence: Mapping[str, Any] | None,
     version: str,
 ) -> str:
-    """Markdown under a YAML front matter: what it is, how it is loaded, its numbers, and its evidence if there is some.
+    """Markdown under a YAML front matter.
+
+    What it is, how it is loaded, its numbers, and its evidence if there is some.
 
     Args:
-      metrics: {name: value}; what is not a number is left out. Without any, the last logged losses stand there.
+      metrics: {name: value}; what is not a number is left out. Without any, the last logged losses
+        stand there.
       evidence: what evidence.json holds.
     """
-    components, config = decomposition.components, decomposition.config
-    leaves = [
-        (f"`{leaf}`", "×".join(map(str, f.shape)), str(f.U.shape[-1])) for leaf, f in components.factors.items()
-    ]  # fmt: skip
-    trained = f" for {decomposition.history[-1]['step']:,} steps" if decomposition.history else ""
-    last = {
-        key: value
-        for key, value in (decomposition.history[-1] if decomposition.history else {}).items()
-        if key != "seconds_per_step"
-    }
-    numbers = {
-        key: value for key, value in (metrics or last).items() if isinstance(value, int | float)
-    }
+    history = decomposition.history
+    last = {k: v for k, v in (history[-1] if history else {}).items() if k != "seconds_per_step"}
+    numbers = {k: v for k, v in (metrics or last).items() if isinstance(v, int | float)}
     parts = [
-        "---\nlibrary_name: apd_jax\ntags:\n- parameter-decomposition\n- interpretability\n- jax\n---",
+        "---\nlibrary_name: apd_jax\ntags:\n- parameter-decomposition\n- interpretability\n"
+        "- jax\n---",
         f"# {_cell(name) or 'Decomposition'}",
-        f"A network's parameters as {components.num_components} components that sum to them, of which few are needed on any input: "
-        f"a parameter decomposition by `apd_jax` {version}, trained{trained} with seed {config.seed} and k = {config.topk:g}. "
-        "`params.safetensors` holds the network's weights, `components.safetensors` the components' factors, "
-        "`decomposition.json` the settings and the losses.",
+        _about(decomposition, version),
         "## Load it",
         f"```python\n{_LOAD}```",
-        "The function of the network is code and is not stored here; neither the data nor the code that trained it is needed.",
+        "The function of the network is code and is not stored here; neither the data nor the code "
+        "that trained it is needed.",
         "## What is decomposed",
-        _table(("leaf", "shape", "rank of the factors"), leaves),
+        _table(
+            ("leaf", "shape", "rank of the factors", "pieces"),
+            [
+                (f"`{leaf}`", "×".join(map(str, f.shape)), str(f.rank), str(f.num_pieces))
+                for leaf, f in decomposition.components.factors.items()
+            ],
+        ),
     ]
     if numbers:
+        rows = [(key, f"{value:.6g}") for key, value in numbers.items()]
         what = "Metrics" if metrics else "Last logged losses"
-        parts += [
-            f"## {what}",
-            _table(("name", "value"), [(key, f"{value:.6g}") for key, value in numbers.items()]),
-        ]
-    for i, one in enumerate([] if evidence is None else evidence.get("instances", [evidence])):
-        title = "## Evidence" + (
-            f", instance {i}" if evidence is not None and "instances" in evidence else ""
-        )
-        marks = {True: "passed", False: "**failed**", None: "–"}
+        parts += [f"## {what}", _table(("name", "value"), rows)]
+    return "\n\n".join(parts + _evidence(evidence)) + "\n"
+
+
+def _about(decomposition: Decomposition, version: str) -> str:
+    method, history = decomposition.method, decomposition.history
+    trained = f" for {history[-1]['step']:,} steps" if history else ""
+    k = "" if method.k is None else f" and k = {method.k:g}"
+    gate = ", `gate.safetensors` its gate" if jax.tree.leaves(decomposition.gate) else ""
+    count = decomposition.components.num_components
+    return (
+        f"A network's parameters as {count} components that sum to them, of which few are needed "
+        f"on any input: a parameter decomposition by `apd_jax` {version}, method "
+        f"`{method.name}`, trained{trained} with seed {method.seed}{k}. "
+        "`params.safetensors` holds the network's weights, `components.safetensors` the "
+        f"components' factors{gate}, `decomposition.json` the settings and the losses."
+    )
+
+
+def _evidence(evidence: Mapping[str, Any] | None) -> list[str]:
+    """What the checks say; of several instances one after the other."""
+    if evidence is None:
+        return []
+    several, parts = "instances" in evidence, []
+    marks = {True: "passed", False: "**failed**", None: "–"}
+    for i, one in enumerate(evidence["instances"] if several else [evidence]):
         rows = [
             (str(c["number"]), c["title"], marks[c["passed"]], c["bar"], c["text"] or c["why"])
             for c in one["checks"]
         ]
+        title = "## Evidence" + (f", instance {i}" if several else "")
         parts += [title, one["verdict"], _table(("", "check", "", "bar", ""), rows)]
-    return "\n\n".join(parts) + "\n"
+    return parts
 
 
 def _table(head: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

@@ -24,8 +24,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 from jaxtyping import PyTree
 from ml_collections import ConfigDict
@@ -37,7 +35,8 @@ from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.network.problem import Problem
-from apd_jax.storage import card
+from apd_jax.storage import card, trees
+from apd_jax.storage.arrays import decode, encode, sentence, taken
 from apd_jax.train import parallel
 
 FORMAT = 2  # raised with every change after which older versions would misread a folder
@@ -45,19 +44,6 @@ FORMAT = 2  # raised with every change after which older versions would misread 
 _PARAMS, _COMPONENTS, _GATE = "params.safetensors", "components.safetensors", "gate.safetensors"
 _ABOUT, _CARD = "decomposition.json", "README.md"
 _OLD_THRESHOLDS = "log_thresholds"  # of format 1, among the components
-_DTYPES = {
-    "BOOL": "bool",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F32": "float32",
-    "F64": "float64",
-    "C64": "complex64",
-}
-_DTYPES |= {
-    f"{letter}{bits}": f"{name}{bits}"
-    for letter, name in (("I", "int"), ("U", "uint"))
-    for bits in (8, 16, 32, 64)
-}
 # What of a site goes into the file of arrays, and what into decomposition.json.
 _FIELDS = dataclasses.fields(Factors)
 _ARRAYS = [field.name for field in _FIELDS if not field.metadata.get("static")]
@@ -81,7 +67,7 @@ def save(
       InputError: params hold something else than numbers, or two leaves of the same dotted path.
     """
     params, components = decomposition.problem.params, decomposition.components
-    names = _names(params, "params")
+    names = trees.names(params, "params")
     about = {
         "format": FORMAT,
         "apd_jax": _version(),
@@ -91,9 +77,7 @@ def save(
             for name, f in components.factors.items()
         },
         "select": decomposition.problem.select,
-        "containers": _containers(
-            jax.tree_util.tree_map_with_path(lambda p, _: path_name(p), params)
-        ),
+        "containers": trees.containers(params),
         "config": decomposition.method.to_dict(),
         "history": list(decomposition.history),
         "recipe": None if decomposition.recipe is None else decomposition.recipe.to_dict(),
@@ -105,12 +89,13 @@ def save(
     }
     text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
     contents = {
-        _PARAMS: _encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
-        _COMPONENTS: _encode(factors),
+        _PARAMS: encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
+        _COMPONENTS: encode(factors),
         _CARD: text.encode(),
     }
     if gate := jax.tree.leaves(decomposition.gate):
-        contents[_GATE] = _encode(dict(zip(_names(decomposition.gate, "gate"), gate, strict=True)))
+        gate_names = trees.names(decomposition.gate, "the gate")
+        contents[_GATE] = encode(dict(zip(gate_names, gate, strict=True)))
     parallel.from_primary(lambda: _write(epath.Path(path), contents, about))
 
 
@@ -123,6 +108,7 @@ def load(
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,
     valid_fn: Callable | None = None,
+    elsewhere: Callable | Iterable | None = None,
 ) -> decomposition_lib.Decomposition:
     """The decomposition that `save` wrote, bit for bit.
 
@@ -132,23 +118,23 @@ def load(
       params: a pytree with the structure and shapes of the network's params (arrays, or the shapes
         that `jax.eval_shape` gives), for an NNX state, a NamedTuple or another class. None: nested
         dicts, lists and tuples, as they were. The values are always those of the file.
-      sample_fn: not needed to use the components, only to train more.
+      sample_fn, elsewhere: not needed to use the components, only to train more.
     Raises:
       InputError: one sentence naming file and leaf: no such folder, a save that was cut short, a
         damaged file, another network's params, or a folder of a newer version.
     """
     folder = epath.Path(path)
     about = _read_about(folder)
-    saved, factors = _decode(folder / _PARAMS), _decode(folder / _COMPONENTS)
+    saved, factors = decode(folder / _PARAMS), decode(folder / _COMPONENTS)
     if params is None:
-        params = _refilled(about["containers"], saved, folder)
+        params = trees.refilled(about["containers"], saved, folder / _PARAMS)
     else:
-        params = _like(params, saved, folder)
+        params = trees.like(params, saved, folder)
     components = _components(params, about, factors, folder)
     uses = {name: f.uses for name, f in components.factors.items() if f.uses != 1}
     problem = Problem(
         *(apply_fn, params, sample_fn, attribution_fn, num_active_fn),
-        *(about["select"], uses, valid_fn),
+        *(about["select"], uses, valid_fn, elsewhere),
     )
     method = _method(about, folder)
     recipe = None if about["recipe"] is None else ConfigDict(about["recipe"]).lock()
@@ -168,10 +154,10 @@ def _components(
         if name not in about["leaves"]:
             return None
         told = about["leaves"][name]
-        static = {field: _typed(hints[field], value) for field, value in told.items()}
+        static = {field: _typed(hints[field], told[field]) for field in told if field != "ids"}
         static["ids"] = _ids(told.get("ids"))
         arrays = {
-            field: jnp.asarray(_taken(factors, f"{name}.{field}", folder / _COMPONENTS))
+            field: jnp.asarray(taken(factors, f"{name}.{field}", folder / _COMPONENTS))
             for field in _ARRAYS
         }
         return Factors(**arrays, **static)
@@ -213,25 +199,14 @@ def _gate(
     """The arrays of the gate, in the structure that the method gives them."""
     if _OLD_THRESHOLDS in factors:
         return {"log_thresholds": jnp.asarray(factors[_OLD_THRESHOLDS])}
-    like = jax.eval_shape(lambda: method.make_gate(jax.random.key(0), problem, components))
+
+    def make(components: Components) -> PyTree:
+        return method.make_gate(jax.random.key(0), problem, components)
+
+    like = jax.eval_shape(make if method.num_instances == 1 else jax.vmap(make), components)
     if not jax.tree.leaves(like):
         return like
-    return _like(like, _decode(folder / _GATE), folder, "the gate")
-
-
-def _names(tree: PyTree, what: str) -> list[str]:
-    """Dotted paths of the leaves.
-
-    Raises:
-      InputError: two are the same.
-    """
-    names = [path_name(p) for p, _ in jax.tree_util.tree_flatten_with_path(tree)[0]]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise InputError(
-            f"{what} have two leaves of the dotted path {min(twice)!r}; rename a key that holds a "
-            "dot."
-        )
-    return names
+    return trees.like(like, decode(folder / _GATE), folder, "the gate's arrays")
 
 
 def _version() -> str:
@@ -249,7 +224,8 @@ def _write(folder: epath.Path, contents: Mapping[str, bytes], about: Mapping[str
     text = json.dumps(about, indent=1, default=_plain)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / _ABOUT).unlink(missing_ok=True)
+        for stale in (_ABOUT, _GATE):
+            (folder / stale).unlink(missing_ok=True)
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         unfinished = folder / f".{_ABOUT}.unfinished"
@@ -267,134 +243,36 @@ def _read_about(folder: epath.Path) -> dict[str, Any]:
         raise InputError(f"{folder} does not exist; give the folder of a saved decomposition.")
     if not file.exists():
         raise InputError(
-            f"{folder} holds no {_ABOUT}: it is not a saved decomposition, or its saving was cut short; save it again."
+            f"{folder} holds no {_ABOUT}: it is not a saved decomposition, or its saving was cut "
+            "short; save it again."
         )
     try:
         about = json.loads(file.read_text())
         written, version = about["format"], about["apd_jax"]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(
-            f"{file} is damaged ({_sentence(error)}); save the decomposition again."
+            f"{file} is damaged ({sentence(error)}); save the decomposition again."
         ) from error
     if written > FORMAT:
         raise InputError(
-            f"{folder} was written in format {written} by apd_jax {version}; this one reads up to {FORMAT}, so update it."
+            f"{folder} was written in format {written} by apd_jax {version}; this one reads up to "
+            f"{FORMAT}, so update it."
         )
     return about
 
 
-def _encode(arrays: Mapping[str, Any]) -> bytes:
-    converted = {}
-    for name, leaf in arrays.items():
-        dtype = str(leaf.dtype)
-        if dtype not in _DTYPES.values():
-            raise InputError(
-                f"params leaf {name!r} has dtype {dtype}, which a file cannot hold; leave it out of params."
-            )
-        converted[name] = np.asarray(
-            leaf, order="C"
-        )  # safetensors writes memory as it lies, whatever the strides
-    return safetensors.numpy.save(converted)
-
-
-def _decode(file: epath.Path) -> dict[str, np.ndarray]:
-    """The arrays of a file. safetensors' own function for it does not know bfloat16."""
-    try:
-        tensors = safetensors.deserialize(file.read_bytes())
-        return {
-            name: np.frombuffer(t["data"], np.dtype(_DTYPES[t["dtype"]])).reshape(t["shape"])
-            for name, t in tensors
-        }
-    except FileNotFoundError:
-        raise InputError(f"{file} is missing; save the decomposition again.") from None
-    except (
-        Exception
-    ) as error:  # whatever is wrong in header, offsets or dtypes: for the user all are one
-        raise InputError(
-            f"{file} cannot be read ({_sentence(error)}); save the decomposition again."
-        ) from error
-
-
-def _taken(arrays: Mapping[str, np.ndarray], name: str, file: epath.Path) -> np.ndarray:
-    if name not in arrays:
-        raise InputError(f"{file} lacks {name!r}; it holds {', '.join(sorted(arrays))}.")
-    return arrays[name]
-
-
-def _sentence(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-# Pytrees
-
-
-def _containers(named: PyTree) -> Any:
-    """Nested dicts, lists and tuples as JSON: [kind, children], a leaf its name; another container is [its class's name, None]."""
-    if named is None or isinstance(named, str):
-        return named
-    if isinstance(named, Mapping) and all(isinstance(key, str) for key in named):
-        return ["dict", {key: _containers(child) for key, child in named.items()}]
-    kind = type(named).__name__
-    return [kind, [_containers(child) for child in named] if type(named) in (list, tuple) else None]
-
-
-def _refilled(containers: Any, arrays: Mapping[str, np.ndarray], folder: epath.Path) -> PyTree:
-    """The pytree that `_containers` described, with the arrays for leaves.
-
-    Raises:
-      InputError: it has a container of another kind.
-    """
-    if containers is None:
-        return None
-    if isinstance(containers, str):
-        return jnp.asarray(_taken(arrays, containers, folder / _PARAMS))
-    kind, children = containers
-    if children is None:
-        raise InputError(
-            f"{folder}: the params were held in a {kind}, which the file cannot make; give params, a pytree like them."
-        )
-    if kind == "dict":
-        return {key: _refilled(child, arrays, folder) for key, child in children.items()}
-    return {"list": list, "tuple": tuple}[kind](
-        _refilled(child, arrays, folder) for child in children
-    )
-
-
-def _like(
-    params: PyTree,
-    arrays: Mapping[str, np.ndarray],
-    folder: epath.Path,
-    what: str = "params",
-) -> PyTree:
-    """The arrays in the structure of params.
-
-    Raises:
-      InputError: another leaf, or another shape of one.
-    """
-    flat, structure = jax.tree_util.tree_flatten_with_path(params)
-    given = {path_name(p): tuple(leaf.shape) for p, leaf in flat}
-    if other := sorted(set(given) ^ set(arrays)):
-        where = "params" if other[0] in given else folder
-        raise InputError(
-            f"params do not belong to {folder}: only {where} has a leaf {other[0]!r}; give that network's params."
-        )
-    if bad := [name for name, shape in given.items() if shape != arrays[name].shape]:
-        name = bad[0]
-        raise InputError(
-            f"params do not belong to {folder}: {name!r} has shape {given[name]} here and {arrays[name].shape} there."
-        )
-    return jax.tree.unflatten(structure, [jnp.asarray(arrays[name]) for name in given])
-
-
 def _plain(value: Any) -> Any:
-    """What json does not know: dataclasses and other mappings as dicts, other sequences as lists."""
+    """What json does not know: dataclasses, other mappings as dicts, other sequences as lists."""
     if dataclasses.is_dataclass(value):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     return dict(value) if isinstance(value, Mapping) else list(value)
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """A static field again from its JSON: lists are tuples there, and objects the dataclass that the annotation names."""
+    """A static field again from its JSON.
+
+    Lists are tuples there, and objects the dataclass that the annotation names.
+    """
     if isinstance(value, list):
         return tuple(_typed(None, item) for item in value)
     if isinstance(value, dict):

@@ -1,7 +1,10 @@
-"""Command line: many settings of one decomposition, trained side by side.
+r"""Command line: many settings of one decomposition, trained side by side.
 
-python -m apd_jax.sweep --config=configs/tms.py:5-2 --workdir=runs/sweep --sweep='seed=0:20;topk=0.15,0.211,0.3;learning_rate=1e-2,3e-2'
-python -m apd_jax.sweep ... --sweep='seed=0:5;simplicity_coeff=log(0.1,10,9)' --halve=2      gives up the worse half, three times
+python -m apd_jax.sweep --config=configs/tms.py:5-2 --workdir=runs/sweep \
+    --sweep='seed=0:20;topk=0.15,0.211,0.3;learning_rate=1e-2,3e-2'
+
+Gives up the worse half, three times:
+python -m apd_jax.sweep ... --sweep='seed=0:5;simplicity_coeff=log(0.1,10,9)' --halve=2
 """
 
 from __future__ import annotations

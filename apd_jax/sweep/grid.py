@@ -130,8 +130,9 @@ def _number(field: str, text: str, *, whole: bool = False) -> Any:
     except ValueError:
         number = math.nan
     if not math.isfinite(number) or (whole and number < 0):
+        kind = "whole number of at least 0" if whole else "number"
         raise InputError(
-            f"{field} in --sweep has {text.strip()!r} where a {'whole number of at least 0' if whole else 'number'} is needed; "
+            f"{field} in --sweep has {text.strip()!r} where a {kind} is needed; "
             "write a,b,c, or log(first,last,count), or for the seed first:stop."
         )
     return number

@@ -65,7 +65,8 @@ def rungs(num_settings: int, num_steps: int, halve: int) -> list[Rung]:
         return [Rung(num_steps, num_settings)]
     if halve < 2:
         raise InputError(
-            f"--halve must be at least 2 (the best half goes on), or 0 to train all settings to the end; got {halve}."
+            "--halve must be at least 2 (the best half goes on), or 0 to train all settings to the "
+            f"end; got {halve}."
         )
     J = next(
         j
@@ -79,7 +80,10 @@ def rungs(num_settings: int, num_steps: int, halve: int) -> list[Rung]:
 
 
 def best(values: Float[np.ndarray, "settings seeds"], count: int) -> Int[np.ndarray, " count"]:
-    """The settings with the lowest mean over seeds, in their order. A run without a finite value counts as the worst one seen."""
+    """The settings with the lowest mean over seeds, in their order.
+
+    A run without a finite value counts as the worst one seen.
+    """
     finite = values[np.isfinite(values)]
     mean = np.where(np.isfinite(values), values, finite.max() if finite.size else 0.0).mean(axis=1)
     return np.sort(np.argsort(mean, kind="stable")[:count]).astype(np.int32)

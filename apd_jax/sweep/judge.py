@@ -1,4 +1,6 @@
-"""How good each of many runs is: by criteria that need no truth, and against the truth where it is known.
+"""How good each of many runs is.
+
+By criteria that need no truth, and against the truth where it is known.
 
 Shapes: R runs, C components, F features, d the length of a feature's vector. Components have a
 leading R. Every criterion is best small.

@@ -1,4 +1,6 @@
-"""What a sweep found, by setting: success rates, how well the criteria pick; as JSON, table and figures.
+"""What a sweep found, by setting; as JSON, table and figures.
+
+Success rates, and how well the criteria pick.
 
 Shapes: S settings, n seeds of each, m runs to choose among.
 """
@@ -46,7 +48,11 @@ class Results:
         return np.array([run.step == self.num_steps for run in self.runs[:: len(self.grid.seeds)]])
 
     def settings(self) -> list[dict[str, Any]]:
-        """A row per setting: its values, how far it got, counts, the mean criteria of its finite runs, and the seed the criterion picks."""
+        """A row per setting.
+
+        Its values, how far it got, counts, the mean criteria of its finite runs, and the seed that
+        the criterion picks.
+        """
         rows, n = [], len(self.grid.seeds)
         for s, setting in enumerate(self.grid.settings):
             runs = self.runs[s * n : (s + 1) * n]
@@ -71,7 +77,10 @@ class Results:
         return rows
 
     def best(self) -> Run | None:
-        """The run that the criterion picks of all that were trained to the end; None if none is finite."""
+        """The run that the criterion picks of all that were trained to the end.
+
+        None if none is finite.
+        """
         finite = [
             run
             for run in self.runs
@@ -124,7 +133,11 @@ class Results:
         return table
 
     def figures(self) -> dict[str, Any]:
-        """{file name: Figure}: maps over every pair of swept fields, and, where the truth is known, how well the criteria pick."""
+        """{file name: Figure}.
+
+        Maps over every pair of swept fields, and, where the truth is known, how well the criteria
+        pick.
+        """
         panels = {f"sweep_{'_'.join(fields)}": self._map(*fields) for fields in self._pairs()}
         figures = {name: sweeps.panel(panel) for name, panel in panels.items()}
         if self.has_truth:
@@ -148,7 +161,10 @@ class Results:
         )
 
     def _map(self, *fields: str) -> Panel:
-        """Mean over all other axes and seeds at every pair of values (or over one axis); NaN where all settings were given up."""
+        """Mean over all other axes and seeds at every pair of values, or along one axis.
+
+        NaN where all settings were given up.
+        """
         rows = self.settings()
         row_field, column_field = (fields[0], fields[1]) if len(fields) == 2 else (None, fields[0])
         row_values = self.grid.axes[row_field] if row_field else (None,)
@@ -193,7 +209,10 @@ class Results:
         )
 
     def picked(self) -> dict[str, Float[np.ndarray, "S m"]]:
-        """{criterion, "chance", "best possible": success rate of the run chosen among m = 1 ... n seeds}, for every complete setting."""
+        """How often the run chosen among m = 1 ... n seeds succeeds, of every complete setting.
+
+        By criterion, by "chance", and as the "best possible".
+        """
         success = self.of("success")[self.complete]
         found = {
             name: np.array(
@@ -214,8 +233,9 @@ class Results:
         ]
         return Panel(
             title="Success of the seed chosen by each criterion",
-            caption="Every row is a setting. Chance is its success rate; the other columns are 1 where the seed chosen among all succeeds "
-            "(with ties, their mean). Good: a criterion's column is as bright as the best possible.",
+            caption="Every row is a setting. Chance is its success rate; the other columns are 1 "
+            "where the seed chosen among all succeeds (with ties, their mean). Good: a criterion's "
+            "column is as bright as the best possible.",
             xlabel="chosen by",
             ylabel=", ".join(self.grid.axes) or "setting",
             matrix=np.stack(list(picked.values()), axis=1),
@@ -233,7 +253,8 @@ def chosen(
 ) -> Float[np.ndarray, " m"]:
     r"""Success rate of the run with the lowest criterion among m of n drawn at random, m = 1 ... n.
 
-    Σ_i C(n - i, m - 1) / C(n, m) · success of the i-th best, i = 1 ... n; equal runs share their mean success.
+    Σ_i C(n - i, m - 1) / C(n, m) · success of the i-th best, i = 1 ... n. Equal runs share their
+    mean success.
     """
     n = len(criterion)
     order = np.argsort(criterion, kind="stable")

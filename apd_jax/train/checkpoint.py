@@ -1,12 +1,13 @@
 """Orbax checkpoints of a TrainState: asynchronous, atomic, a few kept, and a torn one skipped.
 
-What is on disk is the whole state as plain arrays, so a run goes on with any number of devices and component shards. A state of
-which every device has a copy is written and read by one process alone; one that is split over devices by all of them together,
-each with its own part.
+What is on disk is the whole state as plain arrays, so a run goes on with any number of devices and
+component shards. A state of which every device has a copy is written and read by one process alone.
+One that is split over devices is written and read by all of them together, each with its own part.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import sys
@@ -29,7 +30,10 @@ log.setLevel(logging.WARNING)  # whatever level the root logger is set to
 def open_manager(
     folder: epath.PathLike, keep: int = 2, *, together: bool = False
 ) -> ocp.CheckpointManager:
-    """The checkpoints of one run; `keep` newest ones are kept. `together`: all processes have opened it and use it alike."""
+    """The checkpoints of one run; the `keep` newest ones are kept.
+
+    together: all processes have opened it and use it alike.
+    """
     folder = epath.Path(folder).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     return _manager(
@@ -42,20 +46,24 @@ def open_manager(
 
 
 def _manager(folder: epath.Path, together: bool, **options: Any) -> ocp.CheckpointManager:
-    """One that this process uses alone, whether or not there are others, or that all of them use."""
+    """One that this process uses alone, whether or not there are others, or that all use."""
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
     who = ocp.options.MultiprocessingOptions() if together else alone
+    # With a handler: else orbax guesses the layout from the newest step, which may be torn.
     return ocp.CheckpointManager(
         folder,
         options=ocp.CheckpointManagerOptions(create=False, multiprocessing_options=who, **options),
-        item_handlers=ocp.StandardCheckpointHandler(),  # else orbax guesses the layout from the newest step, which may be torn
+        item_handlers=ocp.StandardCheckpointHandler(),
     )
 
 
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
-    """Starts writing `state`; returns before it is on disk. `manager.wait_until_finished()` waits."""
+    """Starts writing `state`; returns before it is on disk.
+
+    `manager.wait_until_finished()` waits.
+    """
     if step not in manager.all_steps():
         manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -65,10 +73,12 @@ def restore_latest(
 ) -> tuple[int, PyTree] | None:
     """The newest checkpoint that can be read, as (step, state); None where there is none at all.
 
-    A torn one is skipped, with a warning, and deleted once an older one was read, so that training can write its step anew.
+    A torn one is skipped, with a warning, and deleted once an older one was read, so that training
+    can write its step anew.
 
     Args:
-      like: a state of the same structure, shapes and dtypes (abstract or not); what is read is placed as it is.
+      like: a state of the same structure, shapes and dtypes (abstract or not); what is read is
+        placed as it is.
       together: as the manager was opened; a checkpoint counts if every process could read its part.
     Raises:
       InputError: there are checkpoints, but none can be read.
@@ -83,7 +93,9 @@ def restore_latest(
 def read(
     folder: epath.PathLike, like: PyTree = None, *, until: int | None = None
 ) -> tuple[dict[int, int], int, Any]:
-    """What a checkpoint folder holds: {step: bytes on disk}, the newest readable step, its state. Changes nothing: a run may be writing.
+    """What a checkpoint folder holds: {step: bytes on disk}, the newest readable step, its state.
+
+    Changes nothing: a run may be writing.
 
     Args:
       like: as in `restore_latest`; None gives nested dicts of arrays, without knowing the network.
@@ -104,7 +116,11 @@ def read(
 
 
 def _abstract(like: PyTree) -> PyTree:
-    """Shapes, dtypes and places; what has no place of its own goes to this process's first device, wherever it was when it was saved."""
+    """Shapes, dtypes and places.
+
+    What has no place of its own goes to this process's first device, wherever it was when it was
+    saved.
+    """
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
     def one(a: Any) -> jax.ShapeDtypeStruct:
@@ -146,18 +162,20 @@ def _newest_readable(
             )
     if steps:
         raise InputError(
-            f"none of the checkpoints {steps} in {manager.directory} can be read; delete that folder to start the decomposition again."
+            f"none of the checkpoints {steps} in {manager.directory} can be read; delete that "
+            "folder to start the decomposition again."
         )
     return None
 
 
 @contextlib.contextmanager
 def _abandoned_reads_unheard() -> Iterator[None]:
-    """When one of orbax's parallel reads fails, the others report to an event loop that is gone, each with a traceback."""
+    """Drops what Python would print of orbax's other reads when one of them fails.
+
+    Each reports to an event loop that is gone by then.
+    """
     hook = sys.unraisablehook
-    sys.unraisablehook = lambda args: (
-        None if "Event loop is closed" in str(args.exc_value) else hook(args)
-    )
+    sys.unraisablehook = lambda args: None if _of_closed_loop(args) else hook(args)
     try:
         yield
     except Exception:
@@ -165,6 +183,15 @@ def _abandoned_reads_unheard() -> Iterator[None]:
         raise
     finally:
         sys.unraisablehook = hook
+
+
+def _of_closed_loop(args: Any) -> bool:
+    """Whether this exception was raised where asyncio refuses work for a loop that is closed."""
+    tb = args.exc_traceback
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    refusing = asyncio.BaseEventLoop._check_closed.__code__
+    return tb is not None and tb.tb_frame.f_code is refusing
 
 
 def _bytes(path: epath.Path) -> int:

@@ -1,7 +1,8 @@
 """What a compiled program sends between devices, read off its own text.
 
-Bytes are those of the arrays that each device gets from a collective operation. What goes over a wire is up to the algorithm: in an
-all-reduce by a ring each of n devices sends 2 (n - 1) / n times as much.
+Bytes are those of the arrays that each device gets from a collective operation. What goes over a
+wire is up to the algorithm: in an all-reduce by a ring each of n devices sends 2 (n - 1) / n times
+as much.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _LISTED = re.compile(r"(?:replica_groups|source_target_pairs)=\{((?:\{[\d,]*\},?)*)\}")
 _IOTA = re.compile(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
 _CALLED = re.compile(
-    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)|(?:branch|called)_computations=\{([^}]*)\}"
+    r"(?:body|condition|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)"
+    r"|(?:branch|called)_computations=\{([^}]*)\}"
 )
 
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """One kind of collective operation in a program."""
+    """One kind of collective operation in a program.
+
+    per_iteration: inside a loop whose number of iterations is decided at run time: what one
+      iteration sends.
+    """
 
     operation: str
     axes: tuple[str, ...]  # of the mesh, along which devices exchange
-    per_iteration: bool  # inside a loop whose number of iterations is decided at run time: what one iteration sends
+    per_iteration: bool
     count: float  # per step, or per iteration
     num_bytes: float  # per device, of all `count` together
 
@@ -44,8 +50,8 @@ def read(text: str, mesh: Mapping[str, int], *, num_steps: int = 1) -> list[Tran
     Args:
       text: of the program, `lowered.compile().as_text()`.
       mesh: {axis: devices along it}, in the order of the mesh; for `jax.pmap` its one axis.
-      num_steps: of the scan in the program. Loops with a known number of iterations count that many times, so the scan's body is
-        counted once per step.
+      num_steps: of the scan in the program. Loops with a known number of iterations count that many
+        times, so the scan's body is counted once per step.
     """
     computations, entry = _computations(text)
     found: Counter = Counter()
@@ -96,7 +102,10 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _num_bytes(shape: str, operation: str, *, started: bool) -> int:
-    """Of the arrays in the type of an instruction's result; the asynchronous ones name their operands first."""
+    """Of the arrays in the type of an instruction's result.
+
+    The asynchronous ones name their operands first.
+    """
     sizes = [
         max(1, (8 if dtype == "pred" else int(re.findall(r"\d+", dtype)[0])) // 8)
         * math.prod(int(n) for n in dims.split(",") if n)

@@ -1,7 +1,8 @@
-"""Running the step on devices: the same per-device program by `jax.pmap` on one device or many, of one process or several.
+"""Running the step on devices: one per-device program by `jax.pmap`, of one process or several.
 
-With several processes (one per machine, or per GPU), every process runs the same Python; process 0 alone reads and writes
-files and prints. What it read reaches the others by `from_primary`, so they need not see its files.
+With several processes (one per machine, or per GPU), every process runs the same Python. Process 0
+alone reads and writes files and prints. What it read reaches the others by `from_primary`, so they
+need not see its files.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ _wait_number = itertools.count()
 
 
 def initialize() -> None:
-    """Joins the processes that were started together, if any were. Call it before anything uses a device.
+    """Joins the processes that were started together, if any were.
 
-    JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are; under srun with several
-    tasks, and where APD_JAX_MULTIHOST=1 (TPU pods), JAX finds these out itself. With none of them set nothing happens.
+    Call it before anything uses a device. JAX_COORDINATOR_ADDRESS (host:port of process 0),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are. Under srun with several tasks, and where
+    APD_JAX_MULTIHOST=1 (TPU pods), JAX finds these out itself. With none of them set nothing
+    happens.
 
     Raises:
       InputError: the first of the three variables is set without the others.
@@ -44,7 +47,8 @@ def initialize() -> None:
             num, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
         except (KeyError, ValueError):
             raise InputError(
-                "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to numbers, or unset it."
+                "JAX_COORDINATOR_ADDRESS is set; set JAX_NUM_PROCESSES and JAX_PROCESS_ID to "
+                "numbers, or unset it."
             ) from None
         where = {
             "num_processes": num,
@@ -56,12 +60,10 @@ def initialize() -> None:
     else:
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    jax.config.update(
-        "jax_enable_preemption_service", False
-    )  # it would take SIGTERM away from `train.fit`, and from everything else
-    jax.distributed.initialize(
-        **where, shutdown_timeout_seconds=60
-    )  # they end together, unless one has failed
+    # The service would take SIGTERM away from `train.loop`, and from everything else.
+    jax.config.update("jax_enable_preemption_service", False)
+    # They end together, unless one has failed.
+    jax.distributed.initialize(**where, shutdown_timeout_seconds=60)
     sys.excepthook = _leave_at_once
 
 
@@ -88,13 +90,16 @@ def global_devices() -> Devices:
     """
     if jax.process_count() > 1 and not jax.distributed.is_initialized():
         raise InputError(
-            f"there are {jax.process_count()} processes that are not joined; start them as launch/README.md says."
+            f"there are {jax.process_count()} processes that are not joined; start them as "
+            "launch/README.md says."
         )
     return jax.devices()
 
 
 def from_primary(fn: Callable[[], Any], like: PyTree = None) -> Any:
-    """What `fn()` returns on process 0, on every process. The others wait for it, however long it takes.
+    """What `fn()` returns on process 0, on every process.
+
+    The others wait for it, however long it takes.
 
     Args:
       fn: called on process 0 only; may use files and local devices.
@@ -122,19 +127,21 @@ def from_primary(fn: Callable[[], Any], like: PyTree = None) -> Any:
 
 
 def largest(value: int) -> int:
-    """The largest value that a process gives. Every process must call it. Cost: one number per process."""
-    return (
-        int(multihost_utils.process_allgather(np.int32(value)).max())
-        if jax.distributed.is_initialized()
-        else value
-    )
+    """The largest value that a process gives. Every process must call it.
+
+    Cost: one number per process.
+    """
+    if not jax.distributed.is_initialized():
+        return value
+    return int(multihost_utils.process_allgather(np.int32(value)).max())
 
 
 def check_batch(batch_size: int, num_devices: int) -> None:
     """Raises InputError if the batch cannot be split evenly."""
     if batch_size % num_devices:
         raise InputError(
-            f"batch_size = {batch_size} is not divisible by the {num_devices} devices; choose a multiple of {num_devices}."
+            f"batch_size = {batch_size} is not divisible by the {num_devices} devices; choose a "
+            f"multiple of {num_devices}."
         )
 
 
@@ -144,9 +151,9 @@ def pmap_steps(step: Callable, num_steps: int, devices: Devices) -> Callable:
     Args:
       step: the per-device step, built with axis_name = `AXIS`.
       devices: of all processes, in the same order on each.
-    Returns: (replicated state, params, key) -> (replicated state, metrics of one device, stacked over steps). The state's
-      buffers are donated. Batches from the host come as one more argument, leaves [num_steps, B, ...], the same in every process.
-      The step's `settings` are passed on.
+    Returns: (replicated state, params, key) -> (replicated state, metrics of one device, stacked
+      over steps). The state's buffers are donated. Batches from the host come as one more argument,
+      leaves [num_steps, B, ...], the same in every process. The step's `settings` are passed on.
     """
     program = pmap_program(step, num_steps, devices)
 
@@ -160,7 +167,10 @@ def pmap_steps(step: Callable, num_steps: int, devices: Devices) -> Callable:
 
 
 def pmap_program(step: Callable, num_steps: int, devices: Devices) -> Any:
-    """The mapped function of `pmap_steps`, (state, params, key, batches, settings), to be called or lowered."""
+    """The mapped function of `pmap_steps`, to be called or lowered.
+
+    (state, params, key, batches, settings) -> (state, metrics)
+    """
     many = step_lib.scan_steps(step, num_steps)
     return jax.pmap(
         lambda state, params, key, batches, settings: many(
@@ -174,7 +184,10 @@ def pmap_program(step: Callable, num_steps: int, devices: Devices) -> Any:
 
 
 def replicate(tree: PyTree, devices: Devices) -> PyTree:
-    """A copy per device along a new leading axis: of those `devices` that are this process's own, as `jax.pmap` takes them."""
+    """A copy per device along a new leading axis, as `jax.pmap` takes them.
+
+    Of those `devices` that are this process's own.
+    """
     local = [device for device in devices if device.process_index == jax.process_index()]
     mesh = jax.sharding.Mesh(local, (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))

@@ -122,9 +122,8 @@ def _first_ranks(components: Components, key: Array) -> Components:
     kept = jnp.asarray(choices)[jax.random.randint(key, (), 0, len(choices))]
 
     def one(f: Factors) -> Factors:
-        return dataclasses.replace(
-            f, V=f.V * (jnp.arange(f.rank) < kept)[:, None].astype(f.V.dtype)
-        )
+        stays = (jnp.arange(f.rank) < kept).reshape(*[1] * (f.V.ndim - 2), -1, 1)
+        return dataclasses.replace(f, V=f.V * stays.astype(f.V.dtype))
 
     return components_lib.map_sites(one, components)
 

@@ -1,11 +1,11 @@
-"""What a running decomposition tells: a progress display, `metrics.jsonl` and TensorBoard scalars."""
+"""What a running decomposition tells: progress, `metrics.jsonl` and TensorBoard scalars."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tensorboardX
@@ -24,7 +24,10 @@ _SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
 
 
 class ProgressDisplay:
-    """A progress bar with rate, time left and the latest values; plain lines now and then where the output is a file."""
+    """A progress bar with rate, time left and the latest values.
+
+    Where the output is a file, plain lines now and then.
+    """
 
     def __init__(self, title: str, total: int, *, console: Console | None = None):
         self._console = console or Console(stderr=True)
@@ -53,22 +56,18 @@ class ProgressDisplay:
     def update(self, step: int, values: Mapping[str, float]) -> None:
         """Shows `step` of the total and a few named values."""
         now = time.monotonic()
-        if (
-            self._first_step is None
-        ):  # the first call carries the compilation: the rate counts from its end
+        if self._first_step is None:  # the rate counts from the end of the first, compiling call
             self._first_step, self._start = step, now
         seconds = now - self._start
         rate = (step - self._first_step) / seconds if seconds > 0 else 0.0
         shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
         speed = f"{rate:.3g} steps/s" if rate else ""
         self._bar.update(self._task, completed=step, rate=speed, values=shown)
-        if not self._console.is_terminal and (
-            now - self._last_line > _SECONDS_BETWEEN_LINES or step >= self._total
-        ):
-            self._last_line = now
-            left = (
-                f", {(self._total - step) / rate:.0f} s left" if rate and step < self._total else ""
-            )
+        due = now - self._last_line > _SECONDS_BETWEEN_LINES or step >= self._total
+        if due and not self._console.is_terminal:
+            self._last_line, left = now, ""
+            if rate and step < self._total:
+                left = f", {(self._total - step) / rate:.0f} s left"
             self._console.print(
                 f"{self._title}: step {step}/{self._total}  {speed}{left}  {shown}",
                 highlight=False,
@@ -77,7 +76,10 @@ class ProgressDisplay:
 
 
 class MetricsLog:
-    """Appends rows to `metrics.jsonl` and TensorBoard. Rows past the step resumed from are dropped: they come again."""
+    """Appends rows to `metrics.jsonl` and TensorBoard.
+
+    Rows past the step resumed from are dropped: they come again.
+    """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
         folder = epath.Path(workdir)
@@ -95,21 +97,21 @@ class MetricsLog:
         else:
             with self._path.open("a") as file:
                 file.write(json.dumps(dict(row)) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                named = (
-                    {f"{name}/{i}": v for i, v in enumerate(value)}
-                    if isinstance(value, list)
-                    else {name: value}
-                )  # by instance
-                for tag, scalar in named.items():
-                    if math.isfinite(
-                        scalar
-                    ):  # TensorBoard has no place for others, and warns of each
-                        self._board.add_scalar(tag, scalar, row["step"])
+        for tag, scalar in _scalars(row):
+            if math.isfinite(scalar):  # TensorBoard has no place for others, and warns of each
+                self._board.add_scalar(tag, scalar, row["step"])
 
     def close(self) -> None:
         self._board.close()
+
+
+def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """The values of a row by name, those of several instances one by one."""
+    for name, value in row.items():
+        if isinstance(value, list):
+            yield from ((f"{name}/{i}", v) for i, v in enumerate(value))
+        elif name != "step":
+            yield name, value
 
 
 _NOT_LOSSES = ("step", "seconds_per_step", "mean_active")

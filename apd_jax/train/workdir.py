@@ -12,16 +12,16 @@ from ml_collections import ConfigDict
 from apd_jax.errors import InputError
 
 Config = Any  # a ConfigDict
-_MAY_CHANGE = (
-    "num_component_shards",
-)  # with the machine that a run goes on, like the number of devices
+# With the machine that a run goes on, like the number of devices.
+_MAY_CHANGE = ("num_component_shards",)
 
 
 def claim(workdir: epath.PathLike, config: Config) -> None:
     """Makes the workdir with its config.json, or checks that it belongs to this very config.
 
     Raises:
-      InputError: it belongs to another config (the differing fields are named), or cannot be written.
+      InputError: it belongs to another config (the differing fields are named), or cannot be
+        written.
     """
     folder = epath.Path(workdir)
     wanted = json.loads(json.dumps(config.to_dict()))
@@ -35,7 +35,8 @@ def claim(workdir: epath.PathLike, config: Config) -> None:
                 for name in changed
             )
             raise InputError(
-                f"workdir {folder} belongs to another config: {differences}. Use another workdir, or the config that it was started with."
+                f"workdir {folder} belongs to another config: {differences}. Use another workdir, "
+                "or the config that it was started with."
             )
         return
     try:
@@ -72,9 +73,6 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one, by dotted name."""
     out: dict[str, Any] = {}
     for name, value in tree.items():
-        out |= (
-            flat(value, f"{prefix}{name}.")
-            if isinstance(value, Mapping)
-            else {prefix + name: value}
-        )
+        inner = isinstance(value, Mapping)
+        out |= flat(value, f"{prefix}{name}.") if inner else {prefix + name: value}
     return out

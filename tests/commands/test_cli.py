@@ -8,8 +8,13 @@ from conftest import ROOT
 
 
 def test_compiled_programs_are_kept_beside_the_workdir(tmp_path):
-    """In a process of its own: the tests' own cache is set by the variable that switches this off."""
-    code = "from apd_jax.commands.cli import keep_programs; import sys, jax; keep_programs(sys.argv[1]); print(jax.config.jax_compilation_cache_dir)"
+    """In a process of its own: the tests' cache is set by the variable that switches this off."""
+    code = """
+import sys, jax
+from apd_jax.commands.cli import keep_programs
+keep_programs(sys.argv[1])
+print(jax.config.jax_compilation_cache_dir)
+"""
 
     def place(**env):
         inherited = {
@@ -29,7 +34,7 @@ def test_our_notes_and_warnings_are_shown_and_those_of_others_are_not():
     code = """
 import logging
 from absl import app
-from apd_jax import cli
+from apd_jax.commands import cli
 def main(_):
     cli.only_our_messages()
     for name in ("apd_jax.recipe", "orbax"):

@@ -1,4 +1,7 @@
-"""The command line: the smoke variants end to end, and every bad input in one sentence with exit code 2."""
+"""The command line: the smoke variants end to end.
+
+And every bad input in one sentence with exit code 2.
+"""
 
 import json
 
@@ -330,7 +333,8 @@ def test_unwritable_workdir(tmp_path, main_here):
 
 
 def test_not_finite_in_training(tmp_path, main_here):
-    # Plain gradient descent at a rate that grows by warm-up until it diverges: some steps are good, and their checkpoint is kept.
+    # Plain gradient descent at a rate that grows by warm-up until it diverges: some steps are good,
+    # and their checkpoint is kept.
     args = (
         "--config.apd.optimizer=sgd",
         "--config.apd.learning_rate=1e9",
@@ -375,3 +379,22 @@ def test_several_instances(tmp_path, main_here):
             and f'<a href="{there}">{1 - here}</a>' in page
         )
     assert main_here("--mode=inspect", f"--workdir={tmp_path}").returncode == 0
+
+
+@pytest.mark.parametrize("num_instances", [1, 2])
+def test_a_method_with_a_learned_gate_and_numbers_of_sites(num_instances, tmp_path, main_here):
+    """SPD: every site has components of its own, which the checkpoint alone does not say."""
+    command = ["--config=configs/spd.py:tms,5-2,id,smoke", "--config.apd.num_components=3"]
+    result = main_here(
+        *command, f"--config.apd.num_instances={num_instances}", f"--workdir={tmp_path}"
+    )
+    assert result.returncode == 0, result.stderr
+    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluation["num_components"] == 6  # three of W, three of the hidden matrix
+    assert {"minimality_stochastic", "minimality_gates"} <= set(evaluation)
+    assert (tmp_path / "report.html").exists()
+    looked = main_here("--mode=inspect", f"--workdir={tmp_path}")
+    assert looked.returncode == 0, looked.stderr
+    for word in ("components.tree.W.U", "gate.", "firing rate"):
+        assert word in looked.stdout
+    refused(main_here(*command, "--config.apd.topk=1", f"--workdir={tmp_path / 'other'}"), "'topk'")

@@ -1,4 +1,4 @@
-"""What each component does, against numpy on the pentagon, whose components are single rows of W."""
+"""What each component does, against numpy on the pentagon: components are single rows of W."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -1,4 +1,4 @@
-"""The whole evaluation on decompositions whose truth is known, and on the reference's residual MLP."""
+"""The whole evaluation where the truth is known, and on the reference's residual MLP."""
 
 import json
 from pathlib import Path

@@ -7,6 +7,7 @@ import pytest
 from conftest import close
 
 from apd_jax import components as components_lib
+from apd_jax.components import Components, Factors
 from apd_jax.errors import InputError
 from apd_jax.evaluation import matching
 
@@ -28,17 +29,28 @@ def flat(components):
 def test_cosines_of_whole_components():
     first, second = drawn(0), drawn(1, C=3)
     P, Q = flat(first), flat(second)
-    close(
-        matching.cosines(first, second),
-        P @ Q.T / np.outer(np.linalg.norm(P, axis=1), np.linalg.norm(Q, axis=1)),
-    )
+    lengths = np.outer(np.linalg.norm(P, axis=1), np.linalg.norm(Q, axis=1))
+    close(matching.cosines(first, second), P @ Q.T / lengths)
+
+
+def test_sites_with_numbers_of_their_own():
+    # Components 0 to 2 have their pieces in a, 3 and 4 in b.
+    first, factors = drawn(0), drawn(1).factors
+    own = {
+        "a": Factors(factors["a"].U[:3], factors["a"].V[:3], (6, 4), ids=range(3)),
+        "b": Factors(factors["b"].U[3:], factors["b"].V[3:], (4, 5), ids=range(3, 5)),
+    }
+    second = Components(own, 5)
+    P, Q = flat(first), flat(second)
+    lengths = np.outer(np.linalg.norm(P, axis=1), np.linalg.norm(Q, axis=1))
+    close(matching.cosines(first, second), P @ Q.T / lengths)
+    close(matching.cosines(second, second)[:3, 3:], np.zeros((3, 2)))
 
 
 def test_a_permutation_is_found():
     first, order = drawn(0), np.array([3, 0, 4, 1, 2])
-    scale = jnp.array(
-        [2.0, 1.0, 0.5, 1.0, 0.0]
-    )  # the last one is nothing, and has cosine 0 with everything
+    # The last one is nothing, and has cosine 0 with everything.
+    scale = jnp.array([2.0, 1.0, 0.5, 1.0, 0.0])
     second = jax.tree.map(lambda a: a[order] * jnp.sqrt(scale)[:, None, None], first)
     cosine = matching.cosines(first, second)
     c, d = matching.one_to_one(cosine)

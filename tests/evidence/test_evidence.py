@@ -13,8 +13,8 @@ import pytest
 from conftest import make_method, make_problem
 from ml_collections import ConfigDict
 
-from apd_jax import components as components_lib
 from apd_jax import SPD, targets
+from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
@@ -95,18 +95,15 @@ def test_the_truths_numbers(truth):
         (1, 1, 5), abs=1e-6
     )
     length = truth["description_length"].values
-    assert (
-        length["suggested_k"]
-        == truth["minimality"].values["smallest_k"]
-        <= 1.05 * truth["minimality"].values["true_count"]
-    )
-    # All components on give the target exactly, so every curve starts at 0 and ends at the sparse error.
+    needed = truth["minimality"].values
+    assert length["suggested_k"] == needed["smallest_k"] <= 1.05 * needed["true_count"]
+    # All components on give the target exactly, so every curve starts at 0 and ends at the sparse
+    # error.
     sparse = truth["sparse_reconstruction"].values["trained"]
     for name in ("joint", "by_attribution", "random_order"):
         curve = truth["monotone_trajectories"].arrays[f"trajectory_{name}"]
-        assert curve[0] == pytest.approx(0, abs=1e-6) and curve[-1] == pytest.approx(
-            sparse, rel=1e-4, abs=1e-7
-        )
+        assert curve[0] == pytest.approx(0, abs=1e-6)
+        assert curve[-1] == pytest.approx(sparse, rel=1e-4, abs=1e-7)
 
 
 def test_bits_worked_by_hand(judge, pentagon):

@@ -1,4 +1,4 @@
-"""Partial ablation against numbers worked by numpy, brute force over corners, and interval bounds."""
+"""Partial ablation against numpy, brute force over corners, and interval bounds."""
 
 import dataclasses
 import itertools

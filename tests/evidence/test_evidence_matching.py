@@ -119,8 +119,8 @@ def test_audit_of_sites_with_numbers_of_their_own():
 
 
 def test_purity():
-    # Feature 0: component 0 alone. Feature 1: component 1, which holds 3 of feature 2's squared norm
-    # beside its own 1. None is left for feature 2.
+    # Feature 0: component 0 alone. Feature 1: component 1, which beside its own squared norm of 1
+    # holds 3 of feature 2's. None is left for feature 2.
     P = np.zeros((2, 3, 2))
     P[0, 0], P[1, 1], P[1, 2] = (1, 0), (1, 0), (0, 3**0.5)
     W = np.array([[1, 0], [1, 0], [1, 0]], float)
@@ -140,8 +140,8 @@ def test_leaf_parts_of_faithful_components_sum_to_the_whole():
     assert set(found) == set(names)
     for of_components, whole in found.values():
         np.testing.assert_allclose(of_components.sum(axis=0), whole, atol=1e-5)
-    # Each component has a quarter of every leaf's squared norm: of four leaves, three quarters of it
-    # lie outside any one.
+    # Each component has a quarter of every leaf's squared norm: of four leaves, three quarters of
+    # it lie outside any one.
     assert truth.cross_leaf_share(subject) == pytest.approx(0.75, abs=1e-4)
 
 

@@ -162,7 +162,8 @@ def test_the_command(workdir):
     )
     assert [check["number"] for check in written["checks"]] == list(range(1, 20))
     checks = {check["name"]: check for check in written["checks"]}
-    # Both instances of six steps are compared: with each other, and instance 1 with the other run's first.
+    # Both instances of six steps are compared with each other, and instance 1 with the other run's
+    # first.
     first, second = (one.components for one in experiment.restore(workdir).instances)
     expected = agreement(second, first)
     assert checks["seeds"]["values"]["num_seeds"] == 2

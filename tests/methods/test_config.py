@@ -158,16 +158,16 @@ def test_a_run_without_any_loss_is_refused(name):
 
 
 def test_a_misspelt_field_is_refused():
-    message = "Did you mean 'learning_rate'?"
-    with pytest.raises(InputError, match=r"unknown setting of apd 'learnig_rate'; known: ") as raised:
+    meant = "Did you mean 'learning_rate'?"
+    with pytest.raises(InputError, match="unknown setting of apd 'learnig_rate'; known") as error:
         APD().replace(learnig_rate=1.0)
-    assert message in one_sentence(raised)
-    with pytest.raises(InputError, match="unknown setting of method 'spd' 'learnig_rate'") as raised:
+    assert meant in one_sentence(error)
+    with pytest.raises(InputError, match="unknown setting of method 'spd' 'learnig_rate'") as error:
         registry.of({"method": "spd", "learnig_rate": 1.0})
-    assert message in one_sentence(raised)
-    with pytest.raises(InputError, match="unknown method 'sdp'; known: apd, spd, vpd") as raised:
+    assert meant in one_sentence(error)
+    with pytest.raises(InputError, match="unknown method 'sdp'; known: apd, spd, vpd") as error:
         registry.of("sdp")
-    assert "Did you mean 'spd'?" in one_sentence(raised)
+    assert "Did you mean 'spd'?" in one_sentence(error)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The pages in a real browser: they open from disk, alone; the live panel computes what Python computes."""
+"""The pages in a real browser: they open from disk, alone, and compute what Python computes."""
 
 import json
 import shutil
@@ -7,19 +7,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import GOLDEN_NAMES, get_config, load_golden, make_config
+from conftest import GOLDEN_NAMES, get_config, load_golden, make_method
 from test_html import EVIDENCE, HOSTILE
 
 from apd_jax import components as components_lib
 from apd_jax import targets
 from apd_jax.decomposition import Decomposition
 from apd_jax.forward import sparse
+from apd_jax.network.outputs import outputs
 from apd_jax.report import html
-from apd_jax.train import step
 
 selenium = pytest.importorskip("selenium")
 from selenium import webdriver  # noqa: E402
-from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException  # noqa: E402
+from selenium.common import exceptions  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.support.wait import WebDriverWait  # noqa: E402
 
@@ -28,8 +28,9 @@ CHROMIUM = next(
 )
 DRIVER = shutil.which("chromedriver")
 FLAGS = (
-    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update "
-    "--disable-sync --disable-dev-shm-usage --window-size=1200,1000"
+    "--headless=new --no-sandbox --disable-gpu --disable-quic --no-first-run "
+    "--disable-background-networking --disable-component-update --disable-sync "
+    "--disable-dev-shm-usage --window-size=1200,1000"
 )
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER),
@@ -51,7 +52,10 @@ def browser(tmp_path_factory):
 
 
 def network(name):
-    """(target, params, components, inputs): of a golden file, or of a smoke variant whose weights are shared out at random."""
+    """(target, params, components, inputs) of a golden file, or of a smoke variant.
+
+    The weights of a smoke variant are shared out at random.
+    """
     if name in GOLDEN_NAMES:
         golden = load_golden(name)
         return golden.target, golden.params, golden.components, golden.x
@@ -72,14 +76,13 @@ def network(name):
     return target, params, components, target.sample_fn(jax.random.key(2), jnp.zeros((), jnp.int32))
 
 
-def page(folder, name="tms_5_2", called="run", **fields):
+def page(folder, name="tms_5_2", called="run", gate=(), **fields):
     """(path of a report, its decomposition, its inputs)."""
     target, params, components, x = network(name)
-    config = make_config(
-        **{"num_components": components.num_components, "topk": 1.0, "batch_size": len(x), **fields}
-    )
+    sizes = {"num_components": components.num_components, "batch_size": len(x)}
+    method = make_method(**{**sizes, "topk": 1.0, **fields})
     history = [{"step": s, "total": 1.0 / s, "faithfulness": 0.1 / s**2} for s in (10, 20, 30)]
-    d = Decomposition(target.problem(params), components, config, history)
+    d = Decomposition(target.problem(params), components, method, history, gate=gate)
     evidence = {**EVIDENCE, "verdict": called}
     source = html.Source(
         called, d, x, target, {"target": {"weights_path": called}}, {"step": 30}, evidence=evidence
@@ -106,9 +109,8 @@ def text(browser, selector):
 
 def shows(browser, selector, expected):
     """Waits until it does: the page may still be replacing what was there before the click."""
-    wait = WebDriverWait(
-        browser, 10, ignored_exceptions=[StaleElementReferenceException, NoSuchElementException]
-    )
+    passing = [exceptions.StaleElementReferenceException, exceptions.NoSuchElementException]
+    wait = WebDriverWait(browser, 10, ignored_exceptions=passing)
     wait.until(
         lambda b: text(b, selector) == expected, message=f"{selector} does not become {expected!r}"
     )
@@ -188,15 +190,24 @@ def test_a_component_has_its_page(browser, opened):
 def shown(browser):
     """{series: outputs} as they stand in the panel's table of numbers."""
     return browser.execute_script(
-        "const [, ...names] = Array.from(document.querySelectorAll('#panel .numbers th'), (th) => th.textContent);"
-        "const rows = Array.from(document.querySelectorAll('#panel .numbers tbody tr'));"
-        "return Object.fromEntries(names.map((name, k) => [name, rows.map((row) => Number(row.cells[k + 1].dataset.value))]));"
+        "const all = (selector) => Array.from(document.querySelectorAll(selector));"
+        "const [, ...names] = all('#panel .numbers th').map((th) => th.textContent);"
+        "const rows = all('#panel .numbers tbody tr');"
+        "const of = (k) => rows.map((row) => Number(row.cells[k + 1].dataset.value));"
+        "return Object.fromEntries(names.map((name, k) => [name, of(k)]));"
     )
 
 
 def equal(given, expected, size=1.0):
-    """Up to EQUAL, in units of `size`: the page holds its weights in single precision, which is felt where large ones cancel."""
+    """Up to EQUAL, in units of `size`.
+
+    The page holds its weights in single precision, which is felt where large ones cancel.
+    """
     np.testing.assert_allclose(given, np.asarray(expected), rtol=0, atol=EQUAL * size)
+
+
+def doubled(tree):
+    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)
 
 
 @pytest.mark.parametrize(
@@ -213,35 +224,32 @@ def test_the_panel_computes_what_python_computes(name, at, browser, tmp_path):
     path, d, x = page(tmp_path, name, attributions_at=at, topk=0.4 if name == "gated" else 1.0)
     open_page(browser, path)
     problem, components = d.problem, d.components
-    C, cut = components.num_components, browser.execute_script("return apd.data.panel.rule.cut")
-    attributions, mask = map(np.asarray, jax.jit(lambda x: (d.attributions(x), d.mask(x)))(x))
+    C, cuts = components.num_components, browser.execute_script("return apd.data.panel.rule.cuts")
+    attributions, mask = np.asarray(d.attributions(x)), np.asarray(d.mask(x))
     kept = attributions[mask]
-    np.testing.assert_allclose(cut, kept[kept > 0].min(), rtol=2e-5)
+    np.testing.assert_allclose(cuts, np.full(C, kept[kept > 0].min()), rtol=2e-5)
     busy = np.argsort(-attributions.sum(axis=1))[:4]  # four inputs, on which something happens
     x = x[busy]
     scales = np.random.default_rng(0).uniform(size=(4, C)).astype(np.float32)
     scales[1], scales[2] = 1.0, np.arange(C) % 2
 
-    with jax.enable_x64(
-        True
-    ):  # the page computes in doubles; in single precision Python itself is off by 2e-5 where biases of 6 cancel
-        double = lambda tree: jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)  # noqa: E731
-        weights, parts, inputs = double(problem.params), double(components), double(x)
+    # The page computes in doubles. In single precision Python itself is off by 2e-5 where biases of
+    # 6 cancel.
+    with jax.enable_x64(True):
+        weights, parts, inputs = doubled(problem.params), doubled(components), doubled(x)
 
         @jax.jit
-        def outputs(mask):
-            return step.split_result(sparse.apply(problem.apply_fn, weights, parts, mask, inputs))[
-                0
-            ]
+        def masked(mask):
+            return outputs(sparse.apply(problem.apply_fn, weights, parts, mask, inputs))
 
-        attribute = step.make_attribution_fn(problem.apply_fn, d.config)
-        attributions = np.sqrt(jax.jit(attribute)(parts, weights, inputs, jax.random.key(0)))
-        masks = attributions >= cut
-        target = np.asarray(step.split_result(problem.apply_fn(weights, inputs))[0])
-        sparse_out, edited = (np.asarray(outputs(double(mask))) for mask in (masks, scales))
-    size = max(
-        1.0, *(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(problem.params))
-    )  # 1, or the 6 of biases that shut a gate
+        attribute = jax.jit(d.method.attribute(problem))
+        attributions = np.sqrt(attribute(parts, weights, inputs, jax.random.key(0)))
+        masks = attributions > np.array(cuts)
+        target = np.asarray(outputs(problem.apply_fn(weights, inputs)))
+        sparse_out, edited = (np.asarray(masked(doubled(mask))) for mask in (masks, scales))
+    # 1, or the 6 of biases that shut a gate.
+    largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(problem.params)]
+    size = max(1.0, *largest)
     for b in range(4):
         browser.execute_script(
             "apd.panel.set(arguments[0], arguments[1])", x[b].tolist(), scales[b].tolist()
@@ -258,7 +266,10 @@ def test_the_panel_computes_what_python_computes(name, at, browser, tmp_path):
 def test_sliders_and_buttons_drive_the_panel(browser, tmp_path):
     path, d, _ = page(tmp_path)
     open_page(browser, path)
-    move = "const s = document.querySelector(arguments[0]); s.value = arguments[1]; s.dispatchEvent(new Event('input', {bubbles: true}));"
+    move = (
+        "const s = document.querySelector(arguments[0]); s.value = arguments[1];"
+        "s.dispatchEvent(new Event('input', {bubbles: true}));"
+    )
     x = np.zeros((1, 5), np.float32)
     browser.find_element(By.XPATH, "//*[@id='panel']//button[text()='clear']").click()
     for feature, value in ((2, 0.75), (4, 0.5)):
@@ -267,10 +278,7 @@ def test_sliders_and_buttons_drive_the_panel(browser, tmp_path):
     browser.execute_script(move, "#panel [data-component='1']", 0.25)
     scales = jnp.ones(5).at[1].set(0.25)
     edited = components_lib.weighted_sum(d.components, d.problem.params, scales)
-    equal(
-        shown(browser)["edited"],
-        step.split_result(d.problem.apply_fn(edited, jnp.asarray(x)))[0][0],
-    )
+    equal(shown(browser)["edited"], outputs(d.problem.apply_fn(edited, jnp.asarray(x)))[0])
     browser.find_element(By.XPATH, "//*[@id='panel']//button[text()='all off']").click()
     equal(shown(browser)["edited"], jax.nn.relu(d.problem.params["b"]))
     browser.find_element(
@@ -279,16 +287,33 @@ def test_sliders_and_buttons_drive_the_panel(browser, tmp_path):
     assert shown(browser)["edited"] == shown(browser)["sparse"]
 
 
-def test_masks_of_other_kinds(browser, tmp_path):
-    path, d, inputs = page(tmp_path, mask="topk", num_always_on=1)
+# A threshold of its own for every component: the first two are often passed, the last one never.
+LEARNED = {"log_thresholds": jnp.log(jnp.array([0.01, 0.05, 0.2, 0.4, 100.0]))}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mask": "topk", "num_always_on": 1},
+        {"mask": "threshold", "threshold": 0.2},
+        {"mask": "threshold", "threshold": 0.0},
+        {"mask": "learned", "threshold": 0.2, "gate": LEARNED},
+        {"mask": "learned", "threshold": 0.2, "gate": LEARNED, "num_always_on": 1},
+        {"mask": "none"},
+    ],
+)
+def test_masks_of_other_kinds(fields, browser, tmp_path):
+    path, d, inputs = page(tmp_path, **fields)
     open_page(browser, path)
-    for x in np.asarray(inputs)[:3]:
+    for x in np.asarray(inputs)[:6]:
         browser.execute_script("apd.panel.set(arguments[0], [1, 1, 1, 1, 1])", x.tolist())
-        assert (
-            browser.execute_script("return apd.panel.mask")
-            == d.mask(jnp.asarray(x[None]))[0].astype(int).tolist()
-        )
-    path, *_ = page(tmp_path, attribution="ablation")  # which the page does not take
+        mask = np.asarray(d.mask(jnp.asarray(x[None])))[0]
+        assert browser.execute_script("return apd.panel.mask") == mask.astype(int).tolist()
+    assert browser.get_log("browser") == []
+
+
+def test_attributions_that_the_page_does_not_take(browser, tmp_path):
+    path, *_ = page(tmp_path, attribution="ablation")
     open_page(browser, path)
     assert set(shown(browser)) == {"target", "edited"} and browser.get_log("browser") == []
 

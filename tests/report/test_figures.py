@@ -3,9 +3,11 @@
 import matplotlib.image
 import numpy as np
 import pytest
+from conftest import make_method, make_problem
 from matplotlib.figure import Figure
-from ml_collections import ConfigDict
 
+from apd_jax import SPD, Components
+from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
 from apd_jax.report import columns, figures
@@ -48,6 +50,12 @@ def make_arrays(d, *, scrub=False):
     }
 
 
+def decomposed(method, history=()):
+    """What figures read of a decomposition: its method and its log."""
+    problem = make_problem(lambda p, x: x, {}, None)
+    return Decomposition(problem, Components({}, C), method, history)
+
+
 def drawn_texts(figure):
     """Every title, label, legend and caption of a figure."""
     return " ".join(
@@ -65,12 +73,8 @@ def drawn_texts(figure):
 )
 def test_save_all(tmp_path, name, d, history, extra):
     arrays = make_arrays(d, scrub=name == "resid_mlp")
-    paths = figures.save_all(
-        tmp_path / "figures",
-        Evaluation({}, arrays),
-        history,
-        ConfigDict({"apd": {"topk": 1.28, "num_always_on": 1}}),
-    )
+    decomposition = decomposed(make_method(topk=1.28, num_always_on=1), history)
+    paths = figures.save_all(tmp_path / "figures", Evaluation({}, arrays), decomposition)
     assert [path.stem for path in paths] == [
         "columns",
         "attributions",
@@ -83,8 +87,17 @@ def test_save_all(tmp_path, name, d, history, extra):
         assert pixels.shape[0] > 200 and pixels.std() > 0.01, f"{path} is blank"
 
 
+def test_without_k_the_mean_number_of_active_components_is_drawn(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda folder, found: drawn.append(found) or [])
+    evaluation = Evaluation({"mean_active_components": 2.5}, make_arrays(2))
+    figures.save_all(tmp_path, evaluation, decomposed(SPD()))
+    assert "k = 2.5" in drawn_texts(drawn[0]["per_feature_loss"])
+
+
 def test_component_order():
-    # Feature 0 has components 2 and 4 (attributions at most 0.3 and 0.9: the stronger first), then 3 and 0; 1 is dead.
+    # Feature 0 has components 2 and 4 (attributions at most 0.3 and 0.9: the stronger first), then
+    # come 3 and 0; 1 is dead.
     attributions = np.zeros((F, C))
     attributions[0] = [0.1, 5.0, 0.3, 0.2, 0.9]
     np.testing.assert_array_equal(
@@ -165,7 +178,8 @@ def test_per_feature_loss_is_ordered_by_the_target_and_skips_missing():
     active = {"target": np.array([1.0, np.nan, 0.0]), "topk": np.array([2.0, np.nan, 1.0])}
     figure = figures.per_feature_loss(alone, active, 1.28)
     np.testing.assert_allclose(figure.axes[0].lines[1].get_ydata(), [10, 20, 30])
-    # The loss of exactly 0 is drawn at the bottom of the log axis, the missing feature last and not at all.
+    # The loss of exactly 0 is drawn at the bottom of the log axis, and the missing feature last and
+    # not at all.
     y = figure.axes[1].lines[0].get_ydata()
     assert 0 < y[0] < 1e-5 and y[1] == 1 and np.isnan(y[2])
     assert "k = 1.28" in drawn_texts(figure)
@@ -238,9 +252,8 @@ def test_panels_of_a_target_are_drawn(tmp_path):
         x=np.arange(3),
         lines={"one": np.ones(3), "two": np.zeros(3)},
     )
-    paths = figures.save_all(
-        tmp_path, Evaluation({}, {}, {"heat": heat, "lines": lines}), [], ConfigDict()
-    )
+    evaluation = Evaluation({}, {}, {"heat": heat, "lines": lines})
+    paths = figures.save_all(tmp_path, evaluation, decomposed(make_method()))
     assert [path.name for path in paths] == ["heat.png", "lines.png"]
     assert "Good: dark." in drawn_texts(figures.panel(heat)) and "two" in drawn_texts(
         figures.panel(lines)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close, load_golden, make_config
+from conftest import close, load_golden, make_method, make_problem
 
+from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.network.problem import Problem
 from apd_jax.report import html
 
 HOSTILE = "</script><script>window.hacked=1</script>"
@@ -31,23 +31,14 @@ def array(packed):
 
 
 def small(apply_fn=None, params=None, **fields):
-    from apd_jax import components as components_lib
-
-    params = (
-        {"in": jax.random.normal(jax.random.key(0), (6, 4)), "out": jnp.ones((4, 3))}
-        if params is None
-        else params
-    )
+    if params is None:
+        params = {"in": jax.random.normal(jax.random.key(0), (6, 4)), "out": jnp.ones((4, 3))}
     components = components_lib.init(
         jax.random.key(1), params, num_components=7, rank=2, init_scale=5.0
     )
-    config = make_config(num_components=7, topk=2.0, batch_size=16, **fields)
-    return Decomposition(
-        Problem(apply_fn or (lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"]), params, None),
-        components,
-        config,
-        [],
-    )
+    method = make_method(num_components=7, topk=2.0, batch_size=16, **fields)
+    apply_fn = apply_fn or (lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"])
+    return Decomposition(make_problem(apply_fn, params, None), components, method)
 
 
 @pytest.fixture(scope="module")
@@ -219,12 +210,8 @@ def test_without_evidence_the_command_is_named(tmp_path):
 
 def test_a_page_that_would_be_too_large_goes_without_its_panel(tmp_path, monkeypatch):
     golden = load_golden("tms_5_2")
-    d = Decomposition(
-        golden.target.problem(golden.params),
-        golden.components,
-        make_config(num_components=golden.components.num_components),
-        [],
-    )
+    method = make_method(num_components=golden.components.num_components)
+    d = Decomposition(golden.target.problem(golden.params), golden.components, method)
     source = html.Source("run", d, golden.x, target=golden.target)
     path = html.write(tmp_path / "report.html", source)
     assert embedded(path)["panel"] is not None
@@ -237,7 +224,8 @@ def test_large_matrices_and_many_components_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(html, "MATRIX_BYTES", 2000)
     d = small(params={"in": jnp.ones((6, 40)), "out": jnp.ones((40, 3))})
     data = embedded(d.report(tmp_path / "report.html"))
-    # 6 x 8 and 8 x 3 entries in base64 are 384 bytes: 5 of the 7 components have pages, those of the largest norm.
+    # 6 x 8 and 8 x 3 entries in base64 are 384 bytes: 5 of the 7 components have pages, those of
+    # the largest norm.
     assert max(data["matrices"][0]["values"]["shape"][1:]) == 8
     paged = [c for c, one in enumerate(data["components"]) if one["page"] is not None]
     norms = [sum(float(jnp.sum(leaf**2)) for leaf in d.component(c).values()) for c in range(7)]

@@ -32,20 +32,21 @@ def test_a_grid_of_two_by_two_by_two(sweep_here, tmp_path, monkeypatch):
         "--sweep=seed=0:2;topk=0.3,0.6;learning_rate=1e-2,1e30",
         "--halve=2",
     )
-    # Killed after the first part of training: 4 settings for 2 steps, then 2 for 2 more, then 1 for the last 4.
-    judged = halving._judged
+    # Killed after the first part of training: 4 settings for 2 steps, then 2 for 2 more, then 1 for
+    # the last 4.
+    judge = halving._Sweep.judge
 
     def killed(*args):
-        judged(*args)
+        judge(*args)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(halving, "_judged", killed)
+    monkeypatch.setattr(halving._Sweep, "judge", killed)
     stopped = sweep_here(*command)
     assert stopped.returncode == 130 and "the same command goes on" in stopped.stderr
     first = (tmp_path / "rungs" / "0" / "metrics.jsonl").read_bytes()
     target = (tmp_path / "target" / "params.npz").read_bytes()
 
-    monkeypatch.setattr(halving, "_judged", judged)
+    monkeypatch.setattr(halving._Sweep, "judge", judge)
     steps, pmap_steps = [], parallel.pmap_steps
 
     def counted(step, num_steps, devices):
@@ -60,11 +61,8 @@ def test_a_grid_of_two_by_two_by_two(sweep_here, tmp_path, monkeypatch):
     monkeypatch.setattr(parallel, "pmap_steps", counted)
     result = sweep_here(*command)
     assert result.returncode == 0, result.stderr
-    assert steps == [
-        (4, 2),
-        (2, 2),
-        (2, 2),
-    ]  # 8 runs are not trained again; 4 for two steps, 2 for two and two
+    # 8 runs are not trained again; 4 for two steps, 2 for two and two.
+    assert steps == [(4, 2), (2, 2), (2, 2)]
     assert first == (tmp_path / "rungs" / "0" / "metrics.jsonl").read_bytes()
     assert target == (tmp_path / "target" / "params.npz").read_bytes()
 

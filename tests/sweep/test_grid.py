@@ -1,14 +1,14 @@
 """The text of --sweep: what it spans, and every mistake in a sentence."""
 
 import pytest
-from conftest import make_config
+from conftest import make_method
 
 from apd_jax.errors import InputError
 from apd_jax.sweep.grid import parse
 
 
 def test_axes_seeds_and_settings():
-    grid = parse(" seed=0:3 ; topk=0.5,1,2;learning_rate = 1e-3,3e-3; ", make_config())
+    grid = parse(" seed=0:3 ; topk=0.5,1,2;learning_rate = 1e-3,3e-3; ", make_method())
     assert grid.seeds == (0, 1, 2)
     assert grid.axes == {"topk": (0.5, 1.0, 2.0), "learning_rate": (1e-3, 3e-3)}
     # The last axis changes fastest.
@@ -19,7 +19,7 @@ def test_axes_seeds_and_settings():
 
 def test_log_has_equal_ratios():
     # From 1 to 100 in five: 10^0, 10^0.5 = 3.16228, 10, 31.6228, 100.
-    assert parse("simplicity_coeff=log(1, 100, 5)", make_config()).axes["simplicity_coeff"] == (
+    assert parse("simplicity_coeff=log(1, 100, 5)", make_method()).axes["simplicity_coeff"] == (
         1.0,
         3.16228,
         10.0,
@@ -29,21 +29,21 @@ def test_log_has_equal_ratios():
 
 
 def test_seeds_alone_or_not_at_all():
-    assert parse("seed=4,2", make_config()).settings == [{}] and parse(
-        "seed=4,2", make_config()
+    assert parse("seed=4,2", make_method()).settings == [{}] and parse(
+        "seed=4,2", make_method()
     ).seeds == (4, 2)
-    assert parse("topk=2", make_config(seed=9)).seeds == (9,)
+    assert parse("topk=2", make_method(seed=9)).seeds == (9,)
 
 
 def test_the_ceiling_has_every_axis_at_its_largest():
-    config = make_config(hidden_reconstruction_coeff=0.0)
-    ceiling = parse("topk=3,0.5;hidden_reconstruction_coeff=0,2", config).ceiling(config)
+    method = make_method(hidden_reconstruction_coeff=0.0)
+    ceiling = parse("topk=3,0.5;hidden_reconstruction_coeff=0,2", method).ceiling(method)
     assert (ceiling.topk, ceiling.hidden_reconstruction_coeff, ceiling.simplicity_coeff) == (
         3.0,
         2.0,
-        config.simplicity_coeff,
+        method.simplicity_coeff,
     )
-    assert config.topk == 1.0  # a copy
+    assert method.topk == 1.0  # a copy
 
 
 @pytest.mark.parametrize(
@@ -72,4 +72,4 @@ def test_the_ceiling_has_every_axis_at_its_largest():
 )
 def test_refused(text, message):
     with pytest.raises(InputError, match=message):
-        parse(text, make_config())
+        parse(text, make_method())

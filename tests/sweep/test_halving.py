@@ -1,9 +1,9 @@
-"""Successive halving: which settings go on, and that those which do end as if there had been no halving."""
+"""Successive halving: which settings go on, and that these end as if there had been no halving."""
 
 import jax
 import numpy as np
 import pytest
-from conftest import close, make_config
+from conftest import close, make_method
 from ml_collections import ConfigDict
 
 from apd_jax import targets
@@ -11,7 +11,7 @@ from apd_jax.errors import InputError
 from apd_jax.sweep import halving, judge
 from apd_jax.sweep.grid import parse
 from apd_jax.sweep.halving import Rung, best, rungs
-from apd_jax.train import loop as train
+from apd_jax.train import loop
 
 TARGET = {
     "name": "tms",
@@ -66,38 +66,37 @@ def test_the_best_by_the_mean_over_seeds():
 
 @pytest.fixture(scope="module")
 def problem(pentagon):
-    config = make_config(
+    method = make_method(
         num_components=5, rank=2, batch_size=64, num_steps=8, steps_per_call=2, log_every_steps=2
     )
     target = targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64)
-    return target, pentagon.params, config, parse("seed=0:2;topk=0.5,1,2", config)
+    return target, pentagon.params, method, parse("seed=0:2;topk=0.5,1,2", method)
 
 
 def test_planted_criteria_decide_and_the_survivors_are_the_runs_themselves(
     problem, monkeypatch, tmp_path
 ):
-    target, params, config, grid = problem
+    target, params, method, grid = problem
     seen = []
 
-    def planted(problem, config, components, seed):
+    def planted(problem, method, trained, seed):
         # Of the settings 0, 1, 2 (two seeds each) the middle one is bad.
-        seen.append(jax.tree.map(np.asarray, components))
-        order = {6: [1, 2, 9, 0, 2, 2], 4: [5, 4, 3, 2]}[len(components.factors["W"].U)]
+        seen.append(jax.tree.map(np.asarray, trained.components))
+        order = {6: [1, 2, 9, 0, 2, 2], 4: [5, 4, 3, 2]}[len(seen[-1].factors["W"].U)]
         return {name: np.array(order, float) for name in judge.CRITERIA}
 
     monkeypatch.setattr(judge, "criteria", planted)
-    runs = halving.train_all(target, params, config, grid, halve=2, workdir=tmp_path)
+    runs = halving.train_all(target, params, method, grid, halve=2, workdir=tmp_path)
     assert [(run.setting, run.seed) for run in runs] == [(s, j) for s in range(3) for j in range(2)]
     assert [run.step for run in runs] == [8, 8, 4, 4, 8, 8]
     assert [run.scores["bits"] for run in runs] == [5, 4, 9, 0, 3, 2]
     # The other two were carried over to another program; here they are from start to end in one.
-    whole_config = grid.ceiling(config)
-    whole_config.num_instances = 4
+    all_four = grid.ceiling(method).replace(num_instances=4)
     settings = {"topk": np.array([0.5, 0.5, 2.0, 2.0]), "seed": np.array([0, 1, 0, 1])}
-    whole, _ = train.advance(target.problem(params), whole_config, settings=settings)
+    whole, _ = loop.advance(target.problem(params), all_four, settings=settings)
     close(seen[-1].factors["W"].U, whole.components.factors["W"].U, 1e-5)
 
     # Nothing is computed again.
     monkeypatch.setattr(judge, "criteria", lambda *_: pytest.fail("judged again"))
     monkeypatch.delattr("apd_jax.train.parallel.pmap_steps")
-    assert halving.train_all(target, params, config, grid, halve=2, workdir=tmp_path) == runs
+    assert halving.train_all(target, params, method, grid, halve=2, workdir=tmp_path) == runs

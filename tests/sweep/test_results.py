@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 import pytest
-from conftest import make_config
+from conftest import make_method
 
 from apd_jax.report import figures
 from apd_jax.sweep.grid import parse
@@ -13,12 +13,13 @@ from apd_jax.sweep.halving import Run
 from apd_jax.sweep.judge import CRITERIA
 from apd_jax.sweep.results import Results, chosen
 
-# Two values of k, two learning rates, three seeds. The reference loss finds the successes, bits take the failures.
+# Two values of k, two learning rates, three seeds. The reference loss finds the successes, bits
+# take the failures.
 SUCCESS = np.array([[1, 0, 1], [0, 0, 1], [0, 0, 0], [1, 1, 1]])
 
 
 def make_results(truth=True, given_up=()):
-    grid = parse("seed=0:3;topk=1,2;learning_rate=1e-3,1e-2", make_config())
+    grid = parse("seed=0:3;topk=1,2;learning_rate=1e-3,1e-2", make_method())
     runs = []
     for s, j in np.ndindex(4, 3):
         loss = np.inf if (s, j) == (2, 1) else 2.0 - SUCCESS[s, j] + 0.1 * j
@@ -49,7 +50,8 @@ def test_chosen_against_all_subsets(criterion):
         for subset in map(list, itertools.combinations(range(5), m)):
             lowest = criterion[subset].min()
             picks.append((subset, lowest))
-        # Of equal runs any may be taken: the mean over all of that value in the whole set, as their labels are exchangeable.
+        # Of equal runs any may be taken: the mean over all of that value in the whole set, as their
+        # labels are exchangeable.
         expected = np.mean([success[criterion == lowest].mean() for _, lowest in picks])
         assert rate == pytest.approx(expected)
 
@@ -64,7 +66,8 @@ def test_a_row_per_setting():
         (2, 1e-3),
         (2, 1e-2),
     ]
-    # The lowest loss: seed 0 of 1.0, 2.1, 1.2; seed 2 of 2.0, 2.1, 1.2; seed 0 of 2.0, inf, 2.2; seed 0.
+    # The lowest loss: seed 0 of 1.0, 2.1, 1.2; seed 2 of 2.0, 2.1, 1.2; seed 0 of 2.0, inf, 2.2;
+    # seed 0.
     assert [row["best_seed"] for row in rows] == [0, 2, 0, 0]
     assert [row["best_seed_succeeds"] for row in rows] == [True, True, False, True]
     assert rows[2]["reference_loss"] == pytest.approx(2.1)  # of the finite two

@@ -99,7 +99,7 @@ def test_forward_and_loss_are_plain_numpy():
 
 
 def by_output(params):
-    """Two components: columns 0 to 4 of the last matrix with all convolutions, and columns 5 to 9."""
+    """Columns 0 to 4 of the last matrix with all convolutions, and columns 5 to 9."""
     first = (jnp.arange(10) < 5).astype(jnp.float32)
 
     def split(path, leaf):

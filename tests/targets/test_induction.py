@@ -217,9 +217,9 @@ def test_kept_by_kind_by_hand():
 
 def test_layer_shares_by_hand():
     # Norms 3 in layer 0 and 4 in layer 1: 3/5 and 4/5. A component of 0 has 0 in both.
-    leaf = lambda value: components_lib.from_materialized(
-        {"w": jnp.array([[[value]], [[0.0]]])}
-    ).tree["w"]  # noqa: E731
+    def leaf(value):
+        return components_lib.from_materialized({"w": jnp.array([[[value]], [[0.0]]])}).tree["w"]
+
     parts = Components({"query_0": {"kernel": leaf(3.0)}, "output_1": {"kernel": leaf(4.0)}})
     np.testing.assert_allclose(induction.layer_shares(parts), [[0.6, 0.8], [0.0, 0.0]], atol=1e-6)
 

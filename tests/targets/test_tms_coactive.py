@@ -33,9 +33,9 @@ def test_groups_are_active_together_and_values_are_independent():
     x = np.asarray(build(batch_size=20_000).sample_fn(jax.random.key(0), 7)).reshape(-1, 3, 2)
     active = (x != 0).all(axis=2)
     np.testing.assert_array_equal(active, (x != 0).any(axis=2))
-    # 60,000 groups: the share of active ones has standard deviation sqrt(0.2·0.8/6e4) = 0.0016, that
-    # of pairs 0.0014; the mean of 12,000 uniform values 0.0026, the correlation of 12,000 pairs
-    # 0.009.
+    # 60,000 groups: the share of active ones has standard deviation sqrt(0.2·0.8/6e4) = 0.0016,
+    # that of pairs 0.0014; the mean of 12,000 uniform values 0.0026, the correlation of 12,000
+    # pairs 0.009.
     np.testing.assert_allclose(active.mean(), 0.2, atol=0.007)
     np.testing.assert_allclose((active[:, 0] & active[:, 1]).mean(), 0.04, atol=0.006)
     np.testing.assert_allclose(x[active].mean(axis=0), 0.5, atol=0.012)
@@ -128,8 +128,8 @@ def test_half_the_norm_is_the_limit():
 
 
 def test_one_component_per_feature_finds_no_group():
-    # One of two orthogonal rows of length 1: cosine and norm ratio are both 1 / sqrt(2), and the rank
-    # is 1.
+    # One of two orthogonal rows of length 1: cosine and norm ratio are both 1 / sqrt(2), and the
+    # rank is 1.
     split = score(*(rows(f) for f in range(6)))
     check(split, groups_found=0, mmcs_groups=0.5**0.5, ml2r_groups=0.5**0.5, purity=1, mean_rank=1)
 

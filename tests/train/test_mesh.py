@@ -183,9 +183,7 @@ def run(D, M, method, problem=None, num_steps=2):
     method = method.replace(num_component_shards=M)
     placed = placement.arrange(method, jax.devices()[: D * M])
     step = step_lib.make_step(problem, method, **placed.axes)
-    state = placed.put(
-        placed.make(lambda key: init_state(key, problem, method), jax.random.key(0))
-    )
+    state = placed.put(placed.make(lambda key: init_state(key, problem, method), jax.random.key(0)))
     if M > 1:
         factors = state.components.factors["W"]
         assert factors.U.shape[0] == 8 and factors.U.addressable_shards[0].data.shape[0] == 8 // M

@@ -251,9 +251,7 @@ def test_exact_mask_needs_a_target_that_knows():
         InputError, match=r"mask = 'exact' .* does not tell; use mask = 'batch_topk'"
     ):
         small(mask="exact").gate((), PROBLEM)
-    _, metrics = run(
-        small(mask="exact"), num_active_fn=lambda x: jnp.ones(x.shape[0], jnp.int32)
-    )
+    _, metrics = run(small(mask="exact"), num_active_fn=lambda x: jnp.ones(x.shape[0], jnp.int32))
     assert metrics["mean_active"] == 1.0
 
 

@@ -1,0 +1,62 @@
+"""Small networks in containers of every kind, with decompositions that were never trained."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from conftest import make_method
+
+from apd_jax import components as components_lib
+from apd_jax.decomposition import Decomposition
+from apd_jax.network.problem import Problem
+
+
+def leaf(i, *shape, dtype=jnp.float32):
+    return jnp.asarray(np.random.default_rng(i).normal(size=shape), dtype)
+
+
+class Pair(NamedTuple):
+    first: jax.Array
+    second: jax.Array
+
+
+def nested(x_to_y):
+    """(params, apply_fn) of one two-layer network, in a container of every kind."""
+    w, v, b = leaf(0, 4, 6), leaf(1, 6, 3), leaf(2, 3)
+
+    def network(w, v, b, x):
+        return jnp.tanh(x @ w) @ v + b[None]
+
+    return {
+        "dict": (
+            {"in": {"w": w}, "out": {"v": v, "b": b}},
+            lambda p, x: network(p["in"]["w"], p["out"]["v"], p["out"]["b"], x),
+        ),
+        "list and tuple": (
+            [(w,), {"v": v, "none": None, "b": [b]}],
+            lambda p, x: network(p[0][0], p[1]["v"], p[1]["b"][0], x),
+        ),
+        "named tuple": (
+            Pair(w, {"v": v, "b": b}),
+            lambda p, x: network(p.first, p.second["v"], p.second["b"], x),
+        ),
+    }[x_to_y]
+
+
+def decomposition(params, apply_fn, select=None, uses=None, layouts=None, **fields):
+    """An untrained one."""
+    method = make_method(num_components=5, topk=2.0, batch_size=16, rank=2, **fields)
+    components = components_lib.init(
+        jax.random.key(0),
+        params,
+        num_components=5,
+        rank=2,
+        select=select,
+        uses=uses,
+        init_scale=3.0,
+        layouts=layouts,
+    )
+    rows = [{"step": 10, "total": 0.1, "faithfulness": [1e-7, 2.0]}]
+    problem = Problem(apply_fn, params, None, select=select, uses=uses)
+    return Decomposition(problem, components, method, rows)
