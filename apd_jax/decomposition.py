@@ -104,7 +104,7 @@ class Decomposition:
         p = self.problem
         return sparse.apply(p.apply_fn, p.params, self.components, mask, x)
 
-    def ablate(self, components: Sequence[int] | Bool[Array, " C"], x: PyTree) -> Any:
+    def ablate(self, components: Sequence[int] | np.ndarray | Array, x: PyTree) -> Any:
         """What apply_fn returns with all components but the given ones: numbers, or a bool mask."""
         on = ~self._chosen(components)
         params = components_lib.weighted_sum(
@@ -125,6 +125,10 @@ class Decomposition:
             if given.shape != (C,):
                 raise InputError(f"a mask of components must have shape ({C},); got {given.shape}.")
             return given
+        if given.size and not np.issubdtype(given.dtype, np.integer):
+            raise InputError(
+                f"components are chosen by whole numbers or by a bool mask; got {given.dtype}."
+            )
         numbers = [int(c) for c in given.reshape(-1)]
         if bad := [c for c in numbers if not 0 <= c < C]:
             raise InputError(

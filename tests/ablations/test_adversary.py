@@ -102,7 +102,7 @@ def test_a_persistent_one_is_adam_within_0_and_1(shared):
 @pytest.mark.parametrize("kind", [Adversary, PersistentAdversary, Pool])
 @each_sharing
 def test_two_devices_do_what_one_does(kind, shared):
-    """Each has the gradient of its own examples; what is kept is the same on both."""
+    """Each has the gradient of the mean over its own examples; both keep the same."""
     options = {"steps": 3} if kind is Adversary else {"ascents": 2}
     state = kind(shared=shared, **options).init(KEY, SHAPE)
 
@@ -111,8 +111,9 @@ def test_two_devices_do_what_one_does(kind, shared):
         size = slope.components.shape[0]
         own = dataclasses.replace(SHAPE, size=size, axis_name=axis)
         drawn = adversary.draw(state, example_keys(KEY, slope.components, axis), own)
-        after, sources = adversary.ascend(state, drawn, lambda r: summed(slope, shared))
-        after = adversary.finish(after, sources, summed(slope, shared))
+        own_mean = jax.tree.map(lambda g: g / size, summed(slope, shared))
+        after, sources = adversary.ascend(state, drawn, lambda r: own_mean)
+        after = adversary.finish(after, sources, own_mean)
         # Sources of the whole batch come out of each device alike, the others are put in a row.
         return after, drawn, sources
 
