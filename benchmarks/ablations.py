@@ -25,8 +25,7 @@ import recovery
 from rich.console import Console
 from rich.table import Table
 
-from apd_jax.recipe import modes
-from apd_jax.recipe import stages as recipe
+from apd_jax.recipe import modes, stages
 
 
 def reads_of(present: Callable | None) -> Callable:
@@ -42,7 +41,7 @@ def reads_of(present: Callable | None) -> Callable:
         if present is not None:
             return reads(ins, found, present(here))
         dual = {
-            name: np.stack([modes._dual(e[:, i])[0] for i in range(e.shape[1])], 1)
+            name: np.stack([modes.dual(e[:, i])[0] for i in range(e.shape[1])], 1)
             for name, e in found.items()
         }
         return dual, reads(ins, found, here)[1]
@@ -66,7 +65,7 @@ PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
         {},
     ),
     "steps in proportion to √loss: 1e-3": (
-        [(recipe, "_loss", lambda *_: 1.0)],
+        [(stages, "_loss", lambda *_: 1.0)],
         {"recipe.nearly_exact": 2.0, "recipe.refine.learning_rate": 1e-3},
     ),
     "a low threshold: ten times as high": ([], {"recipe.refine.threshold": 1.5}),

@@ -20,9 +20,13 @@ from rich.console import Console
 from rich.table import Table
 
 from apd_jax import targets
-from apd_jax.targets.base import Config, Target
+from apd_jax.methods import registry
+from apd_jax.methods.base import Method
+from apd_jax.network.problem import Problem
+from apd_jax.targets.base import Config
 from apd_jax.train import parallel
-from apd_jax.train import step as step_lib
+from apd_jax.train.state import TrainState, init_state
+from apd_jax.train.step import make_step
 
 ROOT = Path(__file__).parents[1]
 WINDOWS = 7
@@ -112,12 +116,12 @@ class Steps:
     It holds a state, from which `call` continues.
     """
 
-    target: Target
+    problem: Problem
     params: Any
-    config: Config
+    method: Method
     steps: int
     step: Callable  # one step, (state, params, key) -> (state, metrics), for one device
-    make_state: Callable[[], step_lib.TrainState]
+    make_state: Callable[[], TrainState]
     call: Callable[[], Any]  # runs the next `steps` steps; returns their metrics once done
     traced: Callable[[int], Any]  # number of devices -> jaxpr of one step
 
@@ -140,32 +144,26 @@ class Steps:
           instances: how many runs the program holds, side by side by `jax.vmap`.
           num_devices: None takes all.
         """
-        config = experiment.apd
-        with config.unlocked():
-            config.batch_size = batch_size or config.batch_size
-        target = targets.build(experiment.target, config.batch_size)
+        method = registry.of(experiment.apd)
+        method = method.replace(batch_size=batch_size or method.batch_size)
+        target = targets.build(experiment.target, method.batch_size)
         devices = jax.local_devices()[:num_devices]
         params = target.init_fn(jax.random.key(0)) if params is None else params
+        problem = target.problem(params)
+        problem.layouts  # noqa: B018 - before params are traced below
 
-        def make_state(key):
-            return step_lib.init_state(key, params, config, select=target.select, uses=target.uses)
+        def make_state(key, params):
+            return init_state(key, problem.with_params(params), method)
 
         def make(axis_name):
-            return step_lib.make_step(
-                target.apply_fn,
-                target.sample_fn,
-                config,
-                attribution_fn=target.attribution_fn,
-                num_active_fn=target.num_active_fn,
-                axis_name=axis_name,
-            )
+            return make_step(problem, method, axis_name=axis_name)
 
         key, many = jax.random.key(0), make(parallel.AXIS)
         if instances > 1:
             key, many = jax.random.split(key, instances), jax.vmap(many, in_axes=(0, None, 0))
-            make_state = jax.vmap(make_state)
+            make_state = jax.vmap(make_state, in_axes=(0, None))
         program = parallel.pmap_steps(many, steps, devices)
-        make_first = lambda: jax.jit(make_state)(key)  # noqa: E731
+        make_first = lambda: jax.jit(make_state)(key, params)  # noqa: E731
         held = [parallel.replicate(make_first(), devices)]
 
         def call():
@@ -176,10 +174,10 @@ class Steps:
             trace = jax.make_jaxpr(make(parallel.AXIS), axis_env=[(parallel.AXIS, size)])
             return trace(make_first(), params, jax.random.key(0)).jaxpr
 
-        return cls(target, params, config, steps, make(None), make_first, call, traced)
+        return cls(problem, params, method, steps, make(None), make_first, call, traced)
 
     @functools.cached_property
-    def state(self) -> step_lib.TrainState:
+    def state(self) -> TrainState:
         """A second copy of the first state.
 
         `call` has its own. From the first use on, this copy adds to the peak memory.

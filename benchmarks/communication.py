@@ -24,8 +24,10 @@ from rich.console import Console
 from rich.table import Table
 
 from apd_jax import targets
+from apd_jax.methods import registry
 from apd_jax.train import communication, placement
-from apd_jax.train import step as step_lib
+from apd_jax.train.state import init_state
+from apd_jax.train.step import make_step
 
 NUM_DEVICES, NUM_STEPS = 8, 10
 
@@ -38,20 +40,21 @@ _JSON = flags.DEFINE_string("json", None, "File to write the rows to.")
 
 def transfers(config: Any, num_component_shards: int) -> list[communication.Transfer]:
     """What one step of this experiment sends on all devices."""
-    apd = config.apd.copy_and_resolve_references()
-    apd.num_component_shards = num_component_shards
+    method = registry.of(config.apd)
     # Rounded up so that it is the same for every number of shards, and divisible by it.
-    apd.num_components += -apd.num_components % NUM_DEVICES
-    target = targets.build(config.target, apd.batch_size)
+    C = method.num_components + -method.num_components % NUM_DEVICES
+    method = method.replace(num_component_shards=num_component_shards, num_components=C)
+    target = targets.build(config.target, method.batch_size)
     params = jax.jit(target.init_fn)(jax.random.key(0))
-    placed = placement.arrange(apd, jax.devices())
-    step = step_lib.make_step(
-        target.apply_fn, target.sample_fn, apd, attribution_fn=target.attribution_fn, **placed.axes
-    )
-    state = placed.make(
-        lambda key: step_lib.init_state(key, params, apd, select=target.select, uses=target.uses),
-        jax.random.key(0),
-    )
+    problem = target.problem(params)
+    problem.layouts  # noqa: B018 - before params are traced below
+    placed = placement.arrange(method, jax.devices())
+    step = make_step(problem, method, **placed.axes)
+
+    def make_state(key: jax.Array, params: Any) -> Any:
+        return init_state(key, problem.with_params(params), method)
+
+    state = placed.make(make_state, jax.random.key(0), params)
     params, key = placed.share((params, jax.random.key(1)))
     program = placed.program(step, NUM_STEPS)
     compiled = program.lower(placed.put(state), params, key, (), None).compile()

@@ -15,7 +15,7 @@ import time
 import jax
 from common import Steps, load_config, show, write_json
 
-from apd_jax.train import step as step_lib
+from apd_jax.train.step import scan_steps
 
 LIMIT_S = 15.0
 CONFIGS = [
@@ -53,7 +53,7 @@ def main() -> None:
         experiment = load_config(file, variant)
         running = Steps.build(experiment, steps=experiment.apd.steps_per_call)
         began = time.perf_counter()
-        program = step_lib.scan_steps(running.step, running.steps)
+        program = scan_steps(running.step, running.steps)
         jax.jit(program).lower(running.state, running.params, jax.random.key(0)).compile()
         seconds = time.perf_counter() - began
         rows.append(

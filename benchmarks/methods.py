@@ -6,7 +6,7 @@
 One row per config and seed, every seed with a target network of its own. What a site holds is
 matched with the features one to one, by the share of a feature's weights that a piece holds:
 
-  TMS        row f of W; with a matrix in the hidden space also how many pieces hold it
+  TMS        row f of W; untied also column f of W_out, side by side with it
   ResidMLP   what neurons read of feature f, W_E[f] W_in of all layers side by side; in every layer
              the matched piece of that layer
 
@@ -117,6 +117,9 @@ def by_site(target: Any, found: Decomposition, seen: Any) -> dict[str, Any]:
         wholes = [E @ np.asarray(params[name]) for name in layers]
     else:
         parts, wholes = [every["W"]], [np.asarray(params["W"])]
+        if "W_out" in every:
+            parts.append(np.swapaxes(every["W_out"], 1, 2))
+            wholes.append(np.asarray(params["W_out"]).T)
     own, whole, owned = [], np.concatenate(wholes, axis=1), []
     for P, W in zip(parts, wholes, strict=True):
         cosine, ratio = geometry.cosines(P, W), geometry.norm_ratios(P, W)

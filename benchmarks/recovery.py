@@ -34,18 +34,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import matplotlib
 import numpy as np
 from common import load_config
 from rich.console import Console
 from rich.table import Table
 
+from apd_jax import components as components_lib
 from apd_jax import evaluation, targets
+from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError, NonFiniteError
-from apd_jax.recipe import stages as recipe
+from apd_jax.methods import registry
+from apd_jax.recipe import stages
 from apd_jax.targets import pretrain
 from apd_jax.targets.base import Config
-from apd_jax.train import loop as train
+from apd_jax.train import loop
 
 MARGIN = 0.1  # by which a feature's error may exceed the target's, relative to the target's
 SHOWN = (
@@ -103,22 +107,25 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     params, _ = pretrain.pretrain(target, config.target)
     row["seconds_target"] = time.monotonic() - began
     began = time.monotonic()
-    problem = target.problem(params)
+    problem, method = target.problem(params), registry.of(config.apd)
     try:
         if "recipe" in config:
-            components, logged, settings = recipe.fit(problem, config.apd, config.recipe)
+            trained, logged, method = stages.fit(problem, method, config.recipe)
         else:
-            (components, logged), settings = train.fit(problem, config.apd), config.apd
+            trained, logged = loop.fit(problem, method)
     except (InputError, NonFiniteError) as error:
         return row | {"error": str(error), "success": False}
     row |= {
         "seconds": time.monotonic() - began,
-        "mean_active": logged[-1]["mean_active"] - settings.num_always_on,
+        "mean_active": logged[-1]["mean_active"] - method.always_on,
     }
-    with config.unlocked():
-        config.apd = settings
+    trained = jax.tree.map(jnp.asarray, trained)
+    asked = config.evaluation
     found = evaluation.evaluate(
-        targets.build(config.target, config.evaluation.batch_size), params, components, config
+        targets.build(config.target, asked.batch_size),
+        Decomposition(problem, trained.components, method, logged, gate=trained.gate),
+        num_batches=asked.num_batches,
+        seed=asked.seed,
     )
     ratio = found.arrays["per_feature_loss_top1"] / found.arrays["per_feature_loss_target"]
     row |= {key: value for key, value in found.metrics.items() if np.isscalar(value)}
@@ -127,7 +134,7 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
         "median_loss_ratio": float(np.median(ratio)),
     }
     if config.target.name == "resid_mlp":
-        row |= sides(params, components, found.arrays["component_of_feature"])
+        row |= sides(params, trained.components, found.arrays["component_of_feature"])
     return row | {"success": succeeds(config.target.name, row)}
 
 
@@ -143,7 +150,8 @@ def sides(params: Any, components: Any, owner: np.ndarray) -> dict[str, float]:
       cosine_w_{in,out}, norm_ratio_w_{in,out}: component against network, means over features.
     """
     found: dict[str, float] = {"distinct": len(set(owner.tolist()))}
-    parts: dict[str, Any] = {name: np.asarray(f.U @ f.V) for name, f in components.factors.items()}
+    sites = components_lib.aligned(components).factors
+    parts: dict[str, Any] = {name: np.asarray(f.U @ f.V) for name, f in sites.items()}
     for side in ("in", "out"):
         names = sorted(name for name in parts if name.startswith(f"mlp_{side}_"))
         cosine, ratio = [], []

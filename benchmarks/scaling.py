@@ -32,7 +32,7 @@ from scipy.optimize import nnls
 
 from apd_jax import attributions, losses
 from apd_jax.forward import dispatch, sparse
-from apd_jax.train import step as step_lib
+from apd_jax.network.outputs import outputs
 
 BASE = {"C": 64, "rank": 16, "batch": 512}
 GRID = {"C": (16, 32, 128, 256), "rank": (4, 8, 32), "batch": (128, 256, 1024, 2048)}
@@ -52,19 +52,19 @@ def build(point: dict[str, int], steps: int, *, quick: bool, num_devices: int | 
 
 def term_gflop(running: Steps) -> dict[str, float]:
     """GFLOP of the products in each term."""
-    target, params, config = running.target, running.params, running.config
+    problem, params, method = running.problem, running.params, running.method
     cs = running.state.components
-    x = target.sample_fn(jax.random.key(0), 0)
-    mask = jax.numpy.zeros((config.batch_size, config.num_components), bool)
-    slots = dispatch.slots_for(config.topk, *mask.shape)
+    x = problem.sample_fn(jax.random.key(0), 0)
+    mask = jax.numpy.zeros((method.batch_size, method.num_components), bool)
+    slots = dispatch.slots_for(method.num_kept, *mask.shape)
 
     def sparse_loss(cs):
-        out = sparse.apply(target.apply_fn, params, cs, mask, x, slots=slots)
-        return losses.minimality(step_lib.split_result(out)[0], x)
+        out = sparse.apply(problem.apply_fn, params, cs, mask, x, slots=slots)
+        return losses.minimality(outputs(out), x)
 
     programs = {
         "attributions": lambda cs: attributions.squared(
-            "gradient", target.attribution_fn or target.apply_fn, params, cs, x
+            "gradient", problem.attribution_fn or problem.apply_fn, params, cs, x
         ),
         "sparse_pass": jax.grad(sparse_loss),
         "faithfulness": jax.grad(lambda cs: losses.faithfulness(cs, params)),

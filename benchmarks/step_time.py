@@ -36,8 +36,12 @@ from common import Steps, load_config, looped_s, measure_peaks, peak_memory_gib,
 
 from apd_jax import attributions, losses, targets
 from apd_jax.forward import dispatch, sparse
+from apd_jax.gates.base import Observation
+from apd_jax.methods.base import Method
+from apd_jax.methods.optimizers import Trained
+from apd_jax.network.outputs import split_result
+from apd_jax.network.problem import Problem
 from apd_jax.targets import pretrain
-from apd_jax.train import step as step_lib
 
 # setting -> (config file, variant, batch size, steps in a window, steps of a published run,
 #             (ms per step, peak GiB) of the released PyTorch code on 2 CPU cores whose matmul peak
@@ -64,25 +68,31 @@ _ONE = flags.DEFINE_string(
 )
 
 
-def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]:
+def parts_ms(running: Steps, key: jax.Array, steps: int) -> dict[str, float]:
     """ms of each part of the step, timed alone.
 
     Every iteration depends on the one before, where needed through a term times 1e-30. So XLA
     cannot move the work out of the loop.
     """
-    cs, x = state.components, target.sample_fn(key, 0)
-    mask_fn, optimizer = step_lib.make_mask_fn(config), step_lib.make_optimizer(config)
+    problem, params, method = running.problem, running.params, running.method
+    cs, opt_state = running.state.components, running.state.opt_state
+    x = problem.sample_fn(key, 0)
+    gate, optimizer = method.gate((), problem), method.transformation()
+
+    def mask_of(scores):
+        return gate(Observation(x, cs, scores)).active
 
     def squared(params, cs, x):
-        return attributions.squared("gradient", target.attribution_fn, params, cs, x)
+        fn = problem.attribution_fn or problem.apply_fn
+        return attributions.squared("gradient", fn, params, cs, x)
 
-    scores = jax.jit(lambda cs: squared(params, cs, x))(cs)
-    mask = mask_fn(scores, x)
+    scores = jax.jit(squared)(params, cs, x)
+    mask = mask_of(scores)
     fixed = {
         "params": params,
         "x": x,
         "mask": mask,
-        "target": step_lib.split_result(target.apply_fn(params, x)),
+        "target": split_result(problem.apply_fn(params, x)),
     }
 
     def descend(loss: Callable) -> Callable:
@@ -97,37 +107,38 @@ def parts_ms(target, params, state, config, key, steps: int) -> dict[str, float]
         return cs, total + squared(fixed["params"], cs, moved)
 
     def update(carry, i, fixed):
-        cs, opt_state = carry
-        updates, opt_state = optimizer.update(jax.tree.map(lambda a: 1e-3 * a, cs), opt_state, cs)
-        return optax.apply_updates(cs, updates), opt_state
+        trained, opt_state = carry
+        gradient = jax.tree.map(lambda a: 1e-3 * a, trained)
+        updates, opt_state = optimizer.update(gradient, opt_state, trained)
+        return optax.apply_updates(trained, updates), opt_state
 
     parts = {
-        "data": (lambda total, i, fixed: total + target.sample_fn(key, i).sum(), jnp.zeros(())),
+        "data": (lambda total, i, fixed: total + problem.sample_fn(key, i).sum(), jnp.zeros(())),
         "attributions": (attribute, (cs, scores)),
-        "mask": (lambda a, i, fixed: a + 1e-30 * mask_fn(a, x), scores),
-        "sparse_pass": (descend(make_sparse_loss(target, config, mask.shape)), cs),
+        "mask": (lambda a, i, fixed: a + 1e-30 * mask_of(a), scores),
+        "sparse_pass": (descend(make_sparse_loss(problem, method, mask.shape)), cs),
         "faithfulness": (descend(lambda cs, fixed: losses.faithfulness(cs, fixed["params"])), cs),
         "simplicity": (
-            descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], config.schatten_p)),
+            descend(lambda cs, fixed: losses.simplicity(cs, fixed["mask"], method.norm_p)),
             cs,
         ),
-        "optimizer": (update, (cs, state.opt_state)),
+        "optimizer": (update, (Trained(cs), opt_state)),
     }
     return {
         name: 1e3 * looped_s(body, carry, fixed, steps) for name, (body, carry) in parts.items()
     }
 
 
-def make_sparse_loss(target, config, mask_shape: tuple[int, int]) -> Callable:
+def make_sparse_loss(problem: Problem, method: Method, mask_shape: tuple[int, int]) -> Callable:
     """(components, {params, x, mask, target: the target's outputs}) -> loss of the sparse pass."""
-    slots = dispatch.slots_for(config.topk, *mask_shape)
+    slots = dispatch.slots_for(method.num_kept, *mask_shape)
 
     def sparse_loss(cs, fixed):
         params, mask, x = fixed["params"], fixed["mask"], fixed["x"]
-        result = sparse.apply(target.apply_fn, params, cs, mask, x, slots=slots)
-        (out, hidden), (target_out, target_hidden) = step_lib.split_result(result), fixed["target"]
+        result = sparse.apply(problem.apply_fn, params, cs, mask, x, slots=slots)
+        (out, hidden), (target_out, target_hidden) = split_result(result), fixed["target"]
         loss = losses.minimality(out, target_out)
-        if config.hidden_reconstruction_coeff:
+        if method.terms()["hidden_reconstruction"].on:
             loss += losses.hidden_reconstruction(hidden, target_hidden)
         return loss
 
@@ -202,9 +213,7 @@ def time_setting(name: str, quick: bool) -> dict[str, Any]:
         "device": jax.local_devices()[0].device_kind,
         "num_devices": jax.local_device_count(),
         "largest_operations": largest_operations(running.call, steps),
-        "parts_ms": parts_ms(
-            running.target, running.params, running.state, running.config, jax.random.key(0), steps
-        ),
+        "parts_ms": parts_ms(running, jax.random.key(0), steps),
     }
 
 

@@ -3,8 +3,9 @@
     python -m apd_jax.main --config=configs/spd.py:tms,40-10 --workdir=runs/spd_tms
     python -m apd_jax.main --config=configs/spd.py:resid_mlp,2layer --workdir=runs/spd_resid_mlp
 
-Argument: the name of a target's file in configs/, then that file's own arguments; `smoke` runs
-every stage in seconds on a CPU. Importance, its power and the learning rate are the paper's; steps
+Argument: the name of a target's file in configs/, then that file's own arguments (`tms,5-2,untied`
+as in the paper, whose components are of encoder and decoder apart); `smoke` runs every stage in
+seconds on a CPU. Importance, its power and the learning rate are the paper's; steps
 and batch are fewer, so that a run takes minutes on two cores. Results: docs/results.md.
 """
 

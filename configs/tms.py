@@ -8,6 +8,7 @@ TMS 40-10 and 5-2, the paper's settings:
 Argument: sizes F-H (features, hidden dimensions), then, after commas and in any order
     id | rotation    a fixed identity, or a fixed random rotation, in the hidden space, decomposed
                      too
+    untied           encoder and decoder as two leaves, as SPD's paper decomposes them
     smoke            every stage in seconds on a CPU; the result means nothing
 Reproduces MMCS and ML2R of the APD paper's table. Minutes, devices and seeds: docs/results.md.
 """
@@ -23,7 +24,7 @@ from apd_jax.errors import InputError, one_of
 
 shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
 
-MODIFIERS = {"id": "identity", "rotation": "rotation", "smoke": None}
+MODIFIERS = {"id": "identity", "rotation": "rotation", "untied": None, "smoke": None}
 SIZES = ("40-10", "5-2")  # any other F-H is derived from the first
 
 
@@ -40,7 +41,7 @@ def get_config(arg: str = "40-10") -> ConfigDict:
         for variant in variants
         if variant not in sizes
     }
-    hidden = sorted(modifiers - {"smoke"})
+    hidden = sorted(modifiers - {"smoke", "untied"})
     if len(sizes) > 1 or len(hidden) > 1:
         raise InputError(
             f"TMS variant {arg!r} names {' and '.join(sizes if len(sizes) > 1 else hidden)}; give "
@@ -49,6 +50,8 @@ def get_config(arg: str = "40-10") -> ConfigDict:
     F, H = map(int, (sizes or SIZES)[0].split("-"))
 
     config = shared.begin("tms", num_batches=100, batch_size=256)
+    if "untied" in modifiers:
+        config.target.name = "tms_untied"
     config.target.num_features = F
     config.target.d_hidden = H
     config.target.hidden = MODIFIERS[hidden[0]] if hidden else "none"

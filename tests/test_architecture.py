@@ -182,7 +182,9 @@ def test_functions_stay_readable(file):
     """At most 60 lines of code (docstrings aside) and 20 branches."""
     for node in ast.walk(ast.parse(SOURCES[file].read_text())):
         if isinstance(node, ast.FunctionDef):
-            start = node.body[1].lineno if ast.get_docstring(node) and node.body[1:] else node.lineno
+            start = (
+                node.body[1].lineno if ast.get_docstring(node) and node.body[1:] else node.lineno
+            )
             where = f"{file}: {node.name}"
             assert (node.end_lineno or start) - start < 60, f"{where} is long"
             assert sum(isinstance(n, _BRANCHES) for n in ast.walk(node)) <= 20, f"{where} branches"

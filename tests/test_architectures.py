@@ -1,4 +1,7 @@
-"""The method on networks nobody adapted to it: attributions by two modes, sparse passes by three routes, values and gradients."""
+"""The method on networks nobody adapted to it.
+
+Attributions by two modes, sparse passes by three routes, values and gradients.
+"""
 
 import flax.linen as nn
 import jax
@@ -19,7 +22,7 @@ class Convolution(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Embedding used twice (gather and transposed product), attention by einsum, normalisation, biases."""
+    """Embedding used twice (gather, transposed product), attention by einsum, normalisation."""
 
     @nn.compact
     def __call__(self, tokens):

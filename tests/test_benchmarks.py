@@ -1,4 +1,7 @@
-"""The benchmarks' counting against numbers worked by hand, the fit against known coefficients, and the quick forms as documented."""
+"""The benchmarks: their counting against numbers worked by hand, the fit against known ones.
+
+And the quick forms as documented.
+"""
 
 import csv
 import json
@@ -43,9 +46,8 @@ def test_products_are_counted_with_the_loops_around_them():
 
 
 def test_loops_of_unknown_length():
-    def search(
-        a,
-    ):  # carries thresholds as the mask's does: 20 passes of six additions, with one comparison each
+    # Carries thresholds as the mask's does: 20 passes of six additions, with one comparison each.
+    def search(a):
         return jax.lax.while_loop(lambda s: s[0] < 5, lambda s: s + s, a)
 
     def rounds(a):
@@ -60,7 +62,8 @@ def test_bound_adds_the_resources_and_names_the_largest():
         matmul_gflops=100.0, memory_gb_s=10.0, elementwise_gops=50.0, dispatch_us=2.0
     )
     found = bounds.bound({"flops": 4e9, "elementwise_ops": 1e8}, 1_000_000, peaks)
-    # 4 GFLOP at 100/s = 40 ms; 8 passes over 4 MB at 10 GB/s = 3.2 ms; 0.1 Gop at 50/s = 2 ms; 2 µs.
+    # 4 GFLOP at 100/s = 40 ms; 8 passes over 4 MB at 10 GB/s = 3.2 ms; 0.1 Gop at 50/s = 2 ms;
+    # 2 µs.
     assert found["bound_parts_ms"] == pytest.approx(
         {"matmul": 40.0, "memory": 3.2, "elementwise": 2.0, "dispatch": 0.002}
     )
@@ -81,10 +84,12 @@ def test_the_cost_model_finds_known_coefficients():
 
 def test_the_transformer_on_paper_by_hand():
     a = pod.Assumptions()
-    # Per layer q, k, v, o: 4·768; up: 768; down: 3072 inputs, so 6,912; twelve layers. GPT-2 small has 84.9M weights in them.
+    # Per layer q, k, v, o: 4·768; up: 768; down: 3072 inputs, so 6,912; twelve layers. GPT-2 small
+    # has 84.9M weights in them.
     assert a.width == 12 * 6912 and a.decomposed == 84_934_656
     row = pod.predict(a, 8, {name: 1.0 for name in scaling.TERMS})
-    # 1024 components of rank 4 per chip: 1024·4·2·82,944 = 679M parameters, four arrays of 4 bytes each: 10.9 GB.
+    # 1024 components of rank 4 per chip: 1024·4·2·82,944 = 679M parameters, four arrays of 4 bytes
+    # each: 10.9 GB.
     assert row["parameters per chip, G"] == pytest.approx(0.679477, rel=1e-5)
     assert row["state GB"] == pytest.approx(10.8716, rel=1e-4)
     # Faithfulness: 6 · 4096 · 84.9M operations = 2.087e12, at 197e12 per second.
@@ -164,7 +169,10 @@ def test_when_a_seed_succeeds():
 
 
 def test_what_a_component_reads_and_writes_apart():
-    """Two features on two neurons with W_E = W_U = 1: each component has its row of W_in, and half of its column of W_out."""
+    """Two features on two neurons with W_E = W_U = 1.
+
+    Each component has its row of W_in, and half of its column of W_out.
+    """
     eye = np.eye(2, dtype=np.float32)
     w_in, w_out = (
         np.array([[3.0, 4.0], [0.0, 1.0]], np.float32),
@@ -192,7 +200,10 @@ def test_what_a_component_reads_and_writes_apart():
 
 
 def test_rows_are_kept_and_drawn(tmp_path):
-    """Of every seed a line and a point, failures included; runs with changed settings, and such as ended in an error, have no point."""
+    """Of every seed a line and a point, failures included.
+
+    Runs with changed settings, and such as ended in an error, have no point.
+    """
     names = {
         "tms.py:5-2": ("paper's settings", "tms,5-2"),
         "recipe.py:tms,5-2": ("recipe", "tms,5-2"),

@@ -4,11 +4,13 @@ import itertools
 
 import jax
 import pytest
-from conftest import get_config
+from conftest import ROOT, get_config, method_of
 
 from apd_jax import components, targets
-from apd_jax.methods.config import default_config, validate
+from apd_jax.methods import registry
+from apd_jax.methods.registry import default_config
 from apd_jax.network.problem import check_function
+from apd_jax.recipe import stages
 
 TMS = [
     ",".join(filter(None, v))
@@ -30,7 +32,7 @@ def test_every_variant_is_valid_and_locked(file, arg):
     config = get_config(file, arg)
     assert config.is_locked and config.target.is_locked and config.apd.is_locked
     assert set(config.apd) == set(default_config())
-    validate(config.apd)
+    method_of(config).check()
     target = targets.build(config.target, config.apd.batch_size)
     params = jax.eval_shape(target.init_fn, jax.random.key(0))
     x = jax.eval_shape(target.sample_fn, jax.random.key(0), 0)
@@ -45,17 +47,60 @@ OTHERS = [("linear", ""), ("linear", "4x3"), ("linear", "2x2,smoke")]
 def test_targets_that_are_not_made_of_features(file, arg):
     config = get_config(file, *[arg] if arg else [])
     assert config.is_locked and set(config.apd) == set(default_config())
-    validate(config.apd)
+    method_of(config).check()
     target = targets.build(config.target, config.apd.batch_size)
     problem = target.problem(target.init_fn(jax.random.key(0)))
     check_function(problem)
     assert components.selected_paths(problem.params, problem.select, problem.layouts)
 
 
+GATED = [
+    ("spd", "", "spd"),
+    ("spd", "tms,5-2,id,smoke", "spd"),
+    ("spd", "resid_mlp,2layer", "spd"),
+    ("vpd", "", "vpd"),
+    ("vpd", "tms,5-2,smoke", "vpd"),
+    ("vpd", "resid_mlp,1layer,whole", "whole"),
+    ("vpd", "tms,5-2,nested,smoke", "whole"),
+]
+
+
+@pytest.mark.parametrize(("file", "arg", "name"), GATED)
+def test_other_methods_on_the_same_targets(file, arg, name):
+    config = get_config(file, *[arg] if arg else [])
+    assert config.is_locked and config.apd.method == name
+    assert set(config.apd) == set(default_config(name))
+    method = method_of(config)
+    method.check()
+    assert type(method) is registry.METHODS[name]
+    targets.build(config.target, config.apd.batch_size)
+    # The target is that of its own file, and seeds follow the run's.
+    target = arg.split(",")[0] or "tms"
+    assert config.target.to_dict().keys() == get_config(target).target.to_dict().keys()
+    config.seed = 3
+    assert (config.target.seed, config.apd.seed, config.evaluation.seed) == (3, 3, 3)
+
+
+EXPERIMENTS = sorted(p.stem for p in (ROOT / "configs").glob("*.py") if not p.stem.startswith("_"))
+
+
+@pytest.mark.parametrize("file", EXPERIMENTS)
+def test_every_experiment_file_has_a_default(file):
+    """Files whose names begin with _ are shared code."""
+    config = get_config(file)
+    assert config.is_locked and {"seed", "target", "apd", "evaluation"} <= set(config)
+    assert set(config.apd) == set(default_config(config.apd.method))
+    if "recipe" in config:
+        stages.check(config.apd, config.recipe)
+    else:
+        method_of(config).check()
+
+
 @pytest.mark.parametrize(
     ("file", "arg", "expected"),
     [
-        # NUMBERS of the paper: C, k, rank, learning rate, coefficients (faithfulness, minimality, simplicity), p, batch, steps.
+        # NUMBERS of the paper: C, k, rank, learning rate, coefficients (faithfulness, minimality,
+        # simplicity), p, batch, steps.
         ("tms", "40-10", (50, 1.0, 11, 1e-3, 1.0, 10.0, 20.0, 0.9, 2048, 20_000)),
         ("tms", "5-2", (5, 0.211, 3, 0.03, 1.0, 1.0, 0.7, 1.0, 2048, 20_000)),
         ("resid_mlp", "1layer", (130, 1.28, None, 1e-3, 1.0, 1.0, 10.0, 0.9, 256, 10_000)),
@@ -136,7 +181,8 @@ def test_seeds_follow_the_runs_unless_set(file):
         (
             "tms",
             "5-2,idd",
-            r"unknown TMS variant \(sizes F-H or a name\) 'idd'; known: 40-10, 5-2, id, rotation, smoke. Did you mean 'id'\?",
+            r"unknown TMS variant \(sizes F-H or a name\) 'idd'; known: 40-10, 5-2, id, rotation, "
+            r"smoke. Did you mean 'id'\?",
         ),
         ("tms", "0-2", "unknown TMS variant"),
         ("tms", "F-H", "unknown TMS variant"),

@@ -1,4 +1,7 @@
-"""The launchers: what their dry runs promise, and what they do with the tools of a cluster played by small scripts."""
+"""The launchers: what their dry runs promise.
+
+And what they do with the tools of a cluster, which small scripts play.
+"""
 
 import os
 import shlex
@@ -34,7 +37,10 @@ def dry_run(*command):
 
 @pytest.fixture
 def played(tmp_path):
-    """Puts commands on the PATH that note their arguments in a log, then do as told: (environment, log)."""
+    """Puts commands on the PATH that note their arguments in a log, then do as told.
+
+    Gives (environment, log).
+    """
 
     def play(**commands):
         for name, body in commands.items():
@@ -68,7 +74,9 @@ def test_local_gives_every_process_the_same_command():
 
 
 def test_local_stops_the_others_when_one_fails(played, tmp_path):
-    fail_last = f"((JAX_PROCESS_ID != 1)) || {{ until (($(grep -c apd_jax {tmp_path}/log) == 3)); do sleep 0.05; done; exit 3; }}"
+    all_started = f"(($(grep -c apd_jax {tmp_path}/log) == 3))"
+    wait = f"until {all_started}; do sleep 0.05; done"
+    fail_last = f"((JAX_PROCESS_ID != 1)) || {{ {wait}; exit 3; }}"
     env, log = played(python=f"[[ $1 == -c ]] && exec echo 12345; {fail_last}; exec sleep 60")
     done = run("launch/local.sh", "3", *ARGS, env=env)  # `run` waits 30 s at most
     assert done.returncode == 3
@@ -147,7 +155,10 @@ def test_tpu_pod_creates_installs_and_runs_on_all_workers():
 
 
 def test_tpu_pod_replaces_a_preempted_slice(played, tmp_path):
-    gcloud = f"""case "$*" in *describe*) [[ -e {tmp_path}/new ]] && echo ACTIVE || echo SUSPENDED ;; *create*) touch {tmp_path}/new ;; esac"""
+    gcloud = f"""case "$*" in
+*describe*) [[ -e {tmp_path}/new ]] && echo ACTIVE || echo SUSPENDED ;;
+*create*) touch {tmp_path}/new ;;
+esac"""
     env, log = played(gcloud=gcloud)
     done = run("launch/tpu_pod.sh", "pod", *ARGS, env=env)
     assert done.returncode == 0, done.stderr

@@ -95,14 +95,7 @@ def evidence(
     Cost: without `full` some 400 sparse passes over the examples, a third of them with gradients.
     """
     method, problem = decomposition.method, decomposition.problem
-    if method.num_instances != 1:
-        raise InputError(
-            f"evidence is of one instance, and there are {method.num_instances}; take "
-            "decomposition.instance(i)."
-        )
-    count = int(method.batch_size if num_examples is None else num_examples)
-    if count < 2:
-        raise InputError(f"num_examples must be at least 2; got {count}.")
+    count = _num_examples(method, num_examples)
     key = jax.random.fold_in(jax.random.key(method.seed), STREAM + 2)
     draw, num_batches = _held_out(decomposition, x, key, count)
     about = _about(method, provenance or {})
@@ -123,6 +116,23 @@ def evidence(
         full=full,
     )
     return Evidence(about, _asked(case, console, checks))
+
+
+def _num_examples(method: Method, asked: int | None) -> int:
+    """How many examples to judge on.
+
+    Raises:
+      InputError: too few, or the method trained several instances.
+    """
+    if method.num_instances != 1:
+        raise InputError(
+            f"evidence is of one instance, and there are {method.num_instances}; take "
+            "decomposition.instance(i)."
+        )
+    count = int(method.batch_size if asked is None else asked)
+    if count < 2:
+        raise InputError(f"num_examples must be at least 2; got {count}.")
+    return count
 
 
 def _about(method: Method, provenance: Mapping[str, Any]) -> dict[str, Any]:

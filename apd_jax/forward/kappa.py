@@ -330,7 +330,7 @@ def kappa(
         dtype=like.dtype,
         name=name,
         flavor=flavor,
-        per_position=weights.ndim == 2,
+        per_position=weights.ndim == 2 and weights.shape[0] > 1,
         num_examples=num_examples,
         axis=None if at_zero_too else factors.axis,  # no sum there: a derivative for every piece
     )

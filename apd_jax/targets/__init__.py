@@ -16,6 +16,7 @@ BUILDERS = {
     "linear": linear.build,
     "resid_mlp": resid_mlp.build,
     "tms": tms.build,
+    "tms_untied": tms.build_untied,
     "tms_coactive": tms_coactive.build,
 }
 

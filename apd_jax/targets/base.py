@@ -81,6 +81,8 @@ class Target:
     num_active_fn: Callable[..., Any] | None = None
     # (Decomposition, key, alive [C]) -> Score, against the known mechanisms of this target
     score_fn: Callable[..., Score] | None = None
+    # params -> params: what pretraining ends with; None leaves them as they are
+    finish_fn: Callable[..., Any] | None = None
     # apply_fn's outputs as a list of layers on x [B, F]; () where it is not such a chain
     layers: tuple[Layer, ...] = ()
 

@@ -74,7 +74,8 @@ def pretrain(
     # The last update enters no loss above.
     if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])):
         raise _diverged(settings.num_steps - 1, settings.learning_rate)
-    return state[0], history
+    finish = target.finish_fn or (lambda params: params)
+    return finish(state[0]), history
 
 
 def _matches(name: str, patterns: tuple[str, ...]) -> bool:

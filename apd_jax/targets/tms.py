@@ -9,7 +9,10 @@ Hid [H, H] is optional and fixed: the identity, or a rotation.
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -127,4 +130,43 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         uses={"W": 2},
         frozen=() if hidden == "none" else ("hidden",),
         layers=layers(hidden),
+    )
+
+
+def build_untied(config: Config, batch_size: int) -> FeatureTarget:
+    """The same network, trained tied, with its two matrices as leaves of their own: W_out = Wᵀ.
+
+    SPD's paper decomposes TMS so: encoder and decoder have components, and gates, of their own.
+    """
+    tied = build(config, batch_size)
+    assert tied.loss_fn is not None
+    tied_loss: Callable[..., Any] = tied.loss_fn
+
+    def split(params: PyTree) -> PyTree:
+        return {**params, "W_out": params["W"].T}
+
+    def apply_fn(params: PyTree, x: Array):
+        products = {"linear1": x @ params["W"]}
+        if "hidden" in params:
+            products["hidden_0"] = products["linear1"] @ params["hidden"]
+        h = products.get("hidden_0", products["linear1"])
+        products["linear2"] = h @ params["W_out"]
+        return nn.relu(products["linear2"] + params["b"][None, :]), products
+
+    def loss_fn(params: PyTree, x: Array):
+        return tied_loss({name: p for name, p in params.items() if name != "W_out"}, x)
+
+    between = [layer for layer in tied.layers if layer.leaf == "hidden"]
+    ends = (Layer("linear", "W_out"), Layer("bias", "b"), Layer("relu"))
+    return dataclasses.replace(
+        tied,
+        init_fn=lambda key: split(tied.init_fn(key)),
+        apply_fn=apply_fn,
+        attribution_fn=None,
+        loss_fn=loss_fn,
+        finish_fn=split,
+        select=("W", "W_out", *tied.select[1:]),
+        uses={},
+        frozen=("W_out", *tied.frozen),
+        layers=(Layer("linear", "W"), *between, *ends),
     )

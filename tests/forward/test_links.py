@@ -200,7 +200,7 @@ def test_scores_have_two_axes_of_positions():
 
 
 def test_one_position_needs_no_axis():
-    fn = lambda p, x: x.sum(1) @ p["w"]  # noqa: E731
+    fn = lambda p, x: (x.sum(1) @ p["w"]) * jnp.sum(p["w"] ** 2)  # noqa: E731
     params, x = {"w": draw(1, 4, 6)}, draw(2, B, 1, 4)
     cs = components.init(jax.random.key(0), params, num_components=C)
     mask = jnp.ones((B, 1, C), jnp.bool_).at[0, 0, 1].set(False)

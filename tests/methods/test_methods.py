@@ -179,7 +179,7 @@ def test_two_devices_do_what_one_does(name):
         ours = getattr(one, part)
         jax.tree.map(lambda a, b: close(a, b, 1e-5), getattr(two, part), ours)
         moved = jax.tree.map(lambda a, b: np.abs(a - b).max(), ours, getattr(before, part))
-        if part == "components" or method.gate_kind == "pieces" and part == "gate":
+        if part == "components" or (method.gate_kind == "pieces" and part == "gate"):
             assert min(jax.tree.leaves(moved)) > 0, part  # all of it is trained
 
 

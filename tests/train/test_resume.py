@@ -16,6 +16,7 @@ import pytest
 from conftest import make_method
 
 from apd_jax.errors import Interrupted
+from apd_jax.methods.vpd import VPD
 from apd_jax.network.problem import Problem
 from apd_jax.train import checkpoint, progress
 from apd_jax.train import loop as train
@@ -39,7 +40,7 @@ def rows_of(workdir):
 
 
 def assert_same_end(one, other):
-    """Newest checkpoints (components, gate, optimizer state, step) and metrics: bit for bit."""
+    """Newest checkpoints (the whole state) and metrics are equal, bit for bit."""
     _, step, state = checkpoint.read(one / "checkpoints")
     _, other_step, other_state = checkpoint.read(other / "checkpoints")
     assert step == other_step
@@ -49,24 +50,36 @@ def assert_same_end(one, other):
     assert rows_of(one) == rows_of(other)
 
 
-LEARNED = {
-    "mask": "learned",
-    "threshold": 0.1,
-    "importance_coeff": 0.1,
-    "inactive": "uniform",
-    "threshold_learning_rate": 0.1,
-}
+SMALL = {"num_components": 3, "num_steps": 17, "batch_size": 8, "learning_rate": 1e-2}
+SMALL |= {"steps_per_call": 3, "log_every_steps": 2, "checkpoint_every_steps": 6}
+APD = make_method(**SMALL, init_scale=3.0)
+LEARNED = APD.replace(
+    mask="learned",
+    threshold=0.1,
+    importance_coeff=0.1,
+    inactive="uniform",
+    threshold_learning_rate=0.1,
+)
+POOLED = VPD(
+    **SMALL,
+    gate_kind="pieces",
+    gate_width=2,
+    faithfulness_coeff=1.0,
+    faithfulness_warmup_steps=2,
+    adversary="pooled",
+)
 
 
 @pytest.mark.parametrize(
-    ("signum", "fields"),
-    [(signal.SIGTERM, LEARNED), (signal.SIGINT, {"num_instances": 2, "unit_norm_U": True})],
+    ("signum", "method"),
+    [
+        (signal.SIGTERM, LEARNED),
+        (signal.SIGINT, APD.replace(num_instances=2, unit_norm_U=True)),
+        (signal.SIGTERM, POOLED),  # what its adversary keeps is part of the state
+    ],
+    ids=["learned", "instances", "adversary"],
 )
-def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, signum, fields):
-    small = {"num_components": 3, "num_steps": 17, "batch_size": 8}
-    small |= {"init_scale": 3.0, "learning_rate": 1e-2}
-    every = {"steps_per_call": 3, "log_every_steps": 2, "checkpoint_every_steps": 6}
-    method = make_method(**small | every | fields)
+def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, signum, method):
     train.fit(PROBLEM, method, workdir=tmp_path / "whole")
 
     class Display(progress.ProgressDisplay):
