@@ -41,8 +41,9 @@ class Setting:
         return id(self.problem)
 
     def __eq__(self, other: object) -> bool:
-        same = isinstance(other, Setting) and self.problem is other.problem
-        return same and self.method == other.method
+        if not isinstance(other, Setting):
+            return False
+        return self.problem is other.problem and self.method == other.method
 
     def largest(
         self, scores: Float[Array, "n *T C"], x: PyTree, k: Any, *, each: bool = False

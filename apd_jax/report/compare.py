@@ -73,7 +73,7 @@ def compare(first: Run, second: Run) -> Comparison:
     if why := _why_not_matched(first, second):
         return Comparison(runs, settings, metrics, None, [], why + several)
     cosine = matching.cosines(first.components, second.components)
-    norms = [_norms(run.components) for run in runs]
+    norms = [np.asarray(components_lib.norms(run.components)) for run in runs]
     pairs = [
         (int(c), int(d), float(cosine[c, d]), float(norms[1][d] / max(norms[0][c], 1e-30)))
         for c, d in zip(*matching.one_to_one(cosine), strict=True)
@@ -126,11 +126,6 @@ def _why_not_matched(first: Run, second: Run) -> str:
             "be matched."
         )
     return ""
-
-
-def _norms(components: Components) -> np.ndarray:
-    squares = jax.device_get(components_lib.squared_norms(components))
-    return np.sqrt(np.maximum(sum(squares.values()), 0))
 
 
 def terminal(comparison: Comparison) -> list[Table | str]:
