@@ -1,9 +1,10 @@
 """Sums over devices, inside a mapped function.
 
-Components may be split over the devices of an axis: each device then holds some P_c, while activations, outputs and losses are the
-same on all of them. Wherever the method has a Σ_c, every device sums over its own components and `over_components` adds these up.
-Activations that meet components pass through `into_components` first. The two are each other's transposes: what all devices
-compute alike is differentiated once, and a device's components get their own gradient only.
+Components may be split over the devices of an axis: each device then holds some P_c, while
+activations, outputs and losses are the same on all of them. Wherever the method has a Σ_c, every
+device sums over its own components and `over_components` adds these up. Activations that meet
+components pass through `into_components` first. The two are each other's transposes: what all
+devices compute alike is differentiated once, and a device's components get their own gradient only.
 """
 
 from __future__ import annotations
@@ -28,12 +29,18 @@ def place(axis: str | None) -> Any:
 
 
 def over_components(x: PyTree, axis: str | None) -> PyTree:
-    """Adds up a sum over components that every device has taken over its own. Derivative: the cotangent, alike on all devices, as it is."""
+    """Adds up a sum over components that every device has taken over its own.
+
+    Derivative: the cotangent, alike on all devices, as it is.
+    """
     return x if axis is None else _added(axis, x)
 
 
 def into_components(x: Array, axis: str | None) -> Array:
-    """x, alike on all devices, before it meets this device's components. Derivative: the sum of the devices' cotangents."""
+    """x, alike on all devices, before it meets this device's components.
+
+    Derivative: the sum of the devices' cotangents.
+    """
     return x if axis is None else _shared(axis, x)
 
 

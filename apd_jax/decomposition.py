@@ -63,8 +63,8 @@ class Decomposition:
         return Trained(self.components, self.gate)
 
     @functools.cached_property
-    def _observed(self) -> Callable[..., tuple[Array, Activity]]:
-        """(components, gate, params, x) -> attributions where they are read, activity; jitted."""
+    def _observed(self) -> Callable[..., Activity]:
+        """(components, gate, params, x) -> activity; jitted, with the weights as arguments."""
 
         def fn(components: Components, gate: PyTree, params: PyTree, x: PyTree) -> Any:
             return activity_of(self.method, self.problem, Trained(components, gate), params, x)
@@ -203,9 +203,7 @@ def activity_of(
     gate = method.gate(trained.gate, problem)
     reads = gate.reads or frozenset({ATTRIBUTIONS})
     rng = jax.random.key(method.seed)
-    scene = observe.scene(
-        method, problem, gate, trained.components, params, x, rng, reads=reads
-    )
+    scene = observe.scene(method, problem, gate, trained.components, params, x, rng, reads=reads)
     return gate(scene.seen)
 
 

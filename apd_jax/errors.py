@@ -7,7 +7,10 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """A value, file or folder given by the user does not fit. The command line prints it without a traceback."""
+    """A value, file or folder given by the user does not fit.
+
+    The command line prints it without a traceback.
+    """
 
 
 class NonFiniteError(InputError):
@@ -15,7 +18,10 @@ class NonFiniteError(InputError):
 
 
 class Interrupted(Exception):
-    """Training was asked to stop and has saved a checkpoint. `signum` is the signal, `step` where it goes on."""
+    """Training was asked to stop and has saved a checkpoint.
+
+    `signum` is the signal, `step` where it goes on.
+    """
 
     def __init__(self, step: int, signum: int):
         super().__init__(f"interrupted at step {step}")

@@ -6,6 +6,7 @@ A config file is run by its path, so it loads this one by `_load("_shared")`'s f
 import importlib.util
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -25,9 +26,9 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def begin(target: str, *, num_batches: int, batch_size: int, method: str = "apd") -> ConfigDict:
+def begin(target: str, *, num_batches: int, batch_size: int, method: str = "apd") -> Any:
     """An experiment on a target, with a method's defaults; the sizes are the evaluation's."""
-    config = ConfigDict()
+    config: Any = ConfigDict()
     config.seed = 0  # the run's; the three others follow it unless they are set themselves
     config.target = ConfigDict({"name": target})
     config.target.seed = config.get_oneway_ref("seed")
@@ -50,7 +51,7 @@ def pretraining(
     return ConfigDict(sizes | defaults | more)
 
 
-def smoke(config: ConfigDict, num_steps: int, batch_size: int, pretrain_steps: int = 0) -> None:
+def smoke(config: Any, num_steps: int, batch_size: int, pretrain_steps: int = 0) -> None:
     """Every stage in seconds on a CPU; the result means nothing."""
     if pretrain_steps:
         config.target.pretrain.update(num_steps=pretrain_steps, batch_size=batch_size)
@@ -59,7 +60,7 @@ def smoke(config: ConfigDict, num_steps: int, batch_size: int, pretrain_steps: i
     config.evaluation.num_batches = 2
 
 
-def of_target(arg: str, method: str) -> tuple[ConfigDict, str]:
+def of_target(arg: str, method: str) -> tuple[Any, str]:
     """The target and evaluation of `arg` ("tms,40-10"), decomposed by a method with its defaults.
 
     Positions and distance are those of the target's own config. Unlocked, for a file to go on.

@@ -19,6 +19,7 @@ Results: docs/results.md.
 import runpy
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -55,28 +56,26 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     mechanisms, probability = SIZES[name](base.target)
 
     config, _ = shared.of_target(",".join([name, *rest]), "apd")
-    config.apd.rank = (
-        2 if name == "resid_mlp" else base.apd.rank
-    )  # full rank (50) would cost many times as much
+    # Full rank (50) would cost many times as much.
+    config.apd.rank = 2 if name == "resid_mlp" else base.apd.rank
     config.apd.num_components = round((1.3 if name == "resid_mlp" else 2) * mechanisms)  # likewise
     if name == "tms" and base.target.hidden != "none":
         config.apd.num_components += 1  # room for what is always on, which the recipe finds
     elif name == "resid_mlp" and not split:
-        config.apd.num_components += -(
-            -base.target.d_mlp // config.apd.rank
-        )  # that hold a matrix of full rank between them
+        # As many more as hold a matrix of full rank between them.
+        config.apd.num_components += -(-base.target.d_mlp // config.apd.rank)
     config.apd.topk = mechanisms * probability if told or name == "gated" else 0.0  # 0: found
     config.apd.batch_size = 256 if name == "resid_mlp" else 512
-    config.apd.hidden_reconstruction_coeff = float(
-        name in HIDDEN
-    )  # whether; how strongly, the recipe says
-    config.recipe = default_recipe()
-    config.recipe.find_always_on = not split
+    # Whether; how strongly, the recipe says.
+    config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)
+    recipe: Any = default_recipe()
+    recipe.find_always_on = not split
     if learned:
         # An active component costs what dropping one at the threshold does:
         # minimality_coeff · (threshold · recipe.threshold)².
-        config.recipe.polish.update(mask="learned", inactive="uniform", importance_coeff=0.23)
-        config.recipe.refine.update(mask="learned", importance_coeff=2.3e-3)
+        recipe.polish.update(mask="learned", inactive="uniform", importance_coeff=0.23)
+        recipe.refine.update(mask="learned", importance_coeff=2.3e-3)
+    config.recipe = recipe
     if "smoke" in rest:
         config.apd.batch_size = 64
         config.apd.steps_per_call = config.apd.log_every_steps = (

@@ -1,7 +1,7 @@
-"""Strict by default: 4 virtual devices, no silent broadcasting, shapes checked at run time, full float32 products.
+"""Strict by default: 4 devices, no silent broadcasting, shapes checked, full float32 products.
 
-Also what several test files share: the golden arrays of the released implementation, the TMS pentagon whose
-decomposition is known, and the command line, in this process or in its own.
+Also what several test files share: the golden arrays of the released implementation, the TMS
+pentagon whose decomposition is known, and the command line, in this process or in its own.
 """
 
 import atexit
@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 def _known_to_xla(flag: str) -> bool:
-    """XLA aborts at a flag that it does not know, and drops old ones: is its name in the library?"""
+    """XLA aborts at a flag that it does not know, and drops old ones: is it in the library?"""
     spec = importlib.util.find_spec("jaxlib")
     assert spec is not None and spec.origin is not None
     for library in Path(spec.origin).parent.glob("*jax_common*.so"):
@@ -26,21 +26,22 @@ def _known_to_xla(flag: str) -> bool:
     return False
 
 
-# Before jax is imported. One thread per device keeps two test processes from fighting over two cores; programs here run once or
-# twice, so compiling them fast matters more than running them fast.
-XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+# Before jax is imported. One thread per device keeps two test processes from fighting over two
+# cores. Programs here run once or twice: compiling them fast matters more than running them fast.
+XLA_FLAGS = "--xla_cpu_multi_thread_eigen=false --xla_backend_optimization_level=0 "
+XLA_FLAGS += "--xla_llvm_disable_expensive_passes=true "
 XLA_FLAGS += " ".join(
     filter(
         _known_to_xla,
         ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"],
     )
 )
-os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} {XLA_FLAGS} --xla_force_host_platform_device_count=4".strip()
-)
+_GIVEN = os.environ.get("XLA_FLAGS", "")
+_FOUR = "--xla_force_host_platform_device_count=4"
+os.environ["XLA_FLAGS"] = f"{_GIVEN} {XLA_FLAGS} {_FOUR}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "agg"
-# Every test process and every command it starts share their compiled programs, for this session only.
+# Every test process and every command it starts share their compiled programs, for this session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="apd_jax_tests_")
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
@@ -156,7 +157,7 @@ def _our_name(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Golden:
-    """One file of the released implementation's arrays, and the same network built by this package."""
+    """One file of the released implementation's arrays, and the same network built here."""
 
     name: str
     arrays: dict[str, np.ndarray]
@@ -244,8 +245,9 @@ def golden(request: pytest.FixtureRequest) -> Golden:
     return load_golden(request.param)
 
 
-# The TMS pentagon: five unit rows 72° apart, b = -0.3. Feature f alone, at 1, returns 1 - 0.3 = 0.7 at f, cos 72° - 0.3 = 0.009
-# at its two neighbours and 0 elsewhere. Its decomposition is known: P_c has row c of W and nothing else.
+# The TMS pentagon: five unit rows 72° apart, b = -0.3. Feature f alone, at 1, returns 1 - 0.3 = 0.7
+# at f, cos 72° - 0.3 = 0.009 at its two neighbours and 0 elsewhere. Its decomposition is known: P_c
+# has row c of W and nothing else.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +314,7 @@ def cli(start_cli: Callable[..., subprocess.Popen]) -> Callable[..., Finished]:
 def main_here(
     capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., Finished]:
-    """The same in this process, which saves the seconds of an import; on this process's 4 devices."""
+    """The same in this process and on its 4 devices, which saves the seconds of an import."""
 
     def run(*args: str, module: str = "apd_jax.main") -> Finished:
         monkeypatch.chdir(ROOT)

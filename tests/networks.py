@@ -1,4 +1,7 @@
-"""Networks that nobody wrote for this package: (apply_fn, params, x) by name, each with another way of using its weights."""
+"""Networks that nobody wrote for this package: (apply_fn, params, x) by name.
+
+Each has another way of using its weights.
+"""
 
 from typing import Any, NamedTuple
 
@@ -371,7 +374,10 @@ def containers_and_checkpoint_policies():
 
 
 class Vision(nn.Module):
-    """A U-Net in small: grouped and transposed convolutions with a flipped kernel, group normalisation, concatenation."""
+    """A U-Net in small.
+
+    Grouped and transposed convolutions with a flipped kernel, group normalisation, concatenation.
+    """
 
     @nn.compact
     def __call__(self, x):

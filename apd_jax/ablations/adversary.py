@@ -95,7 +95,7 @@ class Adversary(Ablation):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """Persistent sources with Adam's moments, all [B, ...] over the whole batch; `count` ascents."""
+    """Persistent sources with Adam's moments, [B, ...] over the whole batch; `count` ascents."""
 
     sources: Sources
     first: Sources
@@ -119,7 +119,7 @@ class PersistentAdversary(Ablation):
     betas: tuple[float, float] = (0.5, 0.99)
     ascends = True
 
-    def init(self, key: Array, shape: Shape) -> Kept:
+    def init(self, key: Array, shape: Shape) -> PyTree:
         start = _uniform_like(key, _lead(self.shared, shape.size, shape.positions), shape)
         zeros = jax.tree.map(jnp.zeros_like, start)
         return Kept(start, zeros, zeros, jnp.zeros((), jnp.int32))
@@ -176,7 +176,7 @@ class Pool(PersistentAdversary):
     betas: tuple[float, float] = (0.01, 0.99)
     shared: str = "example"
 
-    def init(self, key: Array, shape: Shape) -> tuple[Kept, Array]:
+    def init(self, key: Array, shape: Shape) -> PyTree:
         keys = jax.random.split(key, self.particles)
         one = dataclasses.replace(self)
         kept = jax.vmap(lambda k: PersistentAdversary.init(one, k, shape))(keys)

@@ -41,7 +41,8 @@ def _sizes(jaxpr: Jaxpr) -> Iterator[int]:
     """Of the results of all equations, inner jaxprs included."""
     for eqn in jaxpr.eqns:
         for v in eqn.outvars:
-            if hasattr(v.aval, "shape"):
-                yield math.prod(v.aval.shape) * v.aval.dtype.itemsize
+            aval: Any = v.aval
+            if hasattr(aval, "shape"):
+                yield math.prod(aval.shape) * aval.dtype.itemsize
         for inner in all_inner(eqn):
             yield from _sizes(inner)

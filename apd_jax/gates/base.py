@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax.collectives import place, psum
@@ -121,7 +122,7 @@ def hard(mask: Bool[Array, "B *T C"], scores: Float[Array, "B *T C"]) -> Activit
 
 def in_words(number: Any, form: str = "g") -> str:
     """A number as text; one that is traced has none."""
-    return "traced" if isinstance(number, jax.core.Tracer) else f"{number:{form}}"
+    return "traced" if isinstance(number, Tracer) else f"{number:{form}}"
 
 
 def at_valid(values: Array, valid: Bool[Array, "B T"] | None) -> Array:

@@ -123,6 +123,7 @@ class LearnedGate:
         return total
 
     def _transformed(self, seen: Observation) -> Float[Array, "B *T C"]:
+        assert seen.inputs is not None
         inputs = {}
         for name, f in seen.components.factors.items():
             rows = _vectors(f, seen.inputs[name])
@@ -132,7 +133,8 @@ class LearnedGate:
                 rows = rows.reshape(rows.shape[0], 1, -1, rows.shape[-1]).mean(axis=2)
             inputs[name] = rows
         net = _transformer(self.spec, seen.components)
-        z = net.apply(self.arrays, inputs, seen.valid if self.spec.per_position else None)
+        valid = seen.valid if self.spec.per_position else None
+        z: Any = net.apply(self.arrays, inputs, valid)
         return z if self.spec.per_position else z[:, 0]
 
 
@@ -172,5 +174,6 @@ def refuse_batched(components: Components) -> None:
         if f.axes.batch:
             raise InputError(
                 f"site {name!r} is a stack of {f.shape[f.axes.batch[0]]} matrices, for which gates "
-                "on inner activations are not defined; unstack it, or use gate_kind = 'transformer'."
+                "on inner activations are not defined; unstack it, or use gate_kind = "
+                "'transformer'."
             )

@@ -1,12 +1,13 @@
-"""Which components are kept: top-k per example and over the whole batch; and how important each is, by a learned threshold.
+"""The k largest scores, per example or of the whole batch.
 
-Shapes: B examples, C components. Exact and sort-free: the K-th largest score is found by bisection on the float's bit
-pattern (at most 32 counting passes, about 20 without ties), ties broken by position. Counting makes the batch top-k of
-N devices a few tens of scalar psums, and lets k be a traced value. `lax.top_k` and `sort` over B·C = 102,400 scores
-took most of a TMS step on CPU.
+Shapes: B examples, C components. Exact and sort-free: the K-th largest score is found by bisection
+on the float's bit pattern (at most 32 counting passes, about 20 without ties), ties broken by
+position. Counting makes the batch top-k of N devices a few tens of scalar psums, and lets k be a
+traced value. `lax.top_k` and `sort` over B·C = 102,400 scores took most of a TMS step on CPU.
 
-On several devices each has the scores of its own examples (split over `axis_name`) and components (split over `component_axis`),
-in order; counts run over both axes and ties are broken by the position in the whole array, so the mask is the one of one device.
+On several devices each has the scores of its own examples (split over `axis_name`) and components
+(split over `component_axis`), in order. Counts run over both axes, and ties are broken by the
+position in the whole array, so the mask is that of one device.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from apd_jax.errors import InputError
 
 
 def num_kept(k: Any, batch_size: Any) -> Any:
-    """K = ⌊k·B⌋, robust to k·B falling a rounding error short of an integer (0.29·100 is 29, not 28).
+    """K = ⌊k·B⌋, where k·B may fall a rounding error short of an integer (0.29·100 is 29).
 
     A Python number gives a Python int, a traced k a traced int32.
     """
@@ -33,7 +34,10 @@ def num_kept(k: Any, batch_size: Any) -> Any:
 
 
 def _ordered_bits(scores: Float[Array, "*s"]) -> UInt32[Array, "*s"]:
-    """uint32 keys in the order of the float32 scores, for either sign; -0 equals 0, a NaN with positive sign sorts highest."""
+    """uint32 keys in the order of the float32 scores, for either sign.
+
+    -0 equals 0; a NaN with positive sign sorts highest.
+    """
     sign = jnp.uint32(1 << 31)
     bits = lax.bitcast_convert_type(scores.astype(jnp.float32), jnp.uint32)
     bits = jnp.where(
@@ -43,7 +47,7 @@ def _ordered_bits(scores: Float[Array, "*s"]) -> UInt32[Array, "*s"]:
 
 
 def _kth_largest(keys, num, count):
-    """The largest t with count(keys >= t) >= num, or any t with count(keys >= t) == num: the search stops there."""
+    """The largest t with count(keys >= t) >= num, or any t that keeps exactly num."""
 
     def unfinished(state):
         low, high, reached = state
@@ -72,7 +76,7 @@ def _largest(keys, index, num, count):
     Args:
       keys: uint32, above 0. index: uint32 like keys, unique over everything that `count` counts.
       num: int32, a scalar or of count's shape.
-      count: bool like keys -> int32 number true (summed over devices), shape broadcastable against keys.
+      count: bool like keys -> int32 number true (summed over devices), broadcastable against keys.
     """
     threshold = _kth_largest(keys, num, count)
     above, tied = keys > threshold, keys == threshold
@@ -91,7 +95,10 @@ def _columns(C: int, component_axis: str | None) -> tuple[Any, int]:
 
 
 def _count(flags: Bool[Array, "B C"], axis: int) -> Int[Array, "b c"]:
-    """How many are true along one axis, which is kept. Added up as floats, exact up to 2²⁴: three times faster on CPU than integers."""
+    """How many are true along one axis, which is kept.
+
+    Added up as floats, exact up to 2²⁴: three times faster on CPU than integers.
+    """
     return jnp.sum(flags, axis=axis, keepdims=True, dtype=jnp.float32).astype(jnp.int32)
 
 
@@ -108,11 +115,13 @@ def topk(
     """The k largest of every row.
 
     Args:
-      k: an integer in [0, C], or an integer array [B] (a count per example), which is clipped to C; may be traced.
+      k: an integer in [0, C], or an integer array [B] (a count per example), which is clipped to C;
+        may be traced.
     Returns: mask with exactly k True per row; ties go to the lower component.
     Raises:
       InputError: a Python k below 0 or above C.
-    Cost: some tens of counting passes over the scores, no sort; with component_axis as many psums of B counts.
+    Cost: some tens of counting passes over the scores, no sort; with component_axis as many psums
+      of B counts.
     """
     B, C = attributions.shape
     first, num_all = _columns(C, component_axis)
@@ -138,8 +147,9 @@ def batch_topk(
 
     Args:
       k: mean number of components kept per example, at most C; may be traced.
-      axis_name, component_axis: the mapped device axes that the batch and the components are split over.
-      valid: rows that count (positions that are not padding); the others keep nothing, and B is the number of valid ones.
+      axis_name, component_axis: the mapped device axes that batch and components are split over.
+      valid: rows that count (positions that are not padding); the others keep nothing, and B is the
+        number of valid ones.
     Returns: mask with exactly K True; ties go to the lower example, then the lower component.
     Raises:
       InputError: a Python k below 0 or above C.
@@ -166,7 +176,7 @@ def batch_largest(
     axis_name: str | None = None,
     component_axis: str | None = None,
 ) -> Bool[Array, "B C"]:
-    """The `num` largest of the whole batch: `batch_topk` with the count itself given ("exact" passes the true one)."""
+    """The `num` largest of the whole batch: `batch_topk` with the count itself given."""
     B, C = attributions.shape
     first, num_all = _columns(C, component_axis)
     row = jnp.uint32(place(axis_name)) * B + jnp.arange(B, dtype=jnp.uint32)

@@ -89,7 +89,8 @@ class Gated(Method):
             components, state = carry
             gradient = jax.grad(losses.relative_faithfulness)(components, params)
             updates, state = optimizer.update(gradient, state, components)
-            return optax.apply_updates(components, updates), state
+            moved: Any = optax.apply_updates(components, updates)
+            return moved, state
 
         start = (components, optimizer.init(components))
         return jax.lax.fori_loop(0, self.faithfulness_warmup_steps, once, start)[0]

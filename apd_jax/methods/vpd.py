@@ -21,7 +21,6 @@ from apd_jax.methods import terms
 from apd_jax.methods.base import Number, Pass, Term
 from apd_jax.methods.gated import Gated
 
-
 ADVERSARIES = ("persistent", "pooled", "fresh")
 
 

@@ -104,7 +104,7 @@ class _Site:
         self.U = np.array(f.U).reshape(C, num_matrices, -1, R)
         self.V = np.zeros((C, num_matrices, R, f.V.shape[-1]), self.U.dtype)
         self.U[[c for c in range(C) if not self._taken.start <= c < self._taken.stop]] = 0
-        here = exists.any(1)
+        here = np.any(exists, axis=1)
         self._always = [c for c in range(num_always_on) if here[c]]
         self._spare = [c for c in range(self._taken.stop, C) if here[c]]
 

@@ -137,6 +137,7 @@ def fit(
         log.info("the loss at the modes is %.2g of the reference", loss)
         stages = STAGES[-1:] if loss < recipe.nearly_exact else STAGES[-2:]
     run = _Stages(problem, method, recipe, reference, workdir, stages)
+    rows: list[dict[str, Any]] = []
     for stage in stages:
         begin, rows = run.one(stage, begin)
     assert begin is not None

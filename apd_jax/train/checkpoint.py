@@ -190,8 +190,8 @@ def _of_closed_loop(args: Any) -> bool:
     tb = args.exc_traceback
     while tb is not None and tb.tb_next is not None:
         tb = tb.tb_next
-    refusing = asyncio.BaseEventLoop._check_closed.__code__
-    return tb is not None and tb.tb_frame.f_code is refusing
+    refusing = getattr(asyncio.BaseEventLoop, "_check_closed", None)  # private: may be renamed
+    return tb is not None and tb.tb_frame.f_code is getattr(refusing, "__code__", None)
 
 
 def _bytes(path: epath.Path) -> int:

@@ -333,7 +333,7 @@ def _check_data(problem: Problem, config: Method) -> None:
         raise InputError(
             f"method {config.name!r} needs a second stream of data; give elsewhere."
             if problem.elsewhere is None
-            else f"elsewhere is read by methods of two streams of data only, not by {config.name!r}."
+            else f"elsewhere is read by methods of two streams of data, not by {config.name!r}."
         )
     sizes = {
         leaf.shape[0] if leaf.ndim else None
@@ -341,7 +341,8 @@ def _check_data(problem: Problem, config: Method) -> None:
     }
     if sizes != {config.batch_size}:
         raise InputError(
-            f"sample_fn gives arrays with leading sizes {sorted(map(str, sizes))}, but batch_size is {config.batch_size}; make them equal."
+            f"sample_fn gives arrays with leading sizes {sorted(map(str, sizes))}, but batch_size "
+            f"is {config.batch_size}; make them equal."
         )
 
 
@@ -371,13 +372,17 @@ def _check_finite(metrics: Mapping[str, np.ndarray], start: int, manager) -> Non
         else ""
     )
     raise NonFiniteError(
-        f"training stopped at step {start + first + 1}: not finite: {', '.join(terms)}; try a smaller learning_rate or init_scale.{kept}"
+        f"training stopped at step {start + first + 1}: not finite: {', '.join(terms)}; try a "
+        f"smaller learning_rate or init_scale.{kept}"
     )
 
 
 @contextlib.contextmanager
 def _caught_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one acts as usual. Main thread only."""
+    """A list that the first SIGINT or SIGTERM is put into; a second one acts as usual.
+
+    In the main thread only.
+    """
     caught: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield caught

@@ -1,8 +1,11 @@
-"""Where the train state lives, and the program that steps it there: one per-device step, two ways to map it over devices.
+"""Where the train state lives, and the program that steps it there.
+
+One per-device step, two ways to map it over devices:
 
 Copies  `jax.pmap`: every device holds the whole state and a slice of the batch.
-Shards  `jax.shard_map` on a mesh ("data", "component") of D x M devices: each holds C/M components with their optimizer state.
-        The devices of one component shard have the same state and D slices of the batch; those of one slice have all components.
+Shards  `jax.shard_map` on a mesh ("data", "component") of D x M devices: each holds C/M components
+        with their optimizer state. The devices of one component shard have the same state and D
+        slices of the batch; those of one slice have all components.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ def arrange(config: Method, devices: Devices) -> Copies | Shards:
     M = config.num_component_shards
     if len(devices) % M:
         raise InputError(
-            f"num_component_shards = {M} does not divide the {len(devices)} devices; choose a divisor of {len(devices)}."
+            f"num_component_shards = {M} does not divide the {len(devices)} devices; choose a "
+            f"divisor of {len(devices)}."
         )
     parallel.check_batch(config.batch_size, len(devices) // M)
     return (
@@ -87,13 +91,19 @@ class Copies:
         return parallel.pmap_program(step, num_steps, self.devices)
 
     def steps(self, step: Callable, num_steps: int) -> Callable:
-        """(state, params, key, *batches, settings) -> (state, metrics stacked over steps). The state's buffers are donated."""
+        """(state, params, key, *batches, settings) -> (state, metrics stacked over steps).
+
+        The state's buffers are donated.
+        """
         return parallel.pmap_steps(step, num_steps, self.devices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shards:
-    """Components split over one axis of the mesh, the batch over the other. A state is of global arrays, the same as on one device."""
+    """Components split over one axis of the mesh, the batch over the other.
+
+    A state is of global arrays, the same as on one device.
+    """
 
     mesh: Mesh
 
@@ -114,7 +124,10 @@ class Shards:
         return jax.tree.map(_placed, state, self._shardings(state))
 
     def get(self, state: PyTree) -> PyTree:
-        """Of several processes every one must call this. Cost: one shard of one array at a time on the devices, all on every host."""
+        """Of several processes every one must call this.
+
+        Cost: one shard of one array at a time on the devices, all on every host.
+        """
         if jax.process_count() == 1:
             return jax.device_get(state)
         return jax.tree.map(self._gathered, state, _specs(state))
@@ -134,7 +147,9 @@ class Shards:
                 mesh=self.mesh,
                 in_specs=(specs, P(), P(), P(), P()),
                 out_specs=(specs, P()),
-                check_vma=False,  # a network's own loops start from constants, which would have to be marked as differing by device
+                # A network's own loops start from constants, which would have to be marked as
+                # differing by device.
+                check_vma=False,
             )
             return mapped(state, params, key, batches, settings)
 

@@ -155,7 +155,8 @@ def _loss(
     )
     terms = {name: term for name, term in method.terms().items() if name in on}
     found = {name: term.score(run) for name, term in terms.items()}
-    total = sum(at(terms[n].coeff, step, method.num_steps) * value for n, value in found.items())
+    weighted = [at(terms[n].coeff, step, method.num_steps) * v for n, v in found.items()]
+    total = jnp.asarray(sum(weighted))
     return total, found | {"mean_active": activity[HERE].mean_active(seen)}
 
 
