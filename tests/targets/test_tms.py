@@ -10,7 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from apd_jax import components, targets
-from apd_jax.targets import tms
+from apd_jax.targets import pretrain, tms
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -169,3 +169,26 @@ def test_unknown_target_is_refused_with_the_nearest():
         ValueError, match=r"unknown target.name 'tsm'; known: .*. Did you mean 'tms'\?"
     ):
         targets.build(ConfigDict({"name": "tsm"}), 8)
+
+
+@pytest.mark.parametrize("hidden", ["none", "identity"])
+def test_untied_is_the_tied_network_with_two_leaves(hidden):
+    """Trained tied, W_out = Wᵀ at the end; the same outputs, products and loss."""
+    config = make_config(hidden=hidden)
+    tied = targets.build(config, 8)
+    untied = targets.build(ConfigDict(config.to_dict() | {"name": "tms_untied"}), 8)
+    params = tied.init_fn(jax.random.key(3))
+    split = untied.finish_fn(params)
+    assert set(untied.select) == set(split) - {"b"}
+    np.testing.assert_array_equal(split["W_out"], params["W"].T)
+    x = untied.sample_fn(jax.random.key(0), 0)
+    (out, products), (expected, known) = untied.apply_fn(split, x), tied.apply_fn(params, x)
+    np.testing.assert_allclose(out, expected, rtol=1e-6)
+    assert products.keys() == known.keys()
+    np.testing.assert_allclose(untied.loss_fn(split, x), tied.loss_fn(params, x), rtol=1e-6)
+    # Pretraining moves W alone and ends with its transpose.
+    settings = {"num_steps": 2, "learning_rate": 1e-2, "schedule": "constant"}
+    settings |= {"warmup_fraction": 0.0, "weight_decay": 0.0}
+    trained, _ = pretrain.pretrain(untied, ConfigDict({"seed": 0, "pretrain": settings}))
+    np.testing.assert_array_equal(trained["W_out"], trained["W"].T)
+    assert not np.array_equal(trained["W"], untied.init_fn(jax.random.key(0))["W"])
