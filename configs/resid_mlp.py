@@ -73,10 +73,8 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     if sizes:
         config.apd.num_components = round(config.apd.num_components * F / 100)
         config.apd.topk *= F / 100
-    config.apd.num_steps = 10_000
+    config.apd.update(num_steps=10_000, learning_rate=1e-3)
     config.apd.batch_size = 256  # k = 1.28 is argued from it
-    config.apd.learning_rate = 1e-3
-    config.apd.schedule = "cosine"
     config.apd.warmup_fraction = 0.01
     config.apd.minimality_coeff = 1.0 if num_layers == 1 else 2.0
     config.apd.simplicity_coeff = 10.0 if num_layers == 1 else 7.0
@@ -87,8 +85,7 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     # 3 layers: the paper prints no setting that works ("struggled"); this is the one of 2 layers.
 
     if "long" in variants:
-        config.apd.num_steps = 40_000
-        config.apd.batch_size = 2048
+        config.apd.update(num_steps=40_000, batch_size=2048)
     if "smoke" in variants:
         shared.smoke(config, 40, 32, pretrain_steps=50)
         config.target.update(num_features=12, d_resid=40, d_mlp=6 // num_layers)

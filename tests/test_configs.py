@@ -15,7 +15,7 @@ from apd_jax.recipe import stages
 TMS = [
     ",".join(filter(None, v))
     for v in itertools.product(
-        ("40-10", "5-2", "8-3", "1-1"), ("", "id", "rotation"), ("", "smoke")
+        ("40-10", "5-2", "8-3", "1-1"), ("", "id", "rotation", "untied"), ("", "smoke")
     )
 ]
 RESID_MLP = [
@@ -182,7 +182,7 @@ def test_seeds_follow_the_runs_unless_set(file):
             "tms",
             "5-2,idd",
             r"unknown TMS variant \(sizes F-H or a name\) 'idd'; known: 40-10, 5-2, id, rotation, "
-            r"smoke. Did you mean 'id'\?",
+            r"untied, smoke. Did you mean 'id'\?",
         ),
         ("tms", "0-2", "unknown TMS variant"),
         ("tms", "F-H", "unknown TMS variant"),

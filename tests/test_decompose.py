@@ -234,6 +234,13 @@ def test_a_method_by_name_by_object_or_by_config():
         ({"config": [("rank", 2)]}, "settings must be a method's name, a settings object or a con"),
         ({"method": "targeted"}, "needs a second stream of data; give elsewhere"),
         ({"config": apd_jax.APD(batch_size=16), "elsewhere": sample_fn}, "elsewhere is read by"),
+        (
+            {
+                "config": apd_jax.APD(batch_size=16, num_components=4, num_component_shards=2),
+                "select": {"w": {"components": [0, 1]}, "v": {}},
+            },
+            "components cannot be split over devices where a site holds only some of them",
+        ),
     ],
 )
 def test_choices_that_do_not_go_together(chosen, sentence):

@@ -16,7 +16,6 @@ from apd_jax.attributions.kinds import (
     squared,
 )
 from apd_jax.attributions.metric import METRICS, in_metric
-from apd_jax.network.outputs import outputs
 
 __all__ = [
     "INTEGRATION_STEPS",
@@ -28,6 +27,5 @@ __all__ = [
     "gradient",
     "in_metric",
     "integrated_gradient",
-    "outputs",
     "squared",
 ]

@@ -176,7 +176,9 @@ def relabel(components: Components, numbers: Sequence[int]) -> Components:
             ids = range(ids[0], ids[0] + len(ids))
         return dataclasses.replace(f, ids=ids)
 
-    return dataclasses.replace(map_sites(one, components), count=len(dense))
+    renamed = map_sites(one, components)
+    whole = any(f.ids is None for f in renamed.factors.values())
+    return dataclasses.replace(renamed, count=None if whole else len(dense))
 
 
 def merge(components: Components, *groups: Sequence[int]) -> Components:
@@ -236,7 +238,8 @@ def aligned(components: Components) -> Components:
     components one by one. Cost: C·m·(d_in + d_out) numbers per site, whatever it held.
     """
     C = components.num_components
-    return map_sites(lambda f: _aligned(f, C), components)
+    whole = map_sites(lambda f: _aligned(f, C), components)
+    return dataclasses.replace(whole, count=None)
 
 
 def compact(components: Components, ranks: Mapping[str, int]) -> Components:

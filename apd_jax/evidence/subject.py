@@ -207,8 +207,7 @@ def joined(first: Components, second: Components) -> Components:
         U, V = _same_rank(a.U, b.U, -1), _same_rank(a.V, b.V, -2)
         return dataclasses.replace(a, U=jnp.concatenate(U), V=jnp.concatenate(V))
 
-    whole = components_lib.map_sites(one, *both)
-    return dataclasses.replace(whole, count=2 * first.num_components)
+    return components_lib.map_sites(one, *both)
 
 
 def _same_rank(a: Array, b: Array, axis: int) -> list[Array]:

@@ -21,7 +21,7 @@ from rich.table import Table
 from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.evaluation import matching
-from apd_jax.report import html, tables
+from apd_jax.report import drawn, html, tables
 from apd_jax.train.workdir import flat
 
 SAME_COSINE = 0.9  # the verdict counts pairs with at least this cosine
@@ -174,7 +174,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
     losses = [
         {**point, "run": name}
         for run, name in zip(runs, ("first", "second"), strict=True)
-        for point in html.losses(run.history, 0)
+        for point in drawn.losses(run.history, 0)
     ]
     page = {
         "comparison": comparison,

@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import functools
 import importlib.resources
 import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,49 +21,17 @@ import numpy as np
 from etils import epath
 from jaxtyping import PyTree
 
-from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.evaluation import components_view
-from apd_jax.evaluation.components_view import Behaviour, Matrix
-from apd_jax.report import panel, tables
-from apd_jax.targets.base import FeatureTarget, Target
+from apd_jax.evaluation.components_view import Behaviour
+from apd_jax.report import drawn, panel, tables
+from apd_jax.report.source import Sizes, Source
+from apd_jax.targets.base import FeatureTarget
 from apd_jax.targets.scoring import large_components
-from apd_jax.train.progress import loss_names
 from apd_jax.train.workdir import flat
 
 LARGEST_PAGE = 5_000_000  # bytes; the live panel is left out of a page that would be larger
-MATRIX_BYTES = 1_200_000  # for the components' matrices, which are shown in part if they need more
-SIDES = (64, 48, 32, 24, 16, 12, 8)  # rows and columns shown of a matrix: the first that fits
-MAX_MAP = (128, 256)  # inputs and components of the attribution map
-MAX_INPUT = 4096  # entries of an input that is shown
-MAX_POINTS = 400  # of a loss curve
-
-
-@dataclasses.dataclass(frozen=True)
-class Source:
-    """What a report is made from.
-
-    Only the name and the decomposition (of one instance) are needed. The page leaves out what
-    depends on fields that are not given.
-    """
-
-    name: str
-    decomposition: Decomposition
-    x: PyTree = None  # inputs [B, ...]
-    target: Target | None = None
-    # the config, nested
-    settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # metrics of the evaluation, and with them step, seed, device and minutes
-    metrics: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # arrays of the evaluation, for targets whose inputs are features
-    arrays: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
-    evidence: Mapping[str, Any] | None = None  # the content of evidence.json
-    evidence_command: str = ""  # the command that makes the evidence, where there is none yet
-    figures: Sequence[str] = ()  # paths relative to the page
-    # (label, path relative to the page) of every instance, if there are several
-    instances: Sequence[tuple[str, str]] = ()
-    instance: int = 0
 
 
 def write(path: epath.PathLike, source: Source) -> epath.Path:
@@ -87,30 +53,6 @@ def write(path: epath.PathLike, source: Source) -> epath.Path:
             )
         text = render("report.html", page)
     return save(path, text)
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """Norms and effective ranks of all components."""
-
-    norms: dict[str, np.ndarray]  # {site: [C]}
-    ranks: dict[str, np.ndarray]  # {site: [C]}
-    target: dict[str, float]  # {site: norm of the target's leaf}
-
-    @classmethod
-    def of(cls, d: Decomposition) -> Sizes:
-        squares = jax.device_get(components_lib.squared_norms(d.components))
-        leaves = components_lib.decomposed_leaves(d.components, d.problem.params)
-        return cls(
-            {name: np.sqrt(np.maximum(square, 0)) for name, square in squares.items()},
-            jax.device_get(components_lib.effective_ranks(d.components)),
-            {name: float(np.linalg.norm(leaf)) for name, leaf in leaves.items()},
-        )
-
-    @functools.cached_property
-    def whole(self) -> np.ndarray:
-        """Norm of every component over all its sites, [C]."""
-        return np.sqrt(np.sum([norm**2 for norm in self.norms.values()], axis=0))
 
 
 def report(decomposition: Decomposition, path: epath.PathLike, x: PyTree = None) -> epath.Path:
@@ -148,7 +90,7 @@ def collect(source: Source) -> dict[str, Any]:
     is_features = (
         isinstance(source.target, FeatureTarget) and "attributions_one_hot" in source.arrays
     )
-    matrices, pages = _matrices(source, sizes.whole)
+    matrices, pages = drawn.matrices(source, sizes.whole)
     data = {
         "components": [
             {
@@ -159,9 +101,9 @@ def collect(source: Source) -> dict[str, Any]:
         ],
         "leaves": list(sizes.target),
         "matrices": matrices,
-        "behaviour": None if acts is None else _behaviour(acts, x),
-        "map": _map(source, acts, is_features),
-        "losses": losses(d.history, source.instance if source.instances else None),
+        "behaviour": None if acts is None else drawn.behaviour(acts, x),
+        "map": drawn.attribution_map(source, acts, is_features),
+        "losses": drawn.losses(d.history, source.instance if source.instances else None),
         "panel": None,
         "unit": "nats" if d.method.minimality_loss == "kl" else "mean squared error",
         "output": "feature" if is_features else "output",
@@ -381,155 +323,3 @@ def _serves(source: Source, acts: Behaviour | None, c: int, has_norm: bool) -> s
     if not change.max() > 0:
         return ""
     return f"output{'s' * (len(largest) > 1)} " + ", ".join(map(str, largest))
-
-
-# What is drawn
-
-
-def _matrices(source: Source, whole: np.ndarray) -> tuple[list[dict[str, Any]], list[int]]:
-    """The matrices of the components, and which components they are given for.
-
-    Within MATRIX_BYTES: first fewer rows and columns are shown of each matrix, then only the
-    components with the largest norm.
-
-    Args:
-      whole: norm of every component, [C].
-    """
-    d, a, C = source.decomposition, source.arrays, len(whole)
-    shapes = [
-        (f.U.shape[-2], f.V.shape[-1])
-        for f in d.components.factors.values()
-        for _ in range(math.prod(f.U.shape[1:-2]))
-    ]
-    shapes += [a["feature_weights_target"].shape] if "feature_weights_target" in a else []
-    # Bytes of one component: 4 per entry, times 4/3 in base64.
-    each = {
-        side: sum(min(rows, side) * min(columns, side) for rows, columns in shapes) * 16 / 3
-        for side in SIDES
-    }
-    side = next((side for side in SIDES if C * each[side] <= MATRIX_BYTES), SIDES[-1])
-    pages = np.sort(np.argsort(-whole)[: max(1, int(MATRIX_BYTES / each[side]))])
-    found = components_view.matrices(d, side)
-    # With the shape of the first leaf, the feature weights are that leaf itself.
-    if "feature_weights_target" in a and a["feature_weights_target"].shape != found[0].shape:
-        names = [f"feature_weights_{part}" for part in ("components", "target", "sum")]
-        parts, target, total = (jax.numpy.asarray(a[name]) for name in names)
-        label = "feature to neuron to feature"
-        own = components_view.shown(label, parts, lambda one: one, target, total, side)
-        found.insert(0, own)
-    return [_packed(matrix, pages) for matrix in found], pages.tolist()
-
-
-def _packed(matrix: Matrix, pages: np.ndarray) -> dict[str, Any]:
-    fields = dataclasses.asdict(matrix)
-    for name in ("rows", "columns", "values", "row_norms", "column_norms"):
-        fields[name] = fields[name][pages]
-    return {
-        **fields,
-        "target_rows": matrix.target_rows.tolist(),
-        "target_columns": matrix.target_columns.tolist(),
-        "shape": list(matrix.shape),
-    }
-
-
-def _behaviour(acts: Behaviour, x: PyTree) -> dict[str, Any]:
-    """Per component: the examples with its largest attributions, and the change of the outputs.
-
-    An example that several components need is embedded once.
-    """
-    used, index = np.unique(acts.examples, return_inverse=True)
-    index = index.reshape(acts.examples.shape)
-    strongest = _strongest(acts.attributions)
-    kept = _strongest(acts.mask & (acts.attributions > 0))
-    each = np.arange(len(acts.examples))[:, None]
-    top = np.argsort(-np.abs(acts.change), axis=1)[:, :10]
-    kind, inputs = _inputs(x, used)
-    positions = None
-    if acts.attributions.ndim == 3:  # one mask per position
-        positions = np.asarray(acts.attributions[acts.examples, :, each]).argmax(axis=-1).tolist()
-    return {
-        "kind": kind,
-        "inputs": inputs,
-        "examples": index.tolist(),
-        "attributions": strongest[acts.examples, each],
-        "kept": kept[acts.examples, each].tolist(),
-        "positions": positions,
-        "outputs": top.tolist(),
-        "change": np.take_along_axis(acts.change, top, axis=1),
-    }
-
-
-def _strongest(values: np.ndarray) -> np.ndarray:
-    """[B, *T, C] -> [B, C], the largest over positions."""
-    return values.reshape(len(values), -1, values.shape[-1]).max(axis=1)
-
-
-def _inputs(x: PyTree, used: np.ndarray) -> tuple[str, np.ndarray | None]:
-    """How the page draws inputs, and the used ones; ("other", None) if it does not draw them."""
-    leaves = jax.tree.leaves(x)
-    if len(leaves) != 1 or leaves[0][0].size > MAX_INPUT:
-        return "other", None
-    inputs, shape = np.asarray(leaves[0])[used], leaves[0].shape[1:]
-    if len(shape) == 2 or (len(shape) == 3 and shape[-1] == 1):
-        return "image", inputs.reshape(-1, *shape[:2])
-    if len(shape) < 2:
-        kind = "tokens" if np.issubdtype(inputs.dtype, np.integer) else "vector"
-        return kind, inputs.reshape(len(used), -1)
-    return "other", None
-
-
-def _map(source: Source, acts: Behaviour | None, is_features: bool) -> dict[str, Any] | None:
-    """Attributions of inputs (rows) by component (columns), at most MAX_MAP, the largest ones.
-
-    Features stay in order, and components are ordered by the feature with their largest
-    attribution. Where inputs are not features, components stay in order and inputs are ordered by
-    their component.
-    """
-    if is_features:
-        rows, label = source.arrays["attributions_one_hot"], "feature alone in the input"
-    elif acts is not None:
-        rows, label = _strongest(acts.attributions), "input"
-    else:
-        return None
-    columns = np.argsort(-rows.max(axis=0), kind="stable")[: MAX_MAP[1]]
-    names = np.argsort(-rows.max(axis=1), kind="stable")[: MAX_MAP[0]]
-    if is_features:
-        names = np.sort(names)
-        main = rows[names].argmax(axis=0)[columns]
-        columns = columns[np.argsort(main, kind="stable")]
-    else:
-        names = names[np.argsort(rows[names].argmax(axis=1), kind="stable")]
-        columns = np.sort(columns)
-    return {
-        "values": rows[np.ix_(names, columns)],
-        "rows": names.tolist(),
-        "columns": columns.tolist(),
-        "label": label,
-    }
-
-
-def losses(
-    history: Sequence[Mapping[str, Any]], instance: int | None = None
-) -> list[dict[str, Any]]:
-    """{name, step, value} of every loss in the log, at MAX_POINTS steps at most.
-
-    Values of 0 are left out: the axis is logarithmic.
-
-    Args:
-      instance: which one is drawn, where the log holds a list per loss, one value per instance.
-    """
-    rows = history
-    if len(history) > MAX_POINTS:
-        rows = [history[i] for i in np.linspace(0, len(history) - 1, MAX_POINTS).astype(int)]
-    names, read = loss_names(history), []
-    for row in rows:
-        for name in filter(row.__contains__, names):
-            value = row[name]
-            if isinstance(value, list):
-                value = 0.0 if instance is None else value[instance]  # 0 is not drawn
-            read.append((name, row["step"], value))
-    return [
-        {"name": name.replace("_", " "), "step": step, "value": value}
-        for name, step, value in read
-        if value > 0
-    ]

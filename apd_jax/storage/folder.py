@@ -72,6 +72,7 @@ def save(
         "format": FORMAT,
         "apd_jax": _version(),
         "num_components": components.num_components,
+        "count": components.count,
         "leaves": {
             name: {field: _json_ids(getattr(f, field)) for field in _STATIC}
             for name, f in components.factors.items()
@@ -163,7 +164,7 @@ def _components(
         return Factors(**arrays, **static)
 
     tree = jax.tree_util.tree_map_with_path(slot, params)
-    components = Components(tree, about["num_components"])
+    components = Components(tree, about.get("count"))
     components_lib.decomposed_leaves(components, params)  # their shapes agree
     return components
 

@@ -39,7 +39,8 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.targets.base import Config, Panel, Score, Target, at_least_one
+from apd_jax.targets.base import Config, Score, Target, at_least_one
+from apd_jax.targets.induction_panels import attention_panels, component_panels
 from apd_jax.targets.scoring import CORRELATION_LABELS, accuracy_labels, rank_correlations
 
 NUM_LAYERS = 2
@@ -51,10 +52,6 @@ ONE_STEP = 0.9
 # A measure needs a component if ablating it lowers the measure by more than this share.
 NEEDED = 0.1
 MEASURED = ("accuracy", "previous_token_score", "induction_score")
-GOOD_ATTENTION = (
-    "every token of the first block attends to the one before it",
-    "every token that came before attends to the token that followed it there",
-)
 LABELS = {
     **accuracy_labels("accuracy, where the next token is determined,"),
     "sparse_previous_token_score": (
@@ -309,66 +306,9 @@ def score(
     metrics["components_of_one_step"] = float(steps[alive].mean()) if alive.any() else 0.0
     metrics["spans_layers"] = float(spans[alive].mean()) if alive.any() else 0.0
     metrics |= rank_correlations(decomposition, tokens, alive)
-    panels = attention_panels(target[1], sparse[1], heads, tokens)
+    repeating = int(jnp.argmax(jnp.any(determined(tokens), axis=1)))
+    panels = attention_panels(target[1], sparse[1], heads, tokens, repeating)
     return Score(metrics, LABELS, panels | component_panels(lost, kept))
-
-
-def attention_panels(
-    target: dict[str, Array], sparse: dict[str, Array], heads: Heads, tokens: Int[Array, "B T"]
-) -> dict[str, Panel]:
-    """Attention of the two heads on the first sequence that repeats, target beside sparse model."""
-    example = int(jnp.argmax(jnp.any(determined(tokens), axis=1)))
-    names = ["start", *map(str, tokens[example, 1:].tolist())]
-    shown = {0: ("previous-token", heads.previous), 1: ("induction", heads.induction)}
-    panels = {}
-    for i, (what, head) in shown.items():
-        pair = [np.asarray(a[f"attention_{i}"][example, head]) for a in (target, sparse)]
-        panels[f"attention_{i}"] = Panel(
-            title=f"Layer {i}, the {what} head: target (left) and sparse model (right)",
-            caption="Attention on one sequence that repeats, from the token in the row to the "
-            f"token in the column. Good: both halves are alike, and {GOOD_ATTENTION[i]}.",
-            xlabel="from token (twice)",
-            ylabel="at token",
-            matrix=np.concatenate(pair, axis=1),
-            unit="attention",
-            rows=names,
-            columns=names * 2,
-        )
-    return panels
-
-
-def component_panels(
-    lost: Float[np.ndarray, "C 3"], kept: Float[np.ndarray, "3 C"]
-) -> dict[str, Panel]:
-    """What ablation of every component costs, and at which kinds of position it is kept."""
-    order = np.argsort(-lost[:, 0], kind="stable")
-    xlabel, columns = "component (ordered by cost in accuracy)", [str(c) for c in order]
-    return {
-        "mechanisms": Panel(
-            title="What an ablated component costs",
-            caption="What the model with all components loses when one is taken away. Good: few "
-            "components cost anything. One that costs all three holds the whole mechanism. One "
-            "that costs the score of one layer only holds that layer's head.",
-            xlabel=xlabel,
-            ylabel="",
-            matrix=lost[order].T,
-            unit="fall in accuracy, or in mean attention",
-            rows=["accuracy", "previous-token score", "induction score"],
-            columns=columns,
-        ),
-        "kept_by_kind": Panel(
-            title="Where in a sequence components are kept",
-            caption="Share of positions of each kind that keep a component. Good, with masks per "
-            "position: a component is bright in only one of the two upper rows, which need "
-            "different heads, and every component is dark in the lowest row.",
-            xlabel=xlabel,
-            ylabel="",
-            matrix=kept[:, order],
-            unit="share of positions",
-            rows=["first block", "token came before", "no repetition"],
-            columns=columns,
-        ),
-    }
 
 
 def build(config: Config, batch_size: int) -> Target:

@@ -315,11 +315,8 @@ def _keys(root: jax.Array, instance: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def _traced(settings: Settings) -> dict[str, jax.Array]:
     """What the step is given of them, [instances] each."""
-    return {
-        name: jnp.asarray(values, jnp.float32)
-        for name, values in settings.items()
-        if name != "seed"
-    }
+    swept = {name: values for name, values in settings.items() if name != "seed"}
+    return {name: jnp.asarray(values, jnp.float32) for name, values in swept.items()}
 
 
 def _finite_mean(values: Any) -> float:

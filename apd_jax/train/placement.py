@@ -215,6 +215,11 @@ def _specs(state: PyTree) -> PyTree:
 
 
 def _site_specs(f: Factors) -> Factors:
+    if f.ids is not None:
+        raise InputError(
+            "components cannot be split over devices where a site holds only some of them, or one "
+            "in several pieces; use num_component_shards = 1, or change `select`."
+        )
     before = f.U.ndim - 3 - len(f.axes.batch)  # instances come first
     spec = P(*[None] * before, COMPONENT_AXIS)
     return dataclasses.replace(f, U=spec, V=spec)

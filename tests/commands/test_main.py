@@ -390,7 +390,7 @@ def test_a_method_with_a_learned_gate_and_numbers_of_sites(num_instances, tmp_pa
     )
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluation["num_components"] == 6  # three of W, three of the hidden matrix
+    assert evaluation["num_components"] == 9  # three of W, of W_out and of the hidden matrix
     assert {"minimality_stochastic", "minimality_gates"} <= set(evaluation)
     assert (tmp_path / "report.html").exists()
     looked = main_here("--mode=inspect", f"--workdir={tmp_path}")

@@ -15,6 +15,7 @@ from apd_jax.components import layout
 from apd_jax.components.layout import Layout
 from apd_jax.forward import kappa, sparse
 from apd_jax.gates import selection as masks
+from apd_jax.network.outputs import outputs
 
 C = 3
 
@@ -33,7 +34,7 @@ def setup(name):
 
 def jacobian_attributions(fn, params, cs, x):
     """The definition: sqrt(mean_o (J P_c)²), by `jax.jacrev` and a contraction in float64."""
-    jacobian = jax.jit(jax.jacrev(lambda p: attributions.outputs(fn(p, x))))(params)
+    jacobian = jax.jit(jax.jacrev(lambda p: outputs(fn(p, x))))(params)
     P = components.materialize(cs)
     total = 0.0
     for J, p in zip(

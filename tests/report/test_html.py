@@ -13,7 +13,7 @@ from conftest import close, load_golden, make_method, make_problem
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.report import html
+from apd_jax.report import drawn, html
 
 HOSTILE = "</script><script>window.hacked=1</script>"
 
@@ -221,7 +221,7 @@ def test_a_page_that_would_be_too_large_goes_without_its_panel(tmp_path, monkeyp
 
 
 def test_large_matrices_and_many_components_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(html, "MATRIX_BYTES", 2000)
+    monkeypatch.setattr(drawn, "MATRIX_BYTES", 2000)
     d = small(params={"in": jnp.ones((6, 40)), "out": jnp.ones((40, 3))})
     data = embedded(d.report(tmp_path / "report.html"))
     # 6 x 8 and 8 x 3 entries in base64 are 384 bytes: 5 of the 7 components have pages, those of
@@ -234,10 +234,10 @@ def test_large_matrices_and_many_components_are_cut(tmp_path, monkeypatch):
 
 def test_losses_are_thinned_and_of_one_instance():
     history = [{"step": step, "total": [1.0, 2.0], "faithfulness": 0.0} for step in range(5000)]
-    points = html.losses(history, 1)
-    assert len(points) == html.MAX_POINTS and {point["value"] for point in points} == {2.0}
+    points = drawn.losses(history, 1)
+    assert len(points) == drawn.MAX_POINTS and {point["value"] for point in points} == {2.0}
     assert (points[0]["step"], points[-1]["step"]) == (0, 4999)
-    assert html.losses(history) == []  # nobody said which instance
+    assert drawn.losses(history) == []  # nobody said which instance
 
 
 def test_encode():
