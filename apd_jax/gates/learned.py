@@ -22,7 +22,6 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.components import Components, Factors
 from apd_jax.components.layout import matrix_shape
-from apd_jax.errors import InputError
 from apd_jax.forward import capture
 from apd_jax.gates import networks, piece_mlp
 from apd_jax.gates.base import INPUTS, Activity, Observation, Rule, at_valid
@@ -152,7 +151,10 @@ def _vectors(f: Factors, reading: Any) -> Float[Array, "B ... d"]:
 
 
 def _strongest(z: Float[Array, "B ... n"], per_position: bool) -> Float[Array, "B *T n"]:
-    """The largest logit over rows that share a mask: a component is on if any of them needs it."""
+    """The largest logit over rows that share a mask: a component is on if any of them needs it.
+
+    The matrices of a site that is a stack of them count as rows.
+    """
     lead = 2 if per_position else 1
     extra = tuple(range(lead, z.ndim - 1))
     return jnp.max(z, axis=extra) if extra else z
@@ -166,14 +168,3 @@ def _in_turn(components: Components) -> bool:
             return len(components.factors) == 1 and f.ids is None
         first = f.ids.stop
     return first == components.num_components
-
-
-def refuse_batched(components: Components) -> None:
-    """Raises InputError where a site is a stack of matrices: a piece then has many activations."""
-    for name, f in components.factors.items():
-        if f.axes.batch:
-            raise InputError(
-                f"site {name!r} is a stack of {f.shape[f.axes.batch[0]]} matrices, for which gates "
-                "on inner activations are not defined; unstack it, or use gate_kind = "
-                "'transformer'."
-            )
