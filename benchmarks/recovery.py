@@ -231,6 +231,8 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     import matplotlib.pyplot as plt
 
     rows = [row for row in rows if not row["changes"] and "error" not in row]
+    if not rows:
+        raise SystemExit("the figure shows seeds without --set changes or errors: there are none.")
     names = list(dict.fromkeys(recipe_and_target(row["config"])[1] for row in rows))
     names.sort(key=lambda name: not name.startswith("tms"))
     columns = min(4, len(names))

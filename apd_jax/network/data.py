@@ -12,6 +12,7 @@ over *all* devices.
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -205,7 +206,7 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
     A sampler is not run for it; of an iterable the first batch is pulled, and kept for step 0.
 
     Raises:
-      InputError: there is no data.
+      InputError: there is no data, or its function does not take (rng, step).
     """
     if sample_fn is None:
         raise InputError(
@@ -214,6 +215,12 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
         )
     if isinstance(sample_fn, Batches):
         return sample_fn.shapes
+    try:
+        inspect.signature(sample_fn).bind("rng", "step")
+    except TypeError as error:
+        raise InputError(
+            f"sample_fn must be a function (rng, step) -> batch: called so, {error}."
+        ) from None
     return jax.eval_shape(sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
 
 

@@ -287,6 +287,7 @@ ragged = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
         ([{"x": np.full(8, "a")}], "batch 0, leaf 'x' has dtype <U1"),
         (iter(BATCHES[:7]), "the data ended before step 8 and cannot be begun again"),
         (None, "there is no data to train on"),
+        (lambda rng: BATCHES[0], r"function \(rng, step\) -> batch: called so, too many"),
         (
             3,
             r"sample_fn must be a function \(rng, step\) -> batch, or an iterable of batches; got "
