@@ -1,8 +1,8 @@
 """Intervals that hold a network's outputs under every permitted mask.
 
-A permitted mask keeps active components at 1 and scales inactive ones by factors in [0, 1], so
-every entry of a weight lies in
-    Σ_active P_c + Σ_inactive [min(P_c, 0), max(P_c, 0)].
+A permitted mask is m_c in [g_c, 1], with g_c the gate's value (1 for an active component and 0 for
+an inactive one where the gate has no degrees), so every entry of a weight lies in
+    Σ_c g_c P_c + (1 - g_c) [min(P_c, 0), max(P_c, 0)].
 The operations of the network's jaxpr are bounded one by one. What ties two intervals together (a
 weight used twice, one factor in many entries) is forgotten, so the bound is wide but safe, up to
 float rounding.
@@ -100,8 +100,8 @@ def output_bounds(subject: Subject, count: int) -> Interval:
     factors = components_lib.aligned(subject.components).factors
     weights = {name: f.weights for name, f in factors.items()}
 
-    def one(mask, x):
-        active = mask.astype(jnp.float32)
+    def one(values, x):
+        active = values.astype(jnp.float32)
         between = {
             name: Interval(
                 *(
@@ -122,7 +122,9 @@ def output_bounds(subject: Subject, count: int) -> Interval:
         out = split_result(result)[0].value
         return tuple(end[0] for end in _ends(out))
 
-    bounded = jax.jit(jax.vmap(one))(*jax.tree.map(lambda a: a[:count], (subject.mask, subject.x)))
+    bounded = jax.jit(jax.vmap(one))(
+        *jax.tree.map(lambda a: a[:count], (subject.values, subject.x))
+    )
     return Interval(*bounded)
 
 

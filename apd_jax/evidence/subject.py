@@ -109,12 +109,6 @@ def make(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> Subje
     return Subject(params, trained, x, *_measured(setting, params, trained, x), setting=setting)
 
 
-def with_components(subject: Subject, components: Components) -> Subject:
-    """The same about other components, with the same gate."""
-    trained = dataclasses.replace(subject.trained, components=components)
-    return make(subject.setting, subject.params, trained, subject.x)
-
-
 @functools.partial(jax.jit, static_argnames="setting")
 def _measured(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> tuple[Array, ...]:
     problem = setting.problem
@@ -153,12 +147,15 @@ def errors(
 
 
 def scaled(subject: Subject, factors: Float[Array, "..."]) -> Float[Array, "n *T C"]:
-    """The mask with active components at 1 and inactive ones at the given factors.
+    """m = g + (1 - g)·r: a component that is active is whole, an inactive one is worth r of itself.
 
-    factors: one for all, one of each component [1, C], or like the mask.
+    One that a gate with degrees needs by g is worth at least g, as in its training: an adversary
+    may choose all of [g, 1], so that rounding g up to 1 would hide what it finds there.
+
+    factors: r, one for all, one of each component [1, C], or like the mask.
     """
-    active = subject.mask.astype(jnp.float32)
-    return active + (1 - active) * factors
+    g = subject.values.astype(jnp.float32)
+    return g + (1 - g) * factors
 
 
 @jax.jit

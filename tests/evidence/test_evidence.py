@@ -231,7 +231,8 @@ def test_a_cancelling_pair_is_only_found_by_the_attack(judge, pentagon):
     setting = Setting(decomposition.problem, method)
     subject = make(setting, pentagon.params, decomposition.trained, x)
     truth = (x != 0)[:, :, None] & np.eye(5, 7, dtype=bool)[None]
-    subject = dataclasses.replace(subject, mask=jnp.asarray(truth.any(axis=1)))
+    mask = jnp.asarray(truth.any(axis=1))
+    subject = dataclasses.replace(subject, mask=mask, values=mask)
     case = Case(subject, decomposition, jax.random.key(0), lambda i: x, 1)
     assert fit.faithfulness(case).passed and fit.sparse(case).passed
     assert ablate.monotone(case).values["joint_max"] <= 0.1

@@ -197,10 +197,27 @@ def test_permitted_masks_stay_inside_the_bound(small):
 
 def test_without_inactive_components_the_bound_is_the_output(small):
     subject, _ = small
-    every = dataclasses.replace(subject, mask=subject.mask | True)
+    mask = subject.mask | True
+    every = dataclasses.replace(subject, mask=mask, values=mask)
     lo, hi = bounds.output_bounds(every, 24)
     np.testing.assert_allclose(lo, subject.target_out, atol=1e-5)
     np.testing.assert_allclose(hi, subject.target_out, atol=1e-5)
+
+
+def test_a_component_that_is_needed_in_part_may_be_worth_that_part(linear):
+    subject, _, _ = linear
+    g = np.where(subject.mask, 1.0, 0.0)
+    g[:, 0] = 0.25
+    every = jnp.ones_like(subject.mask)
+    graded = dataclasses.replace(subject, mask=every, values=jnp.asarray(g, jnp.float32))
+    r = np.random.default_rng(3).random(g.shape)
+    np.testing.assert_allclose(scaled(graded, jnp.float32(r)), g + (1 - g) * r, rtol=1e-6)
+    # Rounded up, nothing would be left to ablate; the ascent finds what is left of 1 - g.
+    found = ablate.attack(graded, jax.random.key(0), shared=False, steps=20)[-1]
+    assert np.all(found > 0)
+    lo, hi = bounds.output_bounds(graded, 24)
+    assert np.all(hi > lo)
+    assert np.all(found[:24] <= bounds.error_bound(graded, 24) * (1 + 1e-4))
 
 
 def test_an_interval_worked_by_hand():
