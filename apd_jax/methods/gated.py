@@ -21,7 +21,7 @@ from apd_jax.errors import InputError, one_of
 from apd_jax.gates import learned
 from apd_jax.gates.base import Gate
 from apd_jax.methods import optimizers
-from apd_jax.methods.base import Method, Number
+from apd_jax.methods.base import Annealed, Method, Number
 from apd_jax.network.problem import Problem
 
 
@@ -115,8 +115,6 @@ class Gated(Method):
     @property
     def p(self) -> Any:
         """The power of causal importances, a number or a schedule."""
-        from apd_jax.methods.base import Annealed
-
         if self.importance_p_final is None:
             return self.importance_p
         return Annealed(self.importance_p, self.importance_p_final)

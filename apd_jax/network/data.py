@@ -217,6 +217,8 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
         return sample_fn.shapes
     try:
         inspect.signature(sample_fn).bind("rng", "step")
+    except ValueError:
+        pass  # a callable without a signature
     except TypeError as error:
         raise InputError(
             f"sample_fn must be a function (rng, step) -> batch: called so, {error}."
