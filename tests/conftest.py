@@ -95,6 +95,24 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
 
 ROOT = Path(__file__).parents[1]
+# The config of a TMS 5-2, as users write it, and of its training for a few steps.
+TMS = {
+    "name": "tms",
+    "num_features": 5,
+    "d_hidden": 2,
+    "hidden": "none",
+    "feature_probability": 0.2,
+    "seed": 0,
+    "weights_path": "",
+}
+PRETRAIN = {
+    "num_steps": 20,
+    "batch_size": 64,
+    "learning_rate": 5e-3,
+    "schedule": "linear",
+    "warmup_fraction": 0.0,
+    "weight_decay": 0.01,
+}
 GOLDEN = Path(__file__).parent / "golden"
 GOLDEN_NAMES = (
     "tms_small",

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, make_method
+from conftest import PRETRAIN, ROOT, TMS, make_method
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -25,23 +25,7 @@ from apd_jax.evidence.subject import Setting, make
 from apd_jax.methods import registry
 from apd_jax.train import loop
 
-TARGET = {
-    "name": "tms",
-    "num_features": 5,
-    "d_hidden": 2,
-    "hidden": "none",
-    "feature_probability": 0.05,
-    "seed": 0,
-    "weights_path": "",
-}
-PRETRAIN = {
-    "num_steps": 20,
-    "batch_size": 64,
-    "learning_rate": 5e-3,
-    "schedule": "linear",
-    "warmup_fraction": 0.0,
-    "weight_decay": 0.01,
-}
+TARGET = TMS | {"feature_probability": 0.05}
 APD = {
     "num_components": 5,
     "rank": 2,

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close
+from draws import B
 from jax.sharding import PartitionSpec as P
-from networks import NETWORKS, B
+from networks import NETWORKS
 
 from apd_jax import components as components_lib
 from apd_jax.components import layout

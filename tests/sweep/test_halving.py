@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from conftest import close, make_method
+from conftest import PRETRAIN, TMS, close, make_method
 from ml_collections import ConfigDict
 
 from apd_jax import targets
@@ -12,24 +12,6 @@ from apd_jax.sweep import halving, judge
 from apd_jax.sweep.grid import parse
 from apd_jax.sweep.halving import Rung, best, rungs
 from apd_jax.train import loop
-
-TARGET = {
-    "name": "tms",
-    "num_features": 5,
-    "d_hidden": 2,
-    "hidden": "none",
-    "feature_probability": 0.2,
-    "seed": 0,
-    "weights_path": "",
-}
-PRETRAIN = {
-    "num_steps": 20,
-    "batch_size": 64,
-    "learning_rate": 5e-3,
-    "schedule": "linear",
-    "warmup_fraction": 0.0,
-    "weight_decay": 0.01,
-}
 
 
 @pytest.mark.parametrize(
@@ -69,7 +51,7 @@ def problem(pentagon):
     method = make_method(
         num_components=5, rank=2, batch_size=64, num_steps=8, steps_per_call=2, log_every_steps=2
     )
-    target = targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64)
+    target = targets.build(ConfigDict(TMS | {"pretrain": PRETRAIN}), 64)
     return target, pentagon.params, method, parse("seed=0:2;topk=0.5,1,2", method)
 
 

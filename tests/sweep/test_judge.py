@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import close, make_method
+from conftest import PRETRAIN, TMS, close, make_method
 from ml_collections import ConfigDict
 
 from apd_jax import attributions, losses, targets
@@ -15,23 +15,6 @@ from apd_jax.gates import selection
 from apd_jax.methods.optimizers import Trained
 from apd_jax.sweep import judge
 
-TARGET = {
-    "name": "tms",
-    "num_features": 5,
-    "d_hidden": 2,
-    "hidden": "none",
-    "feature_probability": 0.2,
-    "seed": 0,
-    "weights_path": "",
-}
-PRETRAIN = {
-    "num_steps": 20,
-    "batch_size": 64,
-    "learning_rate": 5e-3,
-    "schedule": "linear",
-    "warmup_fraction": 0.0,
-    "weight_decay": 0.01,
-}
 FIELDS = {
     "num_components": 5,
     "topk": 1.0,
@@ -51,7 +34,7 @@ def drawn(key, pentagon) -> Components:
 @pytest.fixture(scope="module")
 def judged(pentagon):
     """The true components, random ones, and ones that are not finite."""
-    target = targets.build(ConfigDict(TARGET | {"pretrain": PRETRAIN}), 64)
+    target = targets.build(ConfigDict(TMS | {"pretrain": PRETRAIN}), 64)
     method = make_method(**FIELDS)
     random = drawn(jax.random.key(3), pentagon)
     lost = jax.tree.map(lambda a: a * jnp.nan, random)
