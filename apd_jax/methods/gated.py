@@ -20,8 +20,8 @@ from apd_jax.components import Components
 from apd_jax.errors import InputError, one_of
 from apd_jax.gates import learned
 from apd_jax.gates.base import Gate
-from apd_jax.methods import optimizers
-from apd_jax.methods.base import Annealed, Method, Number
+from apd_jax.methods import optimizers, terms
+from apd_jax.methods.base import HERE, Annealed, Method, Number
 from apd_jax.network.problem import Problem
 
 
@@ -53,6 +53,8 @@ class Gated(Method):
     importance_coeff: Number = 1e-3
     importance_p: Number = 1.0  # the power of causal importances ...
     importance_p_final: Number | None = None  # ... and where it ends, linearly; None: constant
+    importance_gamma: Number | None = None  # smooth-L0 in place of the power: γ at first ...
+    importance_gamma_final: Number = 0.01  # ... and where it ends, linearly
     hidden_reconstruction_coeff: Number = 0.0
 
     @property
@@ -119,6 +121,17 @@ class Gated(Method):
             return self.importance_p
         return Annealed(self.importance_p, self.importance_p_final)
 
+    def importance(self, stream: str = HERE) -> terms.Score:
+        """What causal importances cost: Σ_c mean g_c^p, or smooth-L0 if `importance_gamma` is set.
+
+        Smooth-L0, ψ(g) = (1 + γ²) g² / (g² + γ²), counts what is above 0 without the unbounded
+        gradient of a small power; γ is usually taken from 1 to 0.01.
+        """
+        if self.importance_gamma is None:
+            return terms.importance(self.p, self.num_steps, stream)
+        gamma = Annealed(self.importance_gamma, self.importance_gamma_final)
+        return terms.smooth_l0(gamma, self.num_steps, stream)
+
     def transformation(self) -> optax.GradientTransformation:
         return optimizers.make(self, self.gate_learning_rate)
 
@@ -135,8 +148,8 @@ class Gated(Method):
             *("faithfulness_coeff", "importance_coeff", "hidden_reconstruction_coeff"),
             "faithfulness_warmup_steps",
         )
-        self.above_zero("importance_p", "faithfulness_warmup_rate")
-        for field in ("importance_p_final", "gate_learning_rate"):
+        self.above_zero("importance_p", "importance_gamma_final", "faithfulness_warmup_rate")
+        for field in ("importance_p_final", "importance_gamma", "gate_learning_rate"):
             if getattr(self, field) is not None:
                 self.above_zero(field)
         if self.num_component_shards > 1:

@@ -51,7 +51,7 @@ class SPD(Gated):
                 terms.hidden_reconstruction("stochastic"),
                 ("stochastic",),
             ),
-            "importance": Term(self.importance_coeff, terms.importance(self.p, self.num_steps)),
+            "importance": Term(self.importance_coeff, self.importance()),
         }
 
     def check(self) -> None:

@@ -52,7 +52,7 @@ class Targeted(VPD):
         }
 
     def terms(self) -> dict[str, Term]:
-        kind, p = self.minimality_loss, self.p
+        kind = self.minimality_loss
         return super().terms() | {
             "elsewhere": Term(
                 self.elsewhere_coeff, terms.reconstruction("elsewhere", kind), ("elsewhere",)
@@ -60,9 +60,7 @@ class Targeted(VPD):
             "unmasked": Term(
                 self.unmasked_coeff, terms.reconstruction("unmasked", kind), ("unmasked",)
             ),
-            "importance_elsewhere": Term(
-                2 * self.importance_coeff, terms.importance(p, self.num_steps, ELSEWHERE)
-            ),
+            "importance_elsewhere": Term(2 * self.importance_coeff, self.importance(ELSEWHERE)),
         }
 
     def check(self) -> None:

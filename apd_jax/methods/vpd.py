@@ -81,7 +81,7 @@ class VPD(Gated):
                 terms.hidden_reconstruction("stochastic"),
                 ("stochastic",),
             ),
-            "importance": Term(self.importance_coeff, terms.importance(self.p, self.num_steps)),
+            "importance": Term(self.importance_coeff, self.importance()),
             "frequency": Term(self.frequency_coeff, terms.frequency(self.p, self.num_steps)),
         }
 

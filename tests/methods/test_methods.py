@@ -105,6 +105,26 @@ def test_spd_by_hand():
     close(metrics["total"], total + 0.1 * metrics["importance"])
 
 
+def test_smooth_l0_in_place_of_a_power():
+    fields = {"importance_gamma": 0.5, "importance_gamma_final": 0.1}
+    method = SPD(**SMALL, **LITTLE, **fields)
+    _, activity, _, metrics = first_step(method)
+    g2 = np.asarray(activity.upper, np.float64) ** 2
+    close(metrics["importance"], np.mean(1.25 * g2 / (g2 + 0.25), axis=0).sum())
+    with pytest.raises(InputError, match="importance_gamma_final must be a finite number above 0"):
+        method.replace(importance_gamma_final=0.0).check()
+    two = Targeted(**SMALL, **LITTLE, **fields)
+    _, metrics = jax.jit(make_step(TWO_STREAMS, two))(
+        init_state(jax.random.key(0), TWO_STREAMS, two), PARAMS, KEY
+    )
+    power = two.replace(importance_gamma=None)
+    _, other = jax.jit(make_step(TWO_STREAMS, power))(
+        init_state(jax.random.key(0), TWO_STREAMS, power), PARAMS, KEY
+    )
+    for name in ("importance", "importance_elsewhere"):
+        assert abs(float(metrics[name] - other[name])) > 1e-3
+
+
 def test_frequency_and_trim_by_hand():
     method = Whole(**SMALL, **LITTLE, **GENTLE, rank=3, adversarial_coeff=0.0, trim_coeff=0.1)
     method = method.replace(importance_p_final=None)  # p stays 2
