@@ -142,7 +142,8 @@ def test_the_targets_own_weight_is_exact(name, route):
     )()
     expected = jax.jit(fn)(params, x)
     for out in found:
-        close(out, expected, 5e-3 if name == "half_precision" else 2e-7)
+        # A few units in the last place: sums are taken in another order, as the CPU has it.
+        close(out, expected, 5e-3 if name == "half_precision" else 1e-6)
 
 
 def test_many_rows_that_share_weights_are_formed_once():
