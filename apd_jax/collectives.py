@@ -28,6 +28,11 @@ def place(axis: str | None) -> Any:
     return 0 if axis is None else lax.axis_index(axis)
 
 
+def num_devices(axis: str | None) -> int:
+    """How many devices share a mapped axis; 1 without one."""
+    return 1 if axis is None else lax.axis_size(axis)
+
+
 def over_components(x: PyTree, axis: str | None) -> PyTree:
     """Adds up a sum over components that every device has taken over its own.
 

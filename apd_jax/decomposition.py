@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from flax.core import meta
 from jaxtyping import Array, Bool, Float, PyTree
 from ml_collections import ConfigDict
 
@@ -22,9 +23,9 @@ from apd_jax.gates.base import ATTRIBUTIONS, Activity
 from apd_jax.methods import observe, registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
-from apd_jax.network.problem import Problem, check_examples, check_function
+from apd_jax.network.problem import Problem, check_examples, check_function, check_params
 from apd_jax.recipe import stages
-from apd_jax.train import loop, parallel
+from apd_jax.train import fingerprint, loop, parallel
 from apd_jax.train.workdir import claim
 
 _HOOKS: dict[str, Callable] = {}  # what rooms above this one do with a decomposition
@@ -83,18 +84,39 @@ class Decomposition:
 
     def activity(self, x: PyTree) -> Activity:
         """Which components the gate says are active on x, and by how much."""
-        return self._observed(self.components, self.gate, self.problem.params, x)
+        return self._observed(self.components, self.gate, self.problem.params, _on_device(x))
 
     def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
         """A_c(x), in units of the output, as the method takes them; per position if it says so."""
-        return self._attributed(self.components, self.problem.params, x)
+        return self._attributed(self.components, self.problem.params, _on_device(x))
 
-    def mask(self, x: PyTree) -> Bool[Array, "B *T C"]:
+    def mask(self, x: PyTree, cut: float | None = None) -> Bool[Array, "B *T C"]:
         """Which components are active on each example (or position) of this batch, as in training.
 
-        Batch top-k depends on the whole batch: an example alone may keep others.
+        Batch top-k depends on the whole batch: an example alone may keep others. With a cut, from
+        `cut`, every example is judged by itself.
         """
-        return self.activity(x).active
+        if cut is None:
+            return self.activity(x).active
+        always = jnp.arange(self.components.num_components) < self.method.always_on
+        return (self.attributions(x) >= cut) | always
+
+    def cut(self, x: PyTree) -> float:
+        """The least attribution that the gate keeps on a large batch x; see `mask`.
+
+        Raises:
+          InputError: the gate keeps nothing there, or judges by something else than attributions.
+        """
+        if ATTRIBUTIONS not in self.method.gate(self.gate, self.problem).reads:
+            raise InputError(
+                f"the gate of method {self.method.name!r} judges every example by itself; mask(x) "
+                "needs no cut."
+            )
+        found = self.activity(x)
+        chosen = found.active & (jnp.arange(found.active.shape[-1]) >= self.method.always_on)
+        if not chosen.any():
+            raise InputError("the gate keeps no component on x, so there is no cut; give more.")
+        return float(jnp.min(found.scores, where=chosen, initial=jnp.inf))
 
     def sparse_output(
         self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None
@@ -102,7 +124,7 @@ class Decomposition:
         """What apply_fn returns with only the active components (or those of a given mask)."""
         mask = self.mask(x) if mask is None else jnp.asarray(mask)
         p = self.problem
-        return sparse.apply(p.apply_fn, p.params, self.components, mask, x)
+        return sparse.apply(p.apply_fn, p.params, self.components, mask, _on_device(x))
 
     def ablate(self, components: Sequence[int] | np.ndarray | Array, x: PyTree) -> Any:
         """What apply_fn returns with all components but the given ones: numbers, or a bool mask."""
@@ -110,7 +132,7 @@ class Decomposition:
         params = components_lib.weighted_sum(
             self.components, self.problem.params, jnp.asarray(on, jnp.float32)
         )
-        return self.problem.apply_fn(params, x)
+        return self.problem.apply_fn(params, _on_device(x))
 
     def component(self, i: int) -> PyTree:
         """P_i as a pytree like params; zeros where params are not decomposed."""
@@ -231,7 +253,8 @@ def decompose(
       apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden) with hidden a dict of named
         activations. Example b of the output depends on example b of the input alone. `model.apply`
         of a Flax Linen module is one.
-      params: pytree of arrays: a dict, Flax Linen variables, an NNX state.
+      params: pytree of arrays: a dict, Flax Linen variables, an NNX state. Leaves that are split
+        over devices are put together; boxes with Linen's partitioning are taken off.
       sample_fn: the data, in batches x of `batch_size` examples. A function (rng, step) -> x that
         draws one on the device, pure, since a resumed run calls it again with the same arguments;
         `apd_jax.data.from_arrays` makes one of arrays in memory. Or any iterable of batches; where
@@ -262,13 +285,14 @@ def decompose(
     if config is not None and method is not None:
         raise InputError("give config or method, not both: each holds a method's settings.")
     chosen = registry.of(config if config is not None else method or "apd")
-    params = jax.tree_util.tree_map_with_path(_array, params)
+    params = jax.tree_util.tree_map_with_path(_array, meta.unbox(params))
     problem = Problem(
         *(apply_fn, params, sample_fn, attribution_fn, num_active_fn),
         *(select, uses, valid_fn, elsewhere),
     )
     check_function(problem)
-    check_examples(problem)
+    check_params(problem)
+    check_examples(problem, chosen.minimality_loss)
     if workdir is not None:
         if recipe is None:
             chosen.check()
@@ -276,7 +300,8 @@ def decompose(
             stages.check(chosen, recipe)
         settings = registry.settings(chosen)
         asked = settings if recipe is None else ConfigDict({"apd": settings, "recipe": recipe})
-        parallel.from_primary(lambda: claim(workdir, asked))
+        network = fingerprint.of_problem(problem)
+        parallel.from_primary(lambda: claim(workdir, asked, network))
     if recipe is None:
         trained, history = loop.fit(problem, chosen, workdir=workdir)
     else:
@@ -285,7 +310,14 @@ def decompose(
     return Decomposition(problem, trained.components, chosen, history, recipe, trained.gate)
 
 
+def _on_device(x: PyTree) -> PyTree:
+    """A batch with arrays of any library as its leaves."""
+    return jax.tree.map(jnp.asarray, x)
+
+
 def _array(path: tuple[Any, ...], leaf: Any) -> Array:
+    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
+        leaf = parallel.whole(leaf)
     try:
         return jnp.asarray(leaf)
     except TypeError:

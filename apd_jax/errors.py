@@ -28,6 +28,23 @@ class Interrupted(Exception):
         self.step, self.signum = step, signum
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, in a line without the full stop at its end."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def seed_of(what: str, value: int) -> int:
+    """`value`, if a random key can be made of it: other numbers would equal another seed.
+
+    Raises:
+      InputError: it is not in [0, 2**32).
+    """
+    if not 0 <= value < 2**32:
+        raise InputError(f"{what} must lie in [0, 2**32); got {value}.")
+    return value
+
+
 def one_of(what: str, value: str, known: Iterable[str]) -> str:
     """`value`, if it is one of the known.
 

@@ -25,7 +25,7 @@ MODULES = {
 # A file imports from its own line or the lines above it. Entries (`__main__`, `main`) and the faces
 # that users import (`apd_jax`, `apd_jax.masks`, `apd_jax.sparse`) are the last line.
 LINES = (
-    ("errors", "collectives"),
+    ("errors", "paths", "collectives"),
     ("components",),
     ("network",),
     ("forward",),

@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax.ablations.base import Ablation, Shape, Sources
-from apd_jax.collectives import place
+from apd_jax.collectives import num_devices, place
 
 _DELTA = 0xDE17A  # sets the draws for Δ apart from those for components
 
@@ -52,7 +52,7 @@ def draws(
 ) -> Float[Array, "B *T n"]:
     """U(0, 1) from one key per example: the same on any number of devices, and of shares."""
     first = place(component_axis) * count
-    whole = count if component_axis is None else count * lax.axis_size(component_axis)
+    whole = count * num_devices(component_axis)
     drawn = jax.vmap(lambda k: jax.random.uniform(k, (*positions, whole)))(keys)
     return lax.dynamic_slice_in_dim(drawn, first, count, axis=-1)
 

@@ -66,17 +66,24 @@ def in_metric(
 ) -> Float[Array, "B O"]:
     """A linear map of changes of the outputs `out`: their squared norm is then the metric's A²."""
     count = math.prod(out.shape[1:])
+    if valid is not None:  # what stands at padding may be NaN
+        weight = _weights(valid, out)
+        change, out = jnp.where(weight > 0, change, 0), jnp.where(weight > 0, out, 0)
     if metric == "kl":
         p = jax.nn.softmax(out, axis=-1)
         change = jnp.sqrt(p) * (change - jnp.sum(p * change, axis=-1, keepdims=True))
         count = math.prod(out.shape[1:-1])
     if valid is not None:
-        if out.shape[:2] != valid.shape:
-            raise InputError(
-                f"valid has shape {valid.shape}, but the outputs have {out.shape}; they must agree "
-                "in examples and positions."
-            )
-        weight = valid / jnp.maximum(jnp.mean(valid, axis=1, keepdims=True), 1e-6)
-        weight = weight.reshape(*weight.shape, *[1] * (out.ndim - 2))
         change = change * jnp.sqrt(weight).astype(out.dtype)
     return change.reshape(out.shape[0], -1) / math.sqrt(count)
+
+
+def _weights(valid: Bool[Array, "B T"], out: Float[Array, "B T ..."]) -> Float[Array, "B T ..."]:
+    """Of every position, with mean 1 over each example's; 0 for padding."""
+    if out.shape[:2] != valid.shape:
+        raise InputError(
+            f"valid_fn gives {valid.shape}, but the outputs have {out.shape}; they must agree in "
+            "examples and positions."
+        )
+    weight = valid / jnp.maximum(jnp.mean(valid, axis=1, keepdims=True), 1e-6)
+    return weight.reshape(*weight.shape, *[1] * (out.ndim - 2))

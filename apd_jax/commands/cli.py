@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 import jax
 from absl import flags
 from absl import logging as absl_logging
-from etils import epath
 from rich.console import Console
 
 from apd_jax.errors import InputError, Interrupted
+from apd_jax.paths import user_path
 from apd_jax.train import parallel
 
 
@@ -49,17 +49,32 @@ def told_in_a_sentence() -> Iterator[None]:
                 file=sys.stderr,
             )
         sys.exit(128 + stop.signum)
+    except OSError as error:  # a full disk, a folder that may not be written
+        what = f"{error.filename} cannot be used" if error.filename else "a file cannot be used"
+        refuse(f"{what} ({error.strerror or error}); what was written before is kept.")
+    except AttributeError as error:
+        if not _of_config(error):
+            raise
+        refuse(sentence(error))
     except KeyboardInterrupt:  # outside the decomposition itself
         print("Stopped; the same command goes on from what the workdir holds.", file=sys.stderr)
         sys.exit(130)
 
 
-def only_our_messages() -> None:
-    """Notes and warnings of this library on stderr, by the first process; of others only errors.
+def _of_config(error: BaseException) -> bool:
+    """Whether a config lacks a field that was asked for."""
+    tb = error.__traceback__
+    while tb is not None and tb.tb_next is not None:
+        tb = tb.tb_next
+    return tb is not None and "ml_collections" in tb.tb_frame.f_code.co_filename
 
-    orbax tells every file that it writes.
+
+def only_our_messages() -> None:
+    """Notes and warnings of this library on stderr, by the first process; of others nothing.
+
+    orbax tells every file that it writes, and prints the tracebacks of what it raises again.
     """
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apd_jax").setLevel(logging.INFO if parallel.is_primary() else logging.ERROR)
 
@@ -71,7 +86,7 @@ def keep_programs(workdir: str) -> None:
     JAX_COMPILATION_CACHE_DIR names another place, or none if it is empty.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        folder = epath.Path(workdir).parent / ".jax_cache"
+        folder = user_path(workdir).parent / ".jax_cache"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

@@ -15,6 +15,7 @@ from apd_jax.decomposition import instances
 from apd_jax.errors import InputError
 from apd_jax.evidence import card, evidence
 from apd_jax.evidence.card import Evidence
+from apd_jax.paths import user_path
 from apd_jax.train.progress import read_rows
 
 
@@ -37,7 +38,7 @@ def write(
     Raises:
       InputError: no workdir, no checkpoint, another target, an instance that does not exist.
     """
-    folder, run = epath.Path(path), experiment.restore(path)
+    folder, run = user_path(path), experiment.restore(path)
     if run.step < run.method.num_steps:
         console.print(experiment.unfinished(run))
     count = len(run.instances)
@@ -86,6 +87,6 @@ def _same_target(
     if not same:
         raise InputError(
             f"{path} and {other_path} decompose different target networks; start the second run "
-            f"with --config.target.weights_path={epath.Path(path) / 'target' / 'params.npz'}."
+            f"with --config.target.weights_path={user_path(path) / 'target' / 'params.npz'}."
         )
     return other.instances[0].components

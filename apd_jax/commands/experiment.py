@@ -24,11 +24,12 @@ from apd_jax import components as components_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax import targets
 from apd_jax.decomposition import Decomposition, instances
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, seed_of
 from apd_jax.evaluation.general import STREAM
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
+from apd_jax.paths import user_path
 from apd_jax.recipe import stages
 from apd_jax.report import compare as compare_lib
 from apd_jax.report import figures, html, tables
@@ -51,7 +52,7 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
       InputError: a setting, or a workdir that cannot be used.
       Interrupted: by a signal, with a checkpoint saved.
     """
-    folder = epath.Path(workdir)
+    folder = user_path(workdir)
     target, params = prepare(config, folder)
     problem, method = target.problem(params), registry.of(config.apd)
     if "recipe" in config:
@@ -71,6 +72,8 @@ def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
       InputError: a setting, or a workdir that cannot be used.
     """
     method = registry.of(config.apd)
+    seed_of("target.seed", config.target.seed)
+    seed_of("evaluation.seed", config.evaluation.seed)
     if "recipe" in config:
         stages.check(method, config.recipe)
     else:
@@ -114,7 +117,7 @@ def restore(workdir: epath.PathLike) -> Restored:
     Raises:
       InputError: not a workdir, or without a readable checkpoint.
     """
-    folder = epath.Path(workdir)
+    folder = user_path(workdir)
     config = load_config(folder)
     if "target" not in config:
         raise InputError(
@@ -154,7 +157,7 @@ def evaluate(workdir: epath.PathLike, console: Console) -> None:
     run = restore(workdir)
     if run.step < run.method.num_steps:
         console.print(unfinished(run))
-    _report(run, epath.Path(workdir), console)
+    _report(run, user_path(workdir), console)
 
 
 def report(workdir: epath.PathLike, console: Console) -> None:
@@ -165,7 +168,7 @@ def report(workdir: epath.PathLike, console: Console) -> None:
     Raises:
       InputError: the folder is no workdir, or the run has not been evaluated yet.
     """
-    _pages(restore(workdir), epath.Path(workdir), console)
+    _pages(restore(workdir), user_path(workdir), console)
 
 
 def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) -> None:
@@ -176,11 +179,11 @@ def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) ->
     Raises:
       InputError: one of them is no workdir, or has not been evaluated yet.
     """
-    comparison = compare_lib.compare(*(_run(epath.Path(path)) for path in (workdir, other)))
+    comparison = compare_lib.compare(*(_run(user_path(path)) for path in (workdir, other)))
     for part in compare_lib.terminal(comparison):
         console.print(part)
     console.print(
-        f"Page: {compare_lib.write(epath.Path(workdir) / 'compare.html', comparison)}",
+        f"Page: {compare_lib.write(user_path(workdir) / 'compare.html', comparison)}",
         soft_wrap=True,
     )
 
@@ -220,7 +223,7 @@ def _of_instance(metrics: Mapping[str, Any], i: int) -> dict[str, Any]:
 
 def inspect(workdir: epath.PathLike, console: Console) -> None:
     """Prints what the checkpoints of a workdir hold, without running the network."""
-    folder = epath.Path(workdir)
+    folder = user_path(workdir)
     config = load_config(folder)
     steps, step, state = checkpoint.read(folder / "checkpoints")
     console.print(

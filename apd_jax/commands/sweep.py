@@ -12,6 +12,7 @@ from rich.console import Console
 from apd_jax.commands import experiment
 from apd_jax.errors import InputError
 from apd_jax.methods import registry
+from apd_jax.paths import user_path
 from apd_jax.report import figures
 from apd_jax.sweep import grid as grid_lib
 from apd_jax.sweep.halving import rungs, train_all
@@ -41,7 +42,7 @@ def run(
       InputError: a setting, or a workdir that cannot be used.
       Interrupted: by a signal, with a checkpoint saved.
     """
-    folder = epath.Path(workdir)
+    folder = user_path(workdir)
     method = registry.of(config.apd)
     grid = grid_lib.parse(text, method)
     rungs(len(grid.settings), method.num_steps, halve)  # refuses a bad number

@@ -35,7 +35,15 @@ from apd_jax.components.factors import (
     split_over,
     without_arrays,
 )
-from apd_jax.components.initial import Select, from_materialized, from_raw, init, selected_paths
+from apd_jax.components.initial import (
+    Select,
+    as_select,
+    from_materialized,
+    from_raw,
+    init,
+    matches,
+    selected_paths,
+)
 from apd_jax.components.layout import Layout, path_name
 
 __all__ = [
@@ -44,6 +52,7 @@ __all__ = [
     "Layout",
     "Select",
     "aligned",
+    "as_select",
     "compact",
     "decomposed_leaves",
     "effective_ranks",
@@ -53,6 +62,7 @@ __all__ = [
     "is_slot",
     "leaf_total",
     "map_sites",
+    "matches",
     "materialize",
     "merge",
     "named_leaves",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,8 +18,64 @@ from apd_jax.components.factors import Components, Factors, Ids, named_leaves
 from apd_jax.components.layout import Layout, matrix_shape, path_name, unfold
 from apd_jax.errors import InputError
 
-Select = str | Sequence[str] | Mapping[str, Mapping[str, Any]] | None
+Select = str | Sequence[str] | Mapping[str, Mapping[str, Any]] | Callable[[str, Any], Any] | None
 _OPTIONS = ("rank", "components")
+
+
+def as_select(select: Any, params: PyTree) -> Any:
+    """`select` as None, a list of patterns or {pattern: options}, with plain numbers in it.
+
+    Args:
+      select: see `init`; a function (dotted path, leaf) -> bool or options chooses leaves one by
+        one.
+    Raises:
+      InputError: it is something else, or chooses nothing.
+    """
+    if callable(select) and not isinstance(select, Mapping):
+        given = {n: select(n, a) for n, a in named_leaves(params).items() if a is not None}
+        select = {n: {} if o is True else o for n, o in given.items() if o or o == {}}
+    if select is None or isinstance(select, str):
+        return None if select is None else [select]
+    patterns = list(select) if isinstance(select, Mapping | Sequence | set) else [None]
+    if any(not isinstance(pattern, str) for pattern in patterns):
+        raise InputError(
+            "select must be glob patterns over dotted paths, {pattern: options} or a function "
+            f"(path, leaf) -> bool; got {select!r}."
+        )
+    if not patterns:
+        raise InputError("select chooses no leaf; leave it out to decompose all matrices.")
+    if not isinstance(select, Mapping):
+        return patterns
+    return {pattern: _as_options(pattern, options) for pattern, options in select.items()}
+
+
+def _as_options(pattern: str, options: Any) -> dict[str, Any]:
+    if not isinstance(options, Mapping):
+        raise InputError(
+            f"select gives {pattern!r} {options!r}; give a dict of options, such as {{}} or "
+            '{"rank": 2}.'
+        )
+    found = {}
+    for name, value in options.items():
+        value = value.tolist() if isinstance(value, np.ndarray | np.generic | Array) else value
+        listed = isinstance(value, Sequence | range | set) and not isinstance(value, str)
+        numbers = [operator.index(v) if _is_whole(v) else v for v in (value if listed else [value])]
+        if value is not None and not all(isinstance(v, int) for v in numbers):
+            raise InputError(
+                f"select gives {pattern!r} {name} = {value!r}; give a whole number, or a list of "
+                "whole numbers."
+            )
+        found[name] = value if isinstance(value, range) else numbers if listed else numbers[0]
+    return found
+
+
+def _is_whole(value: Any) -> bool:
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
+def matches(name: str, pattern: str, names: Iterable[str]) -> bool:
+    """Whether a pattern means this leaf: an exact name means no other, brackets or not."""
+    return name == pattern if pattern in names else fnmatch.fnmatchcase(name, pattern)
 
 
 def selected_paths(
@@ -35,6 +92,12 @@ def selected_paths(
       InputError: a pattern matches nothing, or matches a leaf that is not floating point.
     """
     leaves = {name: leaf for name, leaf in named_leaves(params).items() if leaf is not None}
+    if len(leaves) < len(jax.tree.leaves(params)):
+        named = [path_name(path) for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]]
+        twice = next(name for name in named if named.count(name) > 1)
+        raise InputError(
+            f"params has two leaves of the dotted path {twice!r}; rename a key that holds a dot."
+        )
     floating = {n for n, leaf in leaves.items() if jnp.issubdtype(leaf.dtype, jnp.floating)}
     if select is None:
         vectors = {name for name, layout in (layouts or {}).items() if not layout.ins}
@@ -46,8 +109,8 @@ def selected_paths(
             )
         return chosen
     chosen = set()
-    for pattern in [select] if isinstance(select, str) else select:
-        hits = fnmatch.filter(leaves, pattern)
+    for pattern in as_select(select, params):
+        hits = [name for name in leaves if matches(name, pattern, leaves)]
         if not hits:
             raise InputError(
                 f"select pattern {pattern!r} matches no leaf of params; its leaves: "
@@ -106,6 +169,7 @@ def init(
     """
     if num_components < 1:
         raise InputError(f"num_components must be at least 1; got {num_components}.")
+    select, every = as_select(select, params), named_leaves(params)
     chosen = selected_paths(params, select, layouts)
     uses, layouts, ids = dict(uses or {}), dict(layouts or {}), dict(ids or {})
     if unknown := set(uses) - set(chosen):
@@ -118,7 +182,7 @@ def init(
         if name not in chosen:
             return None
         layout = layouts.get(name, Layout.default(leaf.ndim))
-        options = {"rank": rank, "components": ids.get(name)} | _options(select, name)
+        options = {"rank": rank, "components": ids.get(name)} | _options(select, name, every)
         own, m = _pieces(name, options, num_components, min(matrix_shape(leaf.shape, layout)))
         n = num_components if own is None else len(own)
         keys = jax.random.split(jax.random.fold_in(rng, chosen.index(name)))
@@ -142,13 +206,13 @@ def init(
     return Components(tree, None if whole else num_components)
 
 
-def _options(select: Select, name: str) -> dict[str, Any]:
+def _options(select: Select, name: str, names: Iterable[str]) -> dict[str, Any]:
     """What a mapping `select` says of one leaf; of several matching patterns the last wins."""
     if not isinstance(select, Mapping):
         return {}
     found: dict[str, Any] = {}
     for pattern, options in select.items():
-        if fnmatch.fnmatch(name, pattern):
+        if matches(name, pattern, names):
             found |= options
     if unknown := set(found) - set(_OPTIONS):
         raise InputError(
@@ -185,6 +249,8 @@ def as_ids(numbers: Any, num_components: int, where: str) -> Ids:
     """
     if numbers is None:
         return None
+    if isinstance(numbers, int):
+        raise InputError(f"{where} components = {numbers}; give a list of their numbers.")
     listed = tuple(sorted({int(c) for c in numbers}))
     if not listed or listed[0] < 0 or listed[-1] >= num_components:
         raise InputError(f"{where} components outside 0 to {num_components - 1}, or none.")

@@ -87,7 +87,7 @@ def _without_each(
     every, total = components_lib.aligned(components), components_lib.total(components, params)
     leaves = components_lib.decomposed_leaves(components, total)
     whole = _output(problem.apply_fn, total, x)
-    weights = position_weights(x, problem.valid_fn)[0]
+    weights = position_weights(problem.valid(x))[0]
 
     def one(c: Array) -> tuple[Array, Array]:
         parts = {n: jax.tree.map(lambda a: a[c], f).weights for n, f in every.factors.items()}

@@ -114,7 +114,7 @@ def _on_batches(
         x = target.sample_fn(key, step)
         target_out = outputs(problem.apply_fn(params, x))
         activity = activity_of(method, problem, trained, params, x)
-        weights = position_weights(x, problem.valid_fn)[0]
+        weights = position_weights(problem.valid(x))[0]
         fires = fired(activity)
         found = {
             "fired": jnp.mean(fires, axis=range(fires.ndim - 1), dtype=jnp.float32),

@@ -36,6 +36,7 @@ NUM_BINS = 10
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation over all entries; NaN where one of the two is constant."""
+    a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])
@@ -57,7 +58,7 @@ def _attributions(subject: Subject, kind: str, mode: str, leaf: str) -> Float[Ar
     setting = subject.setting
     problem, summed = setting.problem, components_lib.total(subject.components, subject.params)
     components = only(subject.components, leaf) if leaf else subject.components
-    valid = None if problem.valid_fn is None else problem.valid_fn(subject.x)
+    valid = problem.valid(subject.x)
     options = {"mode": mode, "metric": setting.method.metric, "valid": valid}
     return jnp.sqrt(
         attributions_lib.squared(kind, problem.apply_fn, summed, components, subject.x, **options)

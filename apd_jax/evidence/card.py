@@ -12,6 +12,7 @@ from etils import epath
 from rich.table import Table
 
 from apd_jax.evidence.check import Check
+from apd_jax.paths import user_path
 from apd_jax.report import figures
 
 _MARKS = {True: "met", False: "NOT MET", None: "–"}
@@ -116,7 +117,7 @@ def save(
       several: whether the run has several.
     Returns: the paths of evidence.json and evidence.md.
     """
-    folder = epath.Path(workdir)
+    folder = user_path(workdir)
     content = found[0].to_json() | ({"instances": [e.to_json() for e in found]} if several else {})
     (folder / "evidence.json").write_text(json.dumps(content, indent=2, ensure_ascii=False))
     titles = [f"Evidence: {folder.name}" + (f", instance {i}" if several else "") for i in numbers]

@@ -49,8 +49,7 @@ class Setting:
         self, scores: Float[Array, "n *T C"], x: PyTree, k: Any, *, each: bool = False
     ) -> Bool[Array, "n *T C"]:
         """The k (which may be traced) largest, over the batch or of each; always-on stay on."""
-        valid_fn = self.problem.valid_fn
-        valid = None if valid_fn is None else valid_fn(x)
+        valid = self.problem.valid(x)
         return masks.largest(scores, k, self.method.always_on, each=each, valid=valid)
 
 
@@ -120,7 +119,7 @@ def _measured(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> 
 def distance(subject: Subject, out: Float[Array, "n ..."]) -> Float[Array, " n"]:
     """D(target, out) of every example, in the measure of training (`minimality_loss`)."""
     setting = subject.setting
-    weights, _ = position_weights(subject.x, setting.problem.valid_fn)
+    weights, _ = position_weights(setting.problem.valid(subject.x))
     kind = setting.method.minimality_loss
 
     def one(out: Array, target_out: Array, weights: Any) -> Array:
@@ -167,14 +166,11 @@ def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
     none: with the decomposed weights at zero. Less than the other where much of the output bypasses
       them (a residual stream).
     """
-    out, valid_fn = subject.target_out, subject.setting.problem.valid_fn
+    out = losses.single(subject.target_out)
     kl = subject.setting.method.minimality_loss == "kl"
-    weight = jnp.ones(out.shape[:-1]) if valid_fn is None else valid_fn(subject.x).astype(out.dtype)
-    mean = jnp.average(
-        (jax.nn.softmax(out) if kl else out).reshape(-1, out.shape[-1]),
-        axis=0,
-        weights=weight.reshape(-1),
-    )
+    weights, _ = position_weights(subject.setting.problem.valid(subject.x))
+    counted = losses.weighted(jax.nn.softmax(out) if kl else out, weights)
+    mean = jnp.mean(counted, axis=range(out.ndim - 1))
     constant = jnp.log(mean + 1e-30) if kl else mean
     none = errors(subject, jnp.zeros(subject.mask.shape))
     return jnp.mean(distance(subject, jnp.broadcast_to(constant, out.shape))), jnp.mean(none)

@@ -16,9 +16,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.extend.core import Jaxpr, JaxprEqn, Literal
-from jaxtyping import PyTree
+from jaxtyping import Array, Float, PyTree
 
+from apd_jax.errors import InputError
 from apd_jax.forward.links import links, shape_of
 from apd_jax.forward.primitives import called
 
@@ -99,14 +101,57 @@ def of_outputs(apply_fn: Callable, params: PyTree, x: PyTree, num_positions: int
     Returns: pytree like the result of apply_fn.
     Cost: one trace; nothing is computed.
     """
+    found = _axes_of_outputs(apply_fn, params, x, num_positions)
+    return jax.tree.map(lambda axes: next(iter(axes)) if len(axes) == 1 else None, found)
+
+
+def _axes_of_outputs(
+    apply_fn: Callable, params: PyTree, x: PyTree, num_positions: int
+) -> PyTree[frozenset[int]]:
     one = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), x)
     closed, result = jax.make_jaxpr(apply_fn, return_shape=True)(params, one)
     num_params = len(jax.tree.leaves(params))
     starts = [()] * num_params + of_inputs(jax.tree.leaves(one), num_positions)
     scope = track(closed.jaxpr, starts)
     found = [scope.axes(var) for var in closed.jaxpr.outvars]
-    axes = [next(iter(own)) if len(own) == 1 else None for own in found]
-    return jax.tree.unflatten(jax.tree.structure(result), axes)
+    return jax.tree.unflatten(jax.tree.structure(result), found)
+
+
+def hidden_weights(
+    apply_fn: Callable, params: PyTree, x: PyTree, weights: Float[Array, "B T"] | None
+) -> dict[str, Array | None] | None:
+    """The weights of positions, along the axes of every hidden activation that carry them.
+
+    An activation with two such axes (an attention pattern) counts where both positions do; one
+    without any counts whole.
+
+    Returns: {name: weights with as many axes as the activation, or None}; None without weights.
+    Raises:
+      InputError: an axis has as many entries as there are positions, and cannot be followed.
+    Cost: one trace, where there are weights.
+    """
+    if weights is None:
+        return None
+    B, T = weights.shape
+    found = _axes_of_outputs(apply_fn, params, x, T)
+    if not isinstance(found, tuple):
+        return {}
+    hidden = jax.eval_shape(apply_fn, params, x)[1]
+    result: dict[str, Array | None] = {}
+    for name, axes in found[1].items():
+        shape = hidden[name].shape
+        if not axes and T in shape[1:]:
+            raise InputError(
+                f"activation {name!r} of shape {shape} has an axis of {T} entries, as many as "
+                "there are positions, that cannot be followed to them; leave it out of what "
+                "apply_fn returns, or give no valid_fn."
+            )
+        product = None
+        for axis in sorted(axes):
+            along = weights.reshape(B, *(T if i == axis else 1 for i in range(1, len(shape))))
+            product = along if product is None else product * along
+        result[name] = None if product is None else jnp.broadcast_to(product, shape)
+    return result
 
 
 def _walk(jaxpr: Jaxpr, scope: Scope) -> None:

@@ -6,15 +6,19 @@ Shapes: B examples, T positions, C components. Padding keeps nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
+from apd_jax.collectives import num_devices
+from apd_jax.errors import InputError
 from apd_jax.gates import selection
 from apd_jax.gates.base import (
     ATTRIBUTIONS,
@@ -58,6 +62,13 @@ class BatchTopK:
 
     def __call__(self, seen: Observation) -> Activity:
         scores = _scores(seen)
+        rows = math.prod(scores.shape[:-1]) * num_devices(seen.axis_name)
+        if not isinstance(self.k, Tracer) and self.k * rows < 1:
+            raise InputError(
+                f"batch top-k with k = {self.k:g} keeps {self.k * rows:.2g} pairs of a batch of "
+                f"{rows}, so none; give larger batches, or judge inputs alone by "
+                "mask(x, cut=decomposition.cut(many))."
+            )
         mask = selection.batch_topk(
             rows_of(scores), self.k, valid=_flat_valid(seen, scores), **seen.axes
         )

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-from apd_jax.collectives import place, psum
+from apd_jax.collectives import num_devices, place, psum
 from apd_jax.errors import InputError
 
 
@@ -89,9 +89,7 @@ def _largest(keys, index, num, count):
 
 def _columns(C: int, component_axis: str | None) -> tuple[Any, int]:
     """The first of this device's components among all, and how many these are."""
-    return jnp.uint32(
-        place(component_axis)
-    ) * C, C if component_axis is None else C * lax.axis_size(component_axis)
+    return jnp.uint32(place(component_axis)) * C, C * num_devices(component_axis)
 
 
 def _count(flags: Bool[Array, "B C"], axis: int) -> Int[Array, "b c"]:
@@ -159,7 +157,7 @@ def batch_topk(
     _check_k(k, _columns(C, component_axis)[1])
     axes = {"axis_name": axis_name, "component_axis": component_axis}
     if valid is None:
-        devices = 1 if axis_name is None else lax.axis_size(axis_name)
+        devices = num_devices(axis_name)
         return batch_largest(attributions, num_kept(k, B * devices), **axes)
     count = psum(jnp.sum(valid, dtype=jnp.int32), axis_name)
     num = num_kept(jnp.asarray(k, jnp.float32), count)

@@ -7,16 +7,19 @@ and the papers' coefficients assume it.
 """
 
 from apd_jax.losses.reconstruction import (
+    counted,
     faithfulness,
     hidden_reconstruction,
     minimality,
     relative_faithfulness,
+    single,
     weighted,
 )
 from apd_jax.losses.sparsity import (
     attribution_lp,
     frequency,
     importance,
+    of_rows,
     simplicity,
     smooth_l0,
     trim,
@@ -24,13 +27,16 @@ from apd_jax.losses.sparsity import (
 
 __all__ = [
     "attribution_lp",
+    "counted",
     "faithfulness",
     "frequency",
     "hidden_reconstruction",
     "importance",
     "minimality",
+    "of_rows",
     "relative_faithfulness",
     "simplicity",
+    "single",
     "smooth_l0",
     "trim",
     "weighted",

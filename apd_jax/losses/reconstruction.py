@@ -68,7 +68,8 @@ def minimality(
     """
     if kind not in DISTANCES:
         raise InputError(f"unknown minimality loss {kind!r}; choose mse or kl.")
-    sparse_out, target_out = single(sparse_out), single(target_out)
+    sparse_out = counted(single(sparse_out), weights)
+    target_out = counted(single(target_out), weights)
     if kind == "mse":
         return jnp.mean(weighted((sparse_out - target_out) ** 2, weights))
     log_p, log_q = jax.nn.log_softmax(target_out), jax.nn.log_softmax(sparse_out)
@@ -78,29 +79,51 @@ def minimality(
 
 
 def weighted(
-    values: Float[Array, "B ..."], weights: Float[Array, "B T"] | None
+    values: Float[Array, "B ..."], weights: Float[Array, "B ..."] | None
 ) -> Float[Array, "B ..."]:
-    """values [B, T, ...] times the weights of positions; values without that axis as they are.
+    """values [B, T, ...] times the weights of positions.
 
     Positions of weight 0 give 0, whatever stands there.
+
+    Args:
+      weights: [B, T], or with as many axes as values.
+    Raises:
+      InputError: values do not lead with examples and positions.
     """
-    if weights is None or values.shape[:2] != weights.shape:
-        return values
-    weights = weights.reshape(*weights.shape, *[1] * (values.ndim - 2))
-    return jnp.where(weights > 0, values, 0) * weights
+    return values if weights is None else counted(values, weights) * _along(values, weights)
+
+
+def counted(
+    values: Float[Array, "B ..."], weights: Float[Array, "B ..."] | None
+) -> Float[Array, "B ..."]:
+    """values, and 0 at positions of weight 0: no NaN that stands there reaches a gradient."""
+    return values if weights is None else jnp.where(_along(values, weights) > 0, values, 0)
+
+
+def _along(values: Array, weights: Array) -> Array:
+    """Weights of positions, to be multiplied with values."""
+    if weights.ndim == values.ndim:
+        return weights
+    if values.shape[:2] != weights.shape:
+        raise InputError(
+            f"valid_fn gives {weights.shape}, but the outputs have {values.shape}; they must agree "
+            "in examples and positions."
+        )
+    return weights.reshape(*weights.shape, *[1] * (values.ndim - 2))
 
 
 def hidden_reconstruction(
     sparse_hidden: Mapping[str, Float[Array, "B ..."]],
     target_hidden: Mapping[str, Float[Array, "B ..."]],
-    weights: Float[Array, "B T"] | None = None,
+    weights: Mapping[str, Float[Array, "B ..."] | None] | None = None,
 ) -> Float[Array, ""]:
     r"""mean_b Σ_l ‖h_l(θ*, x_b) - h_l(κ(x_b), x_b)‖² / Σ_l width_l  (APD appendix A.3).
 
     l runs over the named activations.
 
     Args:
-      weights: as in `minimality`; activations without an axis of positions are taken as they are.
+      weights: of the positions of every activation, with as many axes as it: 0 for padding. See
+        `apd_jax.forward.positions.hidden_weights`.
     Raises:
       InputError: the two differ in names, or there are none.
     """
@@ -109,8 +132,9 @@ def hidden_reconstruction(
             "hidden reconstruction needs apply_fn to return (outputs, {name: activations}), alike "
             f"in both passes; got {sorted(sparse_hidden)} and {sorted(target_hidden)}."
         )
-    squares = [
-        jnp.sum(weighted((single(sparse_hidden[name]) - single(target)) ** 2, weights))
-        for name, target in target_hidden.items()
-    ]
-    return jnp.asarray(sum(squares)) / sum(h.size for h in target_hidden.values())
+    squares = []
+    for name, target in target_hidden.items():
+        own = None if weights is None else weights[name]
+        change = counted(single(sparse_hidden[name]), own) - counted(single(target), own)
+        squares.append(jnp.sum(weighted(change**2, own)))
+    return jnp.asarray(sum(squares)) / float(sum(h.size for h in target_hidden.values()))

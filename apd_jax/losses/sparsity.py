@@ -73,7 +73,7 @@ def importance(
 
     Below p = 0.8 the gradient at g near 0 is large; sum it over components for SPD's loss.
     """
-    powers = weighted((single(g) + LEAST) ** p, weights)
+    powers = weighted((single(g) + LEAST) ** p, of_rows(weights, g))
     return jnp.mean(powers, axis=tuple(range(g.ndim - 1)))
 
 
@@ -88,7 +88,12 @@ def smooth_l0(
     """
     square, gamma2 = single(g) ** 2, jnp.asarray(gamma) ** 2
     psi = (1 + gamma2) * square / (square + gamma2)
-    return jnp.mean(weighted(psi, weights), axis=tuple(range(g.ndim - 1)))
+    return jnp.mean(weighted(psi, of_rows(weights, g)), axis=tuple(range(g.ndim - 1)))
+
+
+def of_rows(weights: Array | None, values: Float[Array, "B *T C"]) -> Array | None:
+    """The weights of positions, where values have positions; one value per example has none."""
+    return weights if values.ndim == 3 else None
 
 
 def frequency(

@@ -119,7 +119,7 @@ class APD(Method):
                 x,
                 mode=self.attribution_mode,
                 metric=self.attribution_metric,
-                valid=None if problem.valid_fn is None else problem.valid_fn(x),
+                valid=problem.valid(x),
                 per_position=self.per_position,
                 num_probes=self.num_probes,
                 rng=rng,

@@ -21,7 +21,7 @@ from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
 from apd_jax.ablations import Ablation
 from apd_jax.components import Components
-from apd_jax.errors import InputError, one_of
+from apd_jax.errors import InputError, one_of, seed_of
 from apd_jax.gates.base import Activity, Gate, Observation
 from apd_jax.losses.reconstruction import DISTANCES
 from apd_jax.methods import optimizers, schedules
@@ -93,6 +93,7 @@ class Scene:
     out: Any
     hidden: Mapping[str, Any]
     weights: Float[Array, "B T"] | None
+    hidden_weights: Mapping[str, Any] | None
     share: Any
     attribute: Callable[[Components], Float[Array, "B *T C"]]
 
@@ -269,7 +270,7 @@ class Method:
                 components,
                 x,
                 metric=self.metric,
-                valid=None if problem.valid_fn is None else problem.valid_fn(x),
+                valid=problem.valid(x),
                 per_position=self.per_position,
                 rng=rng,
             )
@@ -305,8 +306,7 @@ class Method:
             *("num_components", "num_instances", "num_component_shards", "num_steps", "batch_size"),
             *("steps_per_call", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"),
         )
-        if not 0 <= self.seed < 2**32:
-            raise InputError(f"seed must lie in [0, 2**32); got {self.seed}.")
+        seed_of("seed", self.seed)
         if self.num_components % self.num_component_shards:
             raise InputError(
                 f"num_components = {self.num_components} is not divisible by num_component_shards "

@@ -6,7 +6,6 @@ Shapes: C components, L sites.
 from __future__ import annotations
 
 import dataclasses
-import fnmatch
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,7 +15,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
-from apd_jax.components import Components
+from apd_jax.components import Components, matches
 from apd_jax.errors import InputError, one_of
 from apd_jax.gates import learned
 from apd_jax.gates.base import Gate
@@ -177,7 +176,8 @@ def _own_numbers(
                 n = n if isinstance(n, int) else len(n)
                 if n < 1:
                     raise InputError(f"select gives {pattern!r} {n} components; give at least 1.")
-                counts |= dict.fromkeys(fnmatch.filter(names, pattern), n)
+                own = [name for name in names if matches(name, pattern, names)]
+                counts |= dict.fromkeys(own, n)
             rest[pattern] = options
         select = rest
     ids, first = {}, 0

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from apd_jax import components as components_lib
 from apd_jax.collectives import place
 from apd_jax.components import Components
-from apd_jax.forward import capture
+from apd_jax.forward import capture, positions
 from apd_jax.gates.base import ATTRIBUTIONS, INPUTS, Gate, Observation
 from apd_jax.methods.base import Method, Scene
 from apd_jax.network.outputs import position_weights, split_result
@@ -58,10 +58,12 @@ def scene(
     attributions = None
     if ATTRIBUTIONS in reads:
         attributions = jnp.sqrt(attribute(here))
-    valid = problem.valid_fn(x) if problem.valid_fn is not None and method.per_position else None
-    seen = Observation(x, here, attributions, inputs, valid, axis_name, component_axis)
-    weights, share = position_weights(x, problem.valid_fn, axis_name)
-    return Scene(seen, out, hidden, weights, share, attribute)
+    valid = problem.valid(x)
+    of_gate = valid if method.per_position else None
+    seen = Observation(x, here, attributions, inputs, of_gate, axis_name, component_axis)
+    weights, share = position_weights(valid, axis_name)
+    of_hidden = positions.hidden_weights(problem.apply_fn, params, x, weights)
+    return Scene(seen, out, hidden, weights, of_hidden, share, attribute)
 
 
 def example_keys(key: Any, x: PyTree, axis_name: str | None = None) -> Array:

@@ -8,7 +8,9 @@ import typing
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
+from jax.core import Tracer
 from ml_collections import config_dict
 
 from apd_jax.errors import InputError, one_of
@@ -93,7 +95,8 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
     allowed = tuple(typing.get_origin(kind) or kind for kind in allowed_types(hint))
     if not all(isinstance(kind, type) and kind is not Any for kind in allowed):
         return value  # of a method that is none of these: its own affair
-    value = value.item() if isinstance(value, np.generic) else value
+    if isinstance(value, np.generic | np.ndarray | jax.Array) and not isinstance(value, Tracer):
+        value = value.item() if np.ndim(value) == 0 else value
     if value is None and type(None) in allowed:
         return None
     if isinstance(value, bool) != (bool in allowed):

@@ -10,11 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from apd_jax import losses
-from apd_jax.collectives import over_components
+from apd_jax.collectives import num_devices, over_components
 from apd_jax.methods.base import HERE, Run, Schedule, at
 
 Score = Callable[[Run], Float[Array, ""]]
@@ -42,7 +41,7 @@ def hidden_reconstruction(name: str) -> Score:
     def score(run: Run) -> Float[Array, ""]:
         scene = run.scene_of(name)
         found = [
-            losses.hidden_reconstruction(hidden, scene.hidden, scene.weights)
+            losses.hidden_reconstruction(hidden, scene.hidden, scene.hidden_weights)
             for _, hidden in run.forward(name)
         ]
         return jnp.asarray(sum(found)) / len(found)
@@ -71,7 +70,8 @@ def attribution_lp(p: Any) -> Score:
 
     def score(run: Run) -> Float[Array, ""]:
         powers = losses.attribution_lp(run.squared_attributions, p)
-        each = jnp.sum(losses.weighted(powers, run.scenes[HERE].weights), axis=-1)
+        weights = losses.of_rows(run.scenes[HERE].weights, powers)
+        each = jnp.sum(losses.weighted(powers, weights), axis=-1)
         return over_components(jnp.mean(each), run.components.axis)
 
     return score
@@ -121,7 +121,7 @@ def trim(p: float, stream: str = HERE) -> Score:
 
     def score(run: Run) -> Float[Array, ""]:
         active = run.activity[stream].active.astype(jnp.float32)
-        weights = run.scenes[stream].weights
+        weights = losses.of_rows(run.scenes[stream].weights, active)
         fired = jnp.mean(losses.weighted(active, weights), axis=tuple(range(active.ndim - 1)))
         return losses.trim(run.components, fired, p)
 
@@ -130,9 +130,6 @@ def trim(p: float, stream: str = HERE) -> Score:
 
 def _rows(run: Run, stream: str) -> Any:
     """Examples (positions that count) over all devices that a rate is the mean of."""
-    rows = float(math.prod(run.activity[stream].values.shape[:-1]))
-    return (
-        rows
-        * (1 if run.axis_name is None else lax.axis_size(run.axis_name))
-        * run.scenes[stream].share
-    )
+    values, share = run.activity[stream].values, run.scenes[stream].share
+    rows = float(math.prod(values.shape[:-1])) * (share if values.ndim == 3 else 1.0)
+    return rows * num_devices(run.axis_name)

@@ -11,6 +11,7 @@ over *all* devices.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import itertools
@@ -24,7 +25,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from apd_jax.components import path_name
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, first_line
 
 # Of the batches of one XLA call; those of the next call are pulled beside them.
 MAX_STACK_BYTES = 2**28
@@ -160,6 +161,8 @@ def source(sample_fn: Any) -> Any:
     Raises:
       InputError: it is neither.
     """
+    if inspect.isgeneratorfunction(sample_fn):
+        return Batches(_Called(sample_fn))
     if sample_fn is None or callable(sample_fn) or isinstance(sample_fn, Batches):
         return sample_fn
     if hasattr(sample_fn, "__iter__"):
@@ -168,6 +171,16 @@ def source(sample_fn: Any) -> Any:
         "sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a "
         f"{type(sample_fn).__name__}."
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Called:
+    """A generator function as an iterable that can be begun again."""
+
+    fn: Callable[[], Iterator[PyTree]]
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return self.fn()
 
 
 def paired(here: Any, elsewhere: Any) -> Any:
@@ -223,7 +236,26 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
         raise InputError(
             f"sample_fn must be a function (rng, step) -> batch: called so, {error}."
         ) from None
-    return jax.eval_shape(sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
+    try:
+        found = jax.eval_shape(sample_fn, jax.random.key(0), jnp.zeros((), jnp.int32))
+    except jax.errors.JAXTypeError as error:
+        raise InputError(
+            "sample_fn must work on a key and a step that jax traces, and fails there "
+            f"({first_line(error)}); take slices by jax.lax.dynamic_slice, or give an iterable."
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"sample_fn fails on a key and a step: {first_line(error)}") from error
+    for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
+        if not leaf.ndim:
+            raise InputError(
+                f"sample_fn must give arrays that lead with the examples; {_named(path)} is a "
+                "single number."
+            )
+    if not jax.tree.leaves(found):
+        raise InputError("sample_fn gives no array; give a batch of inputs.")
+    return found
 
 
 def calls(

@@ -5,12 +5,11 @@ Shapes: B examples, T positions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Bool, Float
 
 
 def split_result(result: Any) -> tuple[Any, Any]:
@@ -24,16 +23,16 @@ def outputs(result: Any) -> Array:
 
 
 def position_weights(
-    x: PyTree, valid_fn: Callable | None, axis_name: str | None = None
+    valid: Bool[Array, "B T"] | None, axis_name: str | None = None
 ) -> tuple[Float[Array, "B T"] | None, Any]:
     """The weight of every position, and the share of positions that count.
 
     Weights are 0 for padding and have mean 1 over all devices of `axis_name`. (None, 1) where all
     positions count.
     """
-    if valid_fn is None:
+    if valid is None:
         return None, 1.0
-    valid = valid_fn(x).astype(jnp.float32)
+    valid = valid.astype(jnp.float32)
     share = jnp.mean(valid) if axis_name is None else lax.pmean(jnp.mean(valid), axis_name)
     share = jnp.maximum(share, 1e-6)
     return valid / share, share

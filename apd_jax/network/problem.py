@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
+from jaxtyping import Array, Bool, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Select, layout
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, first_line
 from apd_jax.network import data
 from apd_jax.network.outputs import split_result
 
@@ -40,6 +41,8 @@ class Problem:
     elsewhere: Any = None
 
     def __post_init__(self):
+        object.__setattr__(self, "select", components_lib.as_select(self.select, self.params))
+        object.__setattr__(self, "uses", _whole_numbers(self.uses))
         object.__setattr__(self, "sample_fn", data.source(self.sample_fn))
         object.__setattr__(self, "elsewhere", data.source(self.elsewhere))
 
@@ -72,6 +75,16 @@ class Problem:
         leaves = components_lib.named_leaves(self.params)
         return {name: leaves[name] for name in self.site_names}
 
+    def valid(self, x: PyTree) -> Bool[Array, "B T"] | None:
+        """Which positions of x are real and not padding; None where all are.
+
+        Numbers, such as those of segments or an attention mask, count where they are above 0.
+        """
+        if self.valid_fn is None:
+            return None
+        found = jnp.asarray(self.valid_fn(x))
+        return found if found.dtype == bool else found > 0
+
     def example_batch(self, key: Any = None, step: int = 0) -> PyTree:
         """A batch of the data, on the device: of an iterable always the first."""
         if isinstance(self.sample_fn, data.Batches):
@@ -83,6 +96,22 @@ class Problem:
     def layouts(self) -> dict[str, layout.Layout]:
         """How the network uses the axes of its weights."""
         return layout.infer(self.apply_fn, self.params, data.shapes(self.sample_fn))
+
+
+def _whole_numbers(uses: Any) -> Any:
+    """Plain numbers of `uses`.
+
+    Raises:
+      InputError: it is no mapping to whole numbers of at least 1.
+    """
+    if uses is None:
+        return None
+    if not isinstance(uses, Mapping):
+        raise InputError(f"uses must be {{leaf path: times it is used}}; got {uses!r}.")
+    for name, times in uses.items():
+        if not hasattr(times, "__index__") or operator.index(times) < 1:
+            raise InputError(f"uses[{name!r}] must be a whole number of at least 1; got {times!r}.")
+    return {name: operator.index(times) for name, times in uses.items()}
 
 
 def check_function(problem: Problem) -> None:
@@ -100,14 +129,20 @@ def check_function(problem: Problem) -> None:
         jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
     except Exception as error:
         raise InputError(
-            f"apply_fn fails on params and a batch of sample_fn: {_first_line(error)}"
+            f"apply_fn fails on params and a batch of sample_fn: {first_line(error)}"
         ) from error
     _check_result(result, {leaf.shape[:1] for leaf in jax.tree.leaves(x)})
+    _check_valid(problem, x, split_result(result)[0].shape)
     _check_dependence(problem, jaxpr.jaxpr)
     _check_derivative(problem, x)
 
 
 def _check_result(result: Any, sizes: set[tuple[int, ...]]) -> None:
+    if isinstance(result, tuple) and len(result) != 2:
+        raise InputError(
+            "apply_fn must return an array, or (array, {name: array}); it returns a tuple of "
+            f"{len(result)}."
+        )
     out, hidden = split_result(result)
     if not isinstance(hidden, Mapping):
         raise InputError(
@@ -127,6 +162,18 @@ def _check_result(result: Any, sizes: set[tuple[int, ...]]) -> None:
                 f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the "
                 f"inputs lead with {sorted(sizes)}."
             )
+
+
+def _check_valid(problem: Problem, x: PyTree, shape: tuple[int, ...]) -> None:
+    try:
+        valid = jax.eval_shape(problem.valid, x)
+    except Exception as error:
+        raise InputError(f"valid_fn fails on a batch: {first_line(error)}") from error
+    if valid is not None and valid.shape != shape[:2]:
+        raise InputError(
+            f"valid_fn gives {valid.shape}, but the outputs have {shape}; they must agree in "
+            "examples and positions."
+        )
 
 
 def _check_dependence(problem: Problem, jaxpr: Any) -> None:
@@ -151,30 +198,51 @@ def _check_derivative(problem: Problem, x: PyTree) -> None:
         jax.eval_shape(jax.grad(summed), problem.sites, problem.params, x)
     except Exception as error:
         raise InputError(
-            f"apply_fn has no derivative by its weights: {_first_line(error)}"
+            f"apply_fn has no derivative by its weights: {first_line(error)}"
         ) from error
 
 
-def check_examples(problem: Problem) -> None:
-    """Checks that examples do not mix: the first one alone must give what it gives among others.
+def check_params(problem: Problem) -> None:
+    """Checks that what is to be decomposed is finite.
 
     Raises:
-      InputError: apply_fn cannot take one example, or mixes examples (batch statistics, dropout,
-        attention over the batch).
+      InputError: a leaf holds NaN or an infinity.
+    """
+    finite = jax.jit(lambda sites: {name: jnp.isfinite(a).all() for name, a in sites.items()})
+    for name, fine in jax.device_get(finite(problem.sites)).items():
+        if not fine:
+            raise InputError(
+                f"params leaf {name!r} holds NaN or an infinity; give a network's finite weights, "
+                "or leave that leaf out of `select`."
+            )
+
+
+def check_examples(problem: Problem, kind: str = "mse") -> None:
+    """Checks outputs on one batch: finite, and of each example without the others.
+
+    Args:
+      kind: of the minimality loss; logits may be -inf.
+    Raises:
+      InputError: outputs are not finite where they count; apply_fn cannot take one example, or
+        mixes examples (batch statistics, dropout, attention over the batch).
     Cost: apply_fn on one batch.
     """
     x = problem.example_batch()
     apply_fn = jax.jit(problem.apply_fn)
-    whole = apply_fn(problem.params, x)
+    whole = jax.device_get(apply_fn(problem.params, x))
+    valid = jax.device_get(jax.jit(problem.valid)(x))
+    _check_finite(split_result(whole)[0], x, valid, kind)
     try:
         alone = apply_fn(problem.params, jax.tree.map(lambda a: a[:1], x))
     except Exception as error:
         raise InputError(
             "apply_fn must take any number of examples; with a batch of one it fails: "
-            f"{_first_line(error)}"
+            f"{first_line(error)}"
         ) from error
     for there, here in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
-        if not np.allclose(there[0], here[0], rtol=1e-2, atol=1e-2 * float(jnp.abs(there).max())):
+        there, here = np.asarray(there, np.float32), np.asarray(here, np.float32)
+        size = np.abs(there, where=np.isfinite(there), out=np.zeros_like(there)).max(initial=0.0)
+        if not np.allclose(there[0], here[0], rtol=1e-2, atol=1e-2 * size, equal_nan=True):
             raise InputError(
                 "apply_fn gives the first example another output without the others in its batch; "
                 "it must treat examples one by one: use the inference mode of batch normalisation "
@@ -182,8 +250,23 @@ def check_examples(problem: Problem) -> None:
             )
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+def _check_finite(out: Any, x: PyTree, valid: Any, kind: str) -> None:
+    out = np.asarray(out, np.float32)
+    fine = np.isfinite(out) | np.isneginf(out) if kind == "kl" else np.isfinite(out)
+    if valid is not None:
+        fine |= ~valid.reshape(*valid.shape, *[1] * (out.ndim - 2))
+    if fine.all():
+        return
+    floats = [a for a in jax.tree.leaves(x) if jnp.issubdtype(a.dtype, jnp.floating)]
+    if all(jnp.isfinite(a).all() for a in floats):
+        raise InputError(
+            f"apply_fn's outputs are not finite on {(~fine).mean():.0%} of their entries of a "
+            "batch of sample_fn; give a network that is finite on its data."
+        )
+    raise InputError(
+        "a batch of sample_fn holds NaN or infinities, and so do apply_fn's outputs; clean the "
+        "data, or say by valid_fn which positions are padding."
+    )
 
 
 def _reaching_outputs(jaxpr: Any) -> set[Any]:

@@ -16,6 +16,7 @@ from jaxtyping import PRNGKeyArray, PyTree
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.errors import InputError
+from apd_jax.forward import positions
 from apd_jax.network import data
 from apd_jax.network.outputs import position_weights, split_result
 from apd_jax.network.problem import Problem
@@ -89,11 +90,12 @@ def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, flo
         (out, hidden), (target_out, target_hidden) = [
             split_result(problem.apply_fn(params, x)) for params in ends
         ]
-        weights = position_weights(x, problem.valid_fn)[0]
+        weights = position_weights(problem.valid(x))[0]
         distance = losses.minimality(out, target_out, method.minimality_loss, weights)
         if not hidden:
             return distance, jnp.zeros(())
-        return distance, losses.hidden_reconstruction(hidden, target_hidden, weights)
+        of_hidden = positions.hidden_weights(problem.apply_fn, ends[0], x, weights)
+        return distance, losses.hidden_reconstruction(hidden, target_hidden, of_hidden)
 
     def of_batches(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
         drawn = jax.lax.map(

@@ -47,6 +47,7 @@ from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
+from apd_jax.paths import user_path
 from apd_jax.recipe import restructure
 from apd_jax.recipe import scales as scales_lib
 from apd_jax.recipe.beginning import DRAWS, Beginning, at_modes
@@ -89,7 +90,7 @@ def found_method(method: Any, workdir: epath.PathLike) -> APD:
     Raises:
       InputError: they leave k open, and what was found there is missing or torn.
     """
-    method, path = as_apd(method), epath.Path(workdir) / FOUND
+    method, path = as_apd(method), user_path(workdir) / FOUND
     if not path.exists() and method.topk != 0:
         return method
     try:
@@ -131,7 +132,7 @@ def fit(
     if found is not None:
         begin, method = Trained(found.components), filled(method, **found.said)
         if workdir is not None:
-            parallel.from_primary(lambda: _keep(found, epath.Path(workdir)))
+            parallel.from_primary(lambda: _keep(found, user_path(workdir)))
         refine = stage_method(method, recipe, "refine", reference)
         loss = _loss(problem, refine, begin)
         log.info("the loss at the modes is %.2g of the reference", loss)
@@ -164,7 +165,7 @@ class _Stages:
             settings = self._in_proportion(settings, begin)
         folder = None
         if self.workdir is not None:
-            folder = epath.Path(self.workdir) / ("" if last else f"stages/{stage}")
+            folder = user_path(self.workdir) / ("" if last else f"stages/{stage}")
         spread = stage == "explore" and several > 1
         state, rows = loop.advance(
             self.problem,

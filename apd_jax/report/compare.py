@@ -21,6 +21,7 @@ from rich.table import Table
 from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.evaluation import matching
+from apd_jax.paths import user_path
 from apd_jax.report import drawn, html, tables
 from apd_jax.train.workdir import flat
 
@@ -167,7 +168,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
     Raises:
       InputError: the page cannot be written there.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     runs, pairs = comparison.runs, comparison.pairs[:MAX_SHOWN]
     rows, columns = [c for c, *_ in pairs], [d for _, d, *_ in pairs]
     hrefs = [_href(run.folder / "report.html", path.parent) for run in runs]

@@ -19,6 +19,7 @@ from matplotlib.ticker import MaxNLocator
 from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation.general import Evaluation
 from apd_jax.evaluation.geometry import norm_ratios
+from apd_jax.paths import user_path
 from apd_jax.report import columns, style
 from apd_jax.targets.base import Panel
 from apd_jax.train.progress import loss_names
@@ -54,7 +55,7 @@ def save_all(
 
 def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> list[epath.Path]:
     """Writes figures as PNG files named by their keys."""
-    folder = epath.Path(folder)
+    folder = user_path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = {name: folder / f"{name}.png" for name in figures}
     for name, figure in figures.items():

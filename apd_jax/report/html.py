@@ -25,6 +25,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.evaluation import components_view
 from apd_jax.evaluation.components_view import Behaviour
+from apd_jax.paths import user_path
 from apd_jax.report import drawn, panel, tables
 from apd_jax.report.source import Sizes, Source
 from apd_jax.targets.base import FeatureTarget
@@ -74,7 +75,7 @@ def report(decomposition: Decomposition, path: epath.PathLike, x: PyTree = None)
             f"this holds {count} decompositions; report one of them, "
             "e.g. .instance(0).report(path)."
         )
-    path = epath.Path(path)
+    path = user_path(path)
     if x is None and d.problem.sample_fn is not None:
         x = d.problem.example_batch(jax.random.key(d.method.seed))
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
@@ -209,7 +210,7 @@ def save(path: epath.PathLike, text: str) -> epath.Path:
     Raises:
       InputError: the file cannot be written.
     """
-    path = epath.Path(path)
+    path = user_path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(text.encode())

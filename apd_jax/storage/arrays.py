@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
@@ -31,6 +33,8 @@ def encode(arrays: Mapping[str, Any]) -> bytes:
     """Raises InputError where one is not made of numbers that the file knows."""
     converted = {}
     for name, leaf in arrays.items():
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            leaf = jax.random.key_data(leaf)
         dtype = str(leaf.dtype)
         if dtype not in _DTYPES.values():
             raise InputError(
@@ -49,17 +53,21 @@ def decode(file: epath.Path) -> dict[str, np.ndarray]:
       InputError: it is missing or damaged.
     """
     try:
-        tensors = safetensors.deserialize(file.read_bytes())
-        return {
-            name: np.frombuffer(t["data"], np.dtype(_DTYPES[t["dtype"]])).reshape(t["shape"])
-            for name, t in tensors
-        }
+        return decode_bytes(file.read_bytes())
     except FileNotFoundError:
         raise InputError(f"{file} is missing; save the decomposition again.") from None
     except Exception as error:  # whatever is wrong in header, offsets or dtypes
         raise InputError(
             f"{file} cannot be read ({sentence(error)}); save the decomposition again."
         ) from error
+
+
+def decode_bytes(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of a file's bytes; raises whatever is wrong with them."""
+    return {
+        name: np.frombuffer(t["data"], np.dtype(_DTYPES[t["dtype"]])).reshape(t["shape"])
+        for name, t in safetensors.deserialize(content)
+    }
 
 
 def taken(arrays: Mapping[str, np.ndarray], name: str, file: epath.Path) -> np.ndarray:

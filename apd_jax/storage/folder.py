@@ -35,6 +35,7 @@ from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.network.problem import Problem
+from apd_jax.paths import user_path
 from apd_jax.storage import card, trees
 from apd_jax.storage.arrays import decode, encode, sentence, taken
 from apd_jax.train import parallel
@@ -79,6 +80,7 @@ def save(
         },
         "select": decomposition.problem.select,
         "containers": trees.containers(params),
+        "keys": trees.keys(params),
         "config": decomposition.method.to_dict(),
         "history": list(decomposition.history),
         "recipe": None if decomposition.recipe is None else decomposition.recipe.to_dict(),
@@ -88,7 +90,7 @@ def save(
         for name, f in components.factors.items()
         for field in _ARRAYS
     }
-    text = card.render(decomposition, epath.Path(path).name, metrics or {}, evidence, _version())
+    text = card.render(decomposition, user_path(path).name, metrics or {}, evidence, _version())
     contents = {
         _PARAMS: encode(dict(zip(names, jax.tree.leaves(params), strict=True))),
         _COMPONENTS: encode(factors),
@@ -97,7 +99,7 @@ def save(
     if gate := jax.tree.leaves(decomposition.gate):
         gate_names = trees.names(decomposition.gate, "the gate")
         contents[_GATE] = encode(dict(zip(gate_names, gate, strict=True)))
-    parallel.from_primary(lambda: _write(epath.Path(path), contents, about))
+    parallel.from_primary(lambda: _write(user_path(path), contents, about))
 
 
 def load(
@@ -124,9 +126,10 @@ def load(
       InputError: one sentence naming file and leaf: no such folder, a save that was cut short, a
         damaged file, another network's params, or a folder of a newer version.
     """
-    folder = epath.Path(path)
+    folder = user_path(path)
     about = _read_about(folder)
-    saved, factors = decode(folder / _PARAMS), decode(folder / _COMPONENTS)
+    saved = trees.with_keys(decode(folder / _PARAMS), about.get("keys", {}))
+    factors = decode(folder / _COMPONENTS)
     if params is None:
         params = trees.refilled(about["containers"], saved, folder / _PARAMS)
     else:

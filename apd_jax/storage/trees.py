@@ -31,6 +31,24 @@ def names(tree: PyTree, what: str) -> list[str]:
     return found
 
 
+def keys(tree: PyTree) -> dict[str, str]:
+    """{dotted path: its generator} of the leaves that are random keys; files hold their numbers."""
+    found = {path_name(p): leaf for p, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]}
+    return {
+        name: str(jax.random.key_impl(leaf))
+        for name, leaf in found.items()
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    }
+
+
+def with_keys(arrays: Mapping[str, np.ndarray], impls: Mapping[str, str]) -> dict[str, Any]:
+    """The arrays of a file, those of `keys` as random keys again."""
+    return {
+        name: jax.random.wrap_key_data(jnp.asarray(a), impl=impls[name]) if name in impls else a
+        for name, a in arrays.items()
+    }
+
+
 def containers(tree: PyTree) -> Any:
     """Nested dicts, lists and tuples as JSON: [kind, children], a leaf its dotted path.
 
@@ -44,6 +62,8 @@ def _containers(named: PyTree) -> Any:
         return named
     if isinstance(named, Mapping) and all(isinstance(key, str) for key in named):
         return ["dict", {key: _containers(child) for key, child in named.items()}]
+    if type(named) is dict and all(type(key) in (str, int) for key in named):
+        return ["items", [[key, _containers(child)] for key, child in named.items()]]
     kind = type(named).__name__
     return [kind, [_containers(child) for child in named] if type(named) in (list, tuple) else None]
 
@@ -66,6 +86,8 @@ def refilled(described: Any, arrays: Mapping[str, np.ndarray], file: epath.Path)
         )
     if kind == "dict":
         return {key: refilled(child, arrays, file) for key, child in children.items()}
+    if kind == "items":
+        return {key: refilled(child, arrays, file) for key, child in children}
     return {"list": list, "tuple": tuple}[kind](refilled(child, arrays, file) for child in children)
 
 

@@ -22,6 +22,7 @@ from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
+from apd_jax.paths import user_path
 from apd_jax.sweep import judge
 from apd_jax.sweep.grid import Grid
 from apd_jax.targets.base import FeatureTarget, Target
@@ -120,7 +121,7 @@ class _Sweep:
         )[0]
 
     def folder(self, number: int) -> epath.Path | None:
-        return None if self.workdir is None else epath.Path(self.workdir) / "rungs" / str(number)
+        return None if self.workdir is None else user_path(self.workdir) / "rungs" / str(number)
 
     def judge(self, trained: Trained, number: int) -> dict[str, np.ndarray]:
         """Criteria and truth of every run of a rung, from its folder if they are there."""

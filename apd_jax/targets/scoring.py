@@ -70,7 +70,7 @@ def rank_correlations(
             at = params
             if method.gradients_at == "components":
                 at = components_lib.total(components, params)
-            valid = None if problem.valid_fn is None else problem.valid_fn(x)
+            valid = problem.valid(x)
             return attributions.squared(
                 kind, problem.apply_fn, at, components, x, metric=method.metric, valid=valid
             )

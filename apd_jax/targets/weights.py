@@ -15,11 +15,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
-from etils import epath
 from jaxtyping import PyTree
 
 from apd_jax.components import path_name
 from apd_jax.errors import InputError
+from apd_jax.paths import user_path
+from apd_jax.storage.arrays import decode_bytes
 
 
 def _to_npz(arrays: Mapping[str, Any]) -> bytes:
@@ -36,7 +37,7 @@ def _from_npz(content: bytes) -> dict[str, np.ndarray]:
 # (decode, encode), to and from bytes: the libraries themselves only open local paths.
 _FORMATS = {
     ".npz": (_from_npz, _to_npz),
-    ".safetensors": (safetensors.numpy.load, safetensors.numpy.save),
+    ".safetensors": (decode_bytes, safetensors.numpy.save),
 }
 
 
@@ -46,7 +47,7 @@ def save(path: str | os.PathLike[str], params: PyTree) -> None:
     Raises:
       InputError: the extension is neither .npz nor .safetensors.
     """
-    path, (_, encode) = epath.Path(path), _format(path)
+    path, (_, encode) = user_path(path), _format(path)
     arrays = {name: np.asarray(leaf, order="C") for name, leaf in _by_name(params).items()}
     unfinished = path.with_name(f".{path.name}.unfinished")
     unfinished.write_bytes(encode(arrays))
@@ -62,7 +63,7 @@ def load(path: str | os.PathLike[str], like: PyTree) -> PyTree:
       InputError: another extension, an unreadable file, a missing or an unknown leaf, a leaf of
         another shape, or a value that is not a finite number. One sentence names file and leaf.
     """
-    path, (decode, _) = epath.Path(path), _format(path)
+    path, (decode, _) = user_path(path), _format(path)
     try:
         arrays = decode(path.read_bytes())
     # Everything: two formats have many kinds of error (zip, header, dtype, system).

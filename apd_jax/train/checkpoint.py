@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from apd_jax.errors import InputError
+from apd_jax.paths import run_folder, user_path
 from apd_jax.train import parallel
 
 log = logging.getLogger(__name__)
@@ -34,8 +36,13 @@ def open_manager(
 
     together: all processes have opened it and use it alike.
     """
-    folder = epath.Path(folder).absolute()
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = run_folder(folder).absolute()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(
+            f"{folder} cannot be written ({error.strerror}); choose another workdir."
+        ) from error
     return _manager(
         folder,
         together,
@@ -62,10 +69,71 @@ def _manager(folder: epath.Path, together: bool, **options: Any) -> ocp.Checkpoi
 def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
     """Starts writing `state`; returns before it is on disk.
 
-    `manager.wait_until_finished()` waits.
+    Raises:
+      InputError: this or an earlier one could not be written.
     """
-    if step not in manager.all_steps():
-        manager.save(step, args=ocp.args.StandardSave(state))
+    with _told_if_unwritten(manager):
+        if step not in manager.all_steps():
+            manager.save(step, args=ocp.args.StandardSave(state))
+
+
+def check(manager: ocp.CheckpointManager) -> None:
+    """Raises InputError where a checkpoint that was being written could not be."""
+    with _told_if_unwritten(manager):
+        manager.check_for_errors()
+
+
+def wait(manager: ocp.CheckpointManager) -> None:
+    """Until all that was saved is on disk.
+
+    Raises:
+      InputError: a checkpoint could not be written.
+    """
+    with _told_if_unwritten(manager):
+        manager.wait_until_finished()
+
+
+@contextlib.contextmanager
+def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+    """At the end waits for what was saved, and closes; after another error it only closes.
+
+    Raises:
+      InputError: a checkpoint could not be written.
+    """
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(Exception):  # what it says comes from the first error, or is less
+            manager.close()
+        raise
+    with _told_if_unwritten(manager):
+        manager.close()
+
+
+@contextlib.contextmanager
+def _told_if_unwritten(manager: ocp.CheckpointManager) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # a full disk has many types, of orbax, tensorstore and the system
+        folder = epath.Path(manager.directory)
+        steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+        kept = f"step {max(steps)} is kept" if steps else "none is there"
+        raise InputError(
+            f"a checkpoint cannot be written to {folder} ({_reason(error)}); {kept}; make room, "
+            "and run the same again."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where it can be found; else the first words of the error."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    if said := re.search(r"([^:]+) \[os_error_code", str(error)):  # tensorstore's form
+        return said[1].strip()
+    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 def restore_latest(
@@ -104,7 +172,7 @@ def read(
     Raises:
       InputError: no such folder, no checkpoint in it, or none that can be read.
     """
-    folder = epath.Path(folder).absolute()
+    folder = user_path(folder).absolute()
     if not folder.is_dir():
         raise InputError(f"{folder} does not exist; let the run write its first checkpoint.")
     with contextlib.closing(_manager(folder, together=False, read_only=True)) as manager:
@@ -147,7 +215,7 @@ def _newest_readable(
                 wanted = manager.item_metadata(step).tree if like is None else like
                 state = manager.restore(step, args=ocp.args.StandardRestore(_abstract(wanted)))
         except Exception as error:  # orbax and tensorstore raise many types for a damaged folder
-            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            reason = _reason(error)
         unread = bool(reason)
         if together:
             unread = bool(parallel.largest(unread))

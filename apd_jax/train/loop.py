@@ -20,13 +20,14 @@ from jaxtyping import PyTree
 from rich.console import Console
 
 from apd_jax.components import Components
-from apd_jax.errors import InputError, Interrupted, NonFiniteError
+from apd_jax.errors import Interrupted
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
-from apd_jax.train import checkpoint, parallel, placement
+from apd_jax.paths import user_path
+from apd_jax.train import checkpoint, checks, parallel, placement
 from apd_jax.train.progress import MetricsLog, ProgressDisplay
 from apd_jax.train.state import TrainState, init_state
 from apd_jax.train.step import make_step
@@ -105,6 +106,7 @@ def advance(
     return placed.get(state), rows
 
 
+@jax.numpy_dtype_promotion("standard")  # optax counts steps in whole numbers
 def _advance(
     problem: Problem,
     method: Method,
@@ -119,7 +121,7 @@ def _advance(
     """`advance`, with the state still on the devices."""
     method.check()
     placed = placement.arrange(method, parallel.global_devices())
-    _check_data(problem, method)
+    checks.data_fits(problem, method)
     end = method.num_steps if until is None else until
     initial, key, step = _build(problem, method, settings, placed)
     if components is not None:
@@ -165,9 +167,13 @@ class _Record:
             split = isinstance(self.placed, placement.Shards)
             checkpoint.save(self.checkpoints, step, state if split else self.placed.get(state))
 
+    def check(self) -> None:
+        if self.checkpoints:
+            checkpoint.check(self.checkpoints)
+
     def wait_until_saved(self) -> None:
         parallel.from_primary(
-            self.checkpoints.wait_until_finished if self.checkpoints else lambda: None
+            lambda: checkpoint.wait(self.checkpoints) if self.checkpoints else None
         )
 
 
@@ -187,9 +193,9 @@ def _resumed(
         manager, log = None, None
         if parallel.is_primary() or together:
             manager = checkpoint.open_manager(
-                epath.Path(workdir) / "checkpoints", method.keep_checkpoints, together=together
+                user_path(workdir) / "checkpoints", method.keep_checkpoints, together=together
             )
-            stack.enter_context(contextlib.closing(manager))
+            stack.enter_context(checkpoint.closing(manager))
         if together:
             start, state = checkpoint.restore_latest(manager, initial, together=True) or begin
         else:
@@ -238,11 +244,14 @@ class _Job:
 
     def _log(self, metrics: Mapping[str, np.ndarray], start: int, seconds: float) -> None:
         if not self.may_diverge:
-            _check_finite(metrics, start, self.record.checkpoints)
+            manager = self.record.checkpoints
+            kept = manager.latest_step() if manager else None
+            checks.losses_finite(metrics, start, kept)
         for row in _rows(metrics, start, self.end, self.method):
             self.record.add(row | {"seconds_per_step": seconds})
 
     def _save_or_stop(self, state: PyTree, previous: int, step: int) -> None:
+        self.record.check()
         signum = parallel.largest(self.caught[0] if self.caught else 0)  # if one is told, all stop
         every = self.method.checkpoint_every_steps
         if step // every > previous // every or signum or step == self.end:
@@ -269,7 +278,7 @@ def restore_trained(
     """
     alone = placement.Copies(jax.local_devices()[:1])
     like = jax.eval_shape(lambda: _build(problem, method, None, alone)[0])
-    _, step, state = checkpoint.read(epath.Path(workdir) / "checkpoints", like, until=until)
+    _, step, state = checkpoint.read(user_path(workdir) / "checkpoints", like, until=until)
     return step, finished(Trained(state.components, state.gate), method)
 
 
@@ -325,24 +334,6 @@ def _finite_mean(values: Any) -> float:
     return float(finite.mean()) if finite.size else float("nan")
 
 
-def _check_data(problem: Problem, config: Method) -> None:
-    if (len(config.streams) > 1) != (problem.elsewhere is not None):
-        raise InputError(
-            f"method {config.name!r} needs a second stream of data; give elsewhere."
-            if problem.elsewhere is None
-            else f"elsewhere is read by methods of two streams of data, not by {config.name!r}."
-        )
-    sizes = {
-        leaf.shape[0] if leaf.ndim else None
-        for leaf in jax.tree.leaves(data.shapes(problem.source))
-    }
-    if sizes != {config.batch_size}:
-        raise InputError(
-            f"sample_fn gives arrays with leading sizes {sorted(map(str, sizes))}, but batch_size "
-            f"is {config.batch_size}; make them equal."
-        )
-
-
 def _rows(
     metrics: Mapping[str, np.ndarray], start: int, end: int, config: Method
 ) -> Iterator[dict[str, Any]]:
@@ -351,27 +342,6 @@ def _rows(
         step = start + i + 1
         if step % config.log_every_steps == 0 or step == end:
             yield {"step": step} | {name: values[i].tolist() for name, values in metrics.items()}
-
-
-def _check_finite(metrics: Mapping[str, np.ndarray], start: int, manager) -> None:
-    bad = [
-        (int(np.argmin(finite)), name)
-        for name, values in metrics.items()
-        if not (finite := np.isfinite(values.reshape(len(values), -1)).all(1)).all()
-    ]
-    if not bad:
-        return
-    first, _ = min(bad)
-    terms = [name for i, name in bad if i == first and name != "total"] or ["total"]
-    kept = (
-        f" The checkpoint of step {manager.latest_step()} is kept."
-        if manager and manager.latest_step() is not None
-        else ""
-    )
-    raise NonFiniteError(
-        f"training stopped at step {start + first + 1}: not finite: {', '.join(terms)}; try a "
-        f"smaller learning_rate or init_scale.{kept}"
-    )
 
 
 @contextlib.contextmanager

@@ -30,6 +30,16 @@ _LONGEST_WAIT_S = 24 * 3600  # for what process 0 does alone: a target's trainin
 _wait_number = itertools.count()
 
 
+def whole(array: jax.Array) -> jax.Array:
+    """An array that is split over devices as one on this process's first device.
+
+    Of several processes every one must call this.
+    """
+    if not array.is_fully_addressable:
+        array = multihost_utils.process_allgather(array, tiled=True)
+    return jax.device_put(array, jax.local_devices()[0])
+
+
 def initialize() -> None:
     """Joins the processes that were started together, if any were.
 

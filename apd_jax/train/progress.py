@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import tensorboardX
 from etils import epath
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +19,12 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from tensorboardX import event_file_writer, summary
+from tensorboardX.proto import event_pb2
 
+from apd_jax.paths import user_path
+
+log = logging.getLogger(__name__)
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
 
 
@@ -82,27 +87,76 @@ class MetricsLog:
     """
 
     def __init__(self, workdir: epath.PathLike, resume_step: int = 0):
-        folder = epath.Path(workdir)
+        folder = user_path(workdir)
         self._path = folder / "metrics.jsonl"
         self.rows = [row for row in read_rows(self._path) if row["step"] <= resume_step]
-        self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        self._board = tensorboardX.SummaryWriter(
-            str(folder / "tensorboard"), purge_step=resume_step or None
-        )
+        self._warned = False
+        self._complete = False  # whether the file holds all rows
+        self._board: event_file_writer.EventsWriter | None = None
+        try:
+            self._write_all()
+            board = folder / "tensorboard"
+            board.mkdir(parents=True, exist_ok=True)
+            # Not SummaryWriter: it waits for ever for a thread that a full disk has ended.
+            self._board = event_file_writer.EventsWriter(str(board / "events"))
+            if resume_step:
+                again = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                self._event(step=resume_step, session_log=again)
+        except OSError as error:
+            self._fails(error)
 
     def append(self, row: Mapping[str, Any]) -> None:
+        """Adds a row. Where it cannot be written training goes on: it is kept, and tried again."""
         self.rows.append(dict(row))
-        if "://" in str(self._path):  # cloud storage cannot append
-            self._path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-        else:
-            with self._path.open("a") as file:
-                file.write(json.dumps(dict(row)) + "\n")
-        for tag, scalar in _scalars(row):
-            if math.isfinite(scalar):  # TensorBoard has no place for others, and warns of each
-                self._board.add_scalar(tag, scalar, row["step"])
+        try:
+            if self._complete and "://" not in str(self._path):  # cloud storage cannot append
+                self._complete = False
+                with self._path.open("a") as file:
+                    file.write(json.dumps(dict(row)) + "\n")
+                self._complete = True
+            else:
+                self._write_all()
+        except OSError as error:
+            self._fails(error)
+        # TensorBoard has no place for what is not finite.
+        scalars = [summary.scalar(tag, v) for tag, v in _scalars(row) if math.isfinite(v)]
+        for one in scalars:
+            self._event(step=row["step"], summary=one)
 
     def close(self) -> None:
-        self._board.close()
+        if self._board is not None:
+            try:
+                self._board.close()
+            except OSError as error:
+                self._fails(error)
+
+    def _write_all(self) -> None:
+        unfinished = self._path.with_name(".metrics.jsonl.unfinished")
+        try:
+            unfinished.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            unfinished.replace(self._path)
+        except OSError:
+            unfinished.unlink(missing_ok=True)
+            raise
+        self._complete = True
+
+    def _event(self, **fields: Any) -> None:
+        if self._board is not None:
+            try:
+                self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+                self._board.flush()
+            except OSError as error:
+                self._board = None
+                self._fails(error)
+
+    def _fails(self, error: OSError) -> None:
+        if not self._warned:
+            self._warned = True
+            log.warning(
+                "losses cannot be written to %s (%s); training goes on.",
+                self._path.parent,
+                error.strerror or error,
+            )
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -228,7 +228,9 @@ def test_weighted_losses_are_means_over_what_counts():
         losses.minimality(out, target, "mse", weights), squares[valid].mean(), rtol=1e-5
     )
     found = losses.hidden_reconstruction(
-        {"h": out, "p": out[:, 0]}, {"h": target, "p": target[:, 0]}, weights
+        {"h": out, "p": out[:, 0]},
+        {"h": target, "p": target[:, 0]},
+        {"h": jnp.broadcast_to(weights[..., None], out.shape), "p": None},
     )
     expected = (squares[valid].mean() * B * T * V + squares[:, 0].sum()) / (B * T * V + B * V)
     np.testing.assert_allclose(found, expected, rtol=1e-5)

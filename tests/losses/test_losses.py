@@ -106,7 +106,8 @@ def test_weights_of_positions():
     np.testing.assert_allclose(losses.minimality(sparse, target, "mse", weights), 14 / 3, rtol=1e-6)
     hidden = {"a": sparse, "b": jnp.full((2, 5), 2.0)}  # b has no axis of positions
     zeros = {"a": target, "b": jnp.zeros((2, 5))}
-    found = losses.hidden_reconstruction(hidden, zeros, weights)
+    own = {"a": jnp.broadcast_to(weights[..., None], sparse.shape), "b": None}
+    found = losses.hidden_reconstruction(hidden, zeros, own)
     np.testing.assert_allclose(found, (14 * 4 / 3 + 10 * 4) / (4 + 10), rtol=1e-6)
 
 

@@ -62,9 +62,14 @@ SEQUENCES = make_problem(apply_fn, PARAMS, sequences, valid_fn=valid)
 TWO_STREAMS = make_problem(apply_fn, PARAMS, sample_fn, elsewhere=elsewhere)
 
 
+def begun(problem, method):
+    """The state that training begins with."""
+    return jax.jit(lambda: init_state(jax.random.key(0), problem, method))()
+
+
 def first_step(method, problem=PROBLEM):
     """The state it begins with, its gate's activity on the first batch, and the first metrics."""
-    state = init_state(jax.random.key(0), problem, method)
+    state = begun(problem, method)
     gate = method.gate(state.gate, problem)
     x = sample_fn(KEY, 0)
     scene = observe.scene(method, problem, gate, state.components, PARAMS, x)
@@ -114,13 +119,9 @@ def test_smooth_l0_in_place_of_a_power():
     with pytest.raises(InputError, match="importance_gamma_final must be a finite number above 0"):
         method.replace(importance_gamma_final=0.0).check()
     two = Targeted(**SMALL, **LITTLE, **fields)
-    _, metrics = jax.jit(make_step(TWO_STREAMS, two))(
-        init_state(jax.random.key(0), TWO_STREAMS, two), PARAMS, KEY
-    )
+    _, metrics = jax.jit(make_step(TWO_STREAMS, two))(begun(TWO_STREAMS, two), PARAMS, KEY)
     power = two.replace(importance_gamma=None)
-    _, other = jax.jit(make_step(TWO_STREAMS, power))(
-        init_state(jax.random.key(0), TWO_STREAMS, power), PARAMS, KEY
-    )
+    _, other = jax.jit(make_step(TWO_STREAMS, power))(begun(TWO_STREAMS, power), PARAMS, KEY)
     for name in ("importance", "importance_elsewhere"):
         assert abs(float(metrics[name] - other[name])) > 1e-3
 
@@ -174,7 +175,7 @@ def problem_of(method):
 def run(method, num_devices, num_steps=3):
     problem, devices = problem_of(method), jax.local_devices()[:num_devices]
     step = make_step(problem, method, axis_name=parallel.AXIS)
-    state = init_state(jax.random.key(0), problem, method)
+    state = begun(problem, method)
     state, metrics = parallel.pmap_steps(step, num_steps, devices)(
         parallel.replicate(state, devices), PARAMS, KEY
     )
@@ -194,7 +195,7 @@ def test_two_devices_do_what_one_does(name):
     for term, values in metrics.items():
         assert np.isfinite(values).all()
         np.testing.assert_allclose(theirs[term], values, rtol=1e-5, atol=1e-7, err_msg=term)
-    before = init_state(jax.random.key(0), problem_of(method), method)
+    before = begun(problem_of(method), method)
     for part in ("components", "gate", "ablation"):
         ours = getattr(one, part)
         jax.tree.map(lambda a, b: close(a, b, 1e-5), getattr(two, part), ours)
@@ -208,7 +209,7 @@ def test_two_streams_of_data():
     # nothing is ablated.
     method = EVERY["targeted"]
     steps = jax.jit(scan_steps(make_step(TWO_STREAMS, method), 1))
-    _, metrics = steps(init_state(jax.random.key(0), TWO_STREAMS, method), PARAMS, KEY)
+    _, metrics = steps(begun(TWO_STREAMS, method), PARAMS, KEY)
     assert {"elsewhere", "unmasked", "importance_elsewhere"} <= set(metrics)
     with pytest.raises(InputError, match="needs a second stream of data; give elsewhere"):
         loop.fit(PROBLEM, method)
@@ -217,7 +218,7 @@ def test_two_streams_of_data():
 def test_faithfulness_warm_up_comes_before_the_first_step():
     method = EVERY["spd"].replace(faithfulness_warmup_steps=60, faithfulness_warmup_rate=0.05)
     warm = jax.jit(lambda key: init_state(key, PROBLEM, method))(jax.random.key(0)).components
-    cold = init_state(jax.random.key(0), PROBLEM, EVERY["spd"]).components
+    cold = begun(PROBLEM, EVERY["spd"]).components
     missing = [losses.relative_faithfulness(c, PARAMS) for c in (cold, warm)]
     assert missing[0] > 0.5 and missing[1] < 0.2 * missing[0]
     # Before it, components are as large together as the target's weights.

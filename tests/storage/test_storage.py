@@ -123,7 +123,7 @@ def test_thresholds_of_a_learned_mask(tmp_path):
     assert_same(before, after)
     np.testing.assert_array_equal(before.mask(X), after.mask(X))
     # A gate of an earlier save does not stay behind.
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
     assert not (tmp_path / "gate.safetensors").exists()
     assert storage.load(tmp_path, apply_fn).gate == ()
 
@@ -238,7 +238,7 @@ def test_nnx(tmp_path):
 
 def test_saving_over_an_old_one(tmp_path):
     params, apply_fn = nested("dict")
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
     twice = jax.tree.map(lambda a: 2 * a, params)
     storage.save(decomposition(twice, apply_fn), tmp_path)
     np.testing.assert_array_equal(
@@ -248,7 +248,7 @@ def test_saving_over_an_old_one(tmp_path):
 
 def test_a_save_that_was_cut_short_is_noticed(tmp_path, monkeypatch):
     params, apply_fn = nested("dict")
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
 
     # Over an old one, between the two files of arrays: the new params must not be taken with the
     # old components. Made before the patch: jax's cache of programs writes such files too.
@@ -281,7 +281,7 @@ def test_a_save_that_was_cut_short_is_noticed(tmp_path, monkeypatch):
 @pytest.mark.parametrize("keep", [None, 0, 7, 150])
 def test_missing_and_torn_files_are_refused(tmp_path, file, keep):
     params, apply_fn = nested("dict")
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
     if keep is None:
         (tmp_path / file).unlink()
     else:
@@ -323,7 +323,7 @@ def test_a_place_that_cannot_be_written_is_refused(tmp_path):
 )
 def test_params_of_another_network_are_refused(tmp_path, change, message):
     params, apply_fn = nested("dict")
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
     with pytest.raises(InputError, match=message):
         storage.load(tmp_path, apply_fn, change(params))
 
@@ -334,7 +334,7 @@ def edit(file, **fields):
 
 def test_newer_versions_are_refused(tmp_path):
     params, apply_fn = nested("dict")
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
     about = json.loads((tmp_path / "decomposition.json").read_text())
     edit(tmp_path / "decomposition.json", config=about["config"] | {"novelty": 1})
     with pytest.raises(InputError, match=r"unknown setting of method 'apd' 'novelty'.*; update it"):
@@ -349,7 +349,7 @@ def test_newer_versions_are_refused(tmp_path):
 
 def test_components_that_lack_a_leaf_are_refused(tmp_path):
     params, apply_fn = nested("dict")
-    storage.save(decomposition(params, apply_fn), tmp_path)
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
     file = tmp_path / "components.safetensors"
     arrays = safetensors.numpy.load_file(file)
     arrays.pop("in.w.V")
@@ -358,6 +358,17 @@ def test_components_that_lack_a_leaf_are_refused(tmp_path):
         InputError, match=r"components.safetensors lacks 'in.w.V'; it holds in.w.U, "
     ):
         storage.load(tmp_path, apply_fn)
+
+
+def test_random_keys_and_whole_numbers_as_names_come_back(tmp_path):
+    params = {0: leaf(0, 2, 2), "inner": {7: leaf(1, 2, 2), "key": jax.random.key(5)}}
+    storage.save(decomposition(params, lambda p, x: x), tmp_path)
+    for given in (None, params):
+        found = storage.load(tmp_path, lambda p, x: x, given).problem.params
+        assert jax.tree.structure(found) == jax.tree.structure(params)
+        key = found["inner"].pop("key")
+        assert jax.random.key_data(key).tolist() == jax.random.key_data(jax.random.key(5)).tolist()
+        np.testing.assert_array_equal(found["inner"][7], params["inner"][7])
 
 
 def test_what_a_file_cannot_hold_is_refused(tmp_path):
@@ -369,9 +380,12 @@ def test_what_a_file_cannot_hold_is_refused(tmp_path):
             tmp_path,
         )
     with pytest.raises(
-        InputError, match=r"params leaf 'key' has dtype key<fry>, which a file cannot hold"
+        InputError, match=r"params leaf 'tiny' has dtype float8_e4m3fn, which a file cannot hold"
     ):
         storage.save(
-            decomposition({"w": leaf(0, 2, 2), "key": jax.random.key(0)}, lambda p, x: x), tmp_path
+            decomposition(
+                {"w": leaf(0, 2, 2), "tiny": jnp.zeros(2, jnp.float8_e4m3fn)}, lambda p, x: x
+            ),
+            tmp_path,
         )
     assert not list(tmp_path.iterdir())

@@ -98,8 +98,8 @@ def test_a_learned_gate_comes_back(tmp_path):
 def test_tensorboard_gets_every_loss_of_every_instance(tmp_path, monkeypatch):
     seen = set()
     monkeypatch.setattr(
-        "tensorboardX.SummaryWriter.add_scalar",
-        lambda self, tag, value, step: seen.add((tag, step)),
+        "tensorboardX.event_file_writer.EventsWriter.write_event",
+        lambda self, event: seen.update((v.tag, event.step) for v in event.summary.value),
     )
     train.fit(make_problem(), small(num_instances=2), workdir=tmp_path)
     names = ("total", "faithfulness", "minimality", "simplicity")
