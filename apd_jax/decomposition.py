@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from apd_jax.gates.base import ATTRIBUTIONS, Activity
 from apd_jax.methods import observe, registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
+from apd_jax.network.data import Batches
 from apd_jax.network.problem import Problem, check_examples, check_function, check_params
 from apd_jax.recipe import stages
 from apd_jax.train import fingerprint, loop, parallel
@@ -98,8 +99,8 @@ class Decomposition:
         """
         if cut is None:
             return self.activity(x).active
-        always = jnp.arange(self.components.num_components) < self.method.always_on
-        return (self.attributions(x) >= cut) | always
+        scores = self.attributions(x)
+        return (scores >= cut) | self._always_on(scores.ndim)
 
     def cut(self, x: PyTree) -> float:
         """The least attribution that the gate keeps on a large batch x; see `mask`.
@@ -113,15 +114,23 @@ class Decomposition:
                 "needs no cut."
             )
         found = self.activity(x)
-        chosen = found.active & (jnp.arange(found.active.shape[-1]) >= self.method.always_on)
+        chosen = found.active & ~self._always_on(found.active.ndim)
         if not chosen.any():
             raise InputError("the gate keeps no component on x, so there is no cut; give more.")
         return float(jnp.min(found.scores, where=chosen, initial=jnp.inf))
 
+    def _always_on(self, ndim: int) -> Bool[Array, "..."]:
+        """Which components are on whatever the input, [1, ..., C]."""
+        on = jnp.arange(self.components.num_components) < self.method.always_on
+        return on.reshape(*[1] * (ndim - 1), -1)
+
     def sparse_output(
-        self, x: PyTree, mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"] | None = None
+        self, x: PyTree, mask: np.ndarray | Array | Sequence[Any] | None = None
     ) -> Any:
-        """What apply_fn returns with only the active components (or those of a given mask)."""
+        """What apply_fn returns with only the active components.
+
+        mask: other components [B, *T, C], bool or the share of each that is left.
+        """
         mask = self.mask(x) if mask is None else jnp.asarray(mask)
         p = self.problem
         return sparse.apply(p.apply_fn, p.params, self.components, mask, _on_device(x))
@@ -237,7 +246,7 @@ def decompose(
     *,
     method: str | Method | None = None,
     select: Select = None,
-    uses: Mapping[str, int] | None = None,
+    uses: Mapping[str, SupportsIndex] | None = None,
     attribution_fn: Callable | None = None,
     num_active_fn: Callable | None = None,
     valid_fn: Callable | None = None,
@@ -290,6 +299,11 @@ def decompose(
         *(apply_fn, params, sample_fn, attribution_fn, num_active_fn),
         *(select, uses, valid_fn, elsewhere),
     )
+    if recipe is not None and isinstance(problem.sample_fn, Batches) and problem.sample_fn.once:
+        raise InputError(
+            "a recipe goes through the data several times, which an iterator cannot; give a list, "
+            "a loader or a generator function."
+        )
     check_function(problem)
     check_params(problem)
     check_examples(problem, chosen.minimality_loss)

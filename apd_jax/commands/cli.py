@@ -20,11 +20,19 @@ from apd_jax.train import parallel
 
 
 def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
-    """absl's parser. What config files and overrides raise is the user's to mend: one sentence."""
+    """absl's parser. What config files and overrides raise is the user's to mend: one sentence.
+
+    A field that may be None takes `--config.field=None`, which absl's parser of numbers does not
+    know.
+    """
+    nothing = [match[1] for arg in argv if (match := re.fullmatch(r"--config\.(.+)=None", arg))]
+    given = [arg for arg in argv if not re.fullmatch(r"--config\.(.+)=None", arg)]
+    sys.argv[:] = given  # where ml_collections looks for overrides
     try:
-        rest = flags.FLAGS(argv)
+        rest = flags.FLAGS(given)
         if config.value is not None:
             _ = config.value.apd  # a file that could not be loaded only says so now
+            config.value.update_from_flattened_dict(dict.fromkeys(nothing))
         return rest
     except Exception as error:
         refuse(sentence(error))
@@ -70,13 +78,18 @@ def _of_config(error: BaseException) -> bool:
 
 
 def only_our_messages() -> None:
-    """Notes and warnings of this library on stderr, by the first process; of others nothing.
+    """Notes and warnings of this library on stderr, by the first process; of others only errors.
 
     orbax tells every file that it writes, and prints the tracebacks of what it raises again.
     """
-    absl_logging.set_verbosity(absl_logging.FATAL)
+    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.get_absl_handler().addFilter(_without_traceback)
     absl_logging.get_absl_handler().setFormatter(logging.Formatter("%(message)s"))
     logging.getLogger("apd_jax").setLevel(logging.INFO if parallel.is_primary() else logging.ERROR)
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    return not record.exc_info
 
 
 def keep_programs(workdir: str) -> None:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.components.factors import Components, Factors, Ids, named_leaves
 from apd_jax.components.layout import Layout, matrix_shape, path_name, unfold
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, first_line
 
 Select = str | Sequence[str] | Mapping[str, Mapping[str, Any]] | Callable[[str, Any], Any] | None
 _OPTIONS = ("rank", "components")
@@ -32,7 +32,13 @@ def as_select(select: Any, params: PyTree) -> Any:
       InputError: it is something else, or chooses nothing.
     """
     if callable(select) and not isinstance(select, Mapping):
-        given = {n: select(n, a) for n, a in named_leaves(params).items() if a is not None}
+        leaves = {name: a for name, a in named_leaves(params).items() if a is not None}
+        try:
+            given = {name: select(name, a) for name, a in leaves.items()}
+        except Exception as error:
+            raise InputError(
+                f"select, as a function of (path, leaf), fails: {first_line(error)}."
+            ) from error
         select = {n: {} if o is True else o for n, o in given.items() if o or o == {}}
     if select is None or isinstance(select, str):
         return None if select is None else [select]

@@ -132,8 +132,8 @@ def rotate(x: Float[Array, "B T H d"]) -> Float[Array, "B T H d"]:
 
     A product of two rotated vectors depends on the difference of their positions only.
     """
-    rates = ROPE_BASE ** (-jnp.arange(0, x.shape[-1], 2) / x.shape[-1])
-    angles = (jnp.arange(x.shape[1])[:, None] * rates[None])[None, :, None]
+    rates = ROPE_BASE ** (-jnp.arange(0.0, x.shape[-1], 2) / x.shape[-1])
+    angles = (jnp.arange(float(x.shape[1]))[:, None] * rates[None])[None, :, None]
     first, second = jnp.split(x, 2, axis=-1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([first * cos - second * sin, first * sin + second * cos], axis=-1)

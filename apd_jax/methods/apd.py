@@ -231,6 +231,11 @@ class APD(Method):
                 f"topk must be above 0 and at most {choosable}, the number of components to choose "
                 f"from; got {self.topk}."
             )
+        if self.mask == "batch_topk" and self.topk * self.batch_size < 1 and not self.per_position:
+            raise InputError(
+                f"topk = {self.topk} keeps {self.topk * self.batch_size:.2g} pairs of a batch of "
+                f"{self.batch_size}, so none; raise topk or batch_size."
+            )
         if self.mask == "topk" and self.topk != int(self.topk):
             raise InputError(
                 f"topk must be a whole number when mask = 'topk' (per example); got {self.topk}."

@@ -312,7 +312,7 @@ class Method:
                 f"num_components = {self.num_components} is not divisible by num_component_shards "
                 f"= {self.num_component_shards}; every shard holds as many components."
             )
-        if self.rank is not None and self.rank < 1:
+        if self.rank is not None and not 1 <= self.rank < 2**31:
             raise InputError(f"rank must be at least 1, or None for full rank; got {self.rank}.")
         self.above_zero("learning_rate", "init_scale")
         self.not_negative("weight_decay")
@@ -323,8 +323,10 @@ class Method:
 
     def at_least_one(self, *fields: str) -> None:
         for field in fields:
-            if getattr(self, field) < 1:
-                raise InputError(f"{field} must be at least 1; got {getattr(self, field)}.")
+            if not 1 <= getattr(self, field) < 2**31:
+                raise InputError(
+                    f"{field} must be at least 1, and below 2**31; got {getattr(self, field)}."
+                )
 
     def above_zero(self, *fields: str) -> None:
         for field in fields:

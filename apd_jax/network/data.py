@@ -100,6 +100,11 @@ class Batches:
         self._iterable = iterable
         self._begun: Iterator[PyTree] | None = None  # whose first batch `shapes` has looked at
 
+    @property
+    def once(self) -> bool:
+        """Whether it is an iterator, which cannot be begun again."""
+        return isinstance(self._iterable, Iterator)
+
     @functools.cached_property
     def first(self) -> PyTree[np.ndarray]:
         """The first batch; it is kept for step 0 too.
@@ -248,10 +253,11 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
     except Exception as error:
         raise InputError(f"sample_fn fails on a key and a step: {first_line(error)}") from error
     for path, leaf in jax.tree_util.tree_flatten_with_path(found)[0]:
-        if not leaf.ndim:
+        if not leaf.ndim or not leaf.shape[0]:
+            what = "no example" if leaf.ndim else "a single number"
             raise InputError(
-                f"sample_fn must give arrays that lead with the examples; {_named(path)} is a "
-                "single number."
+                f"sample_fn must give arrays that lead with the examples; {_named(path)} holds "
+                f"{what}."
             )
     if not jax.tree.leaves(found):
         raise InputError("sample_fn gives no array; give a batch of inputs.")

@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, SupportsIndex
 
 import jax
 import jax.numpy as jnp
@@ -36,13 +36,15 @@ class Problem:
     attribution_fn: Callable | None = None
     num_active_fn: Callable | None = None
     select: Select = None
-    uses: Mapping[str, int] | None = None
+    uses: Mapping[str, SupportsIndex] | None = None
     valid_fn: Callable | None = None
     elsewhere: Any = None
 
     def __post_init__(self):
+        for field in ("apply_fn", "attribution_fn"):
+            object.__setattr__(self, field, _unmeshed(getattr(self, field)))
         object.__setattr__(self, "select", components_lib.as_select(self.select, self.params))
-        object.__setattr__(self, "uses", _whole_numbers(self.uses))
+        object.__setattr__(self, "uses", whole_numbers(self.uses))
         object.__setattr__(self, "sample_fn", data.source(self.sample_fn))
         object.__setattr__(self, "elsewhere", data.source(self.elsewhere))
 
@@ -98,7 +100,20 @@ class Problem:
         return layout.infer(self.apply_fn, self.params, data.shapes(self.sample_fn))
 
 
-def _whole_numbers(uses: Any) -> Any:
+def _unmeshed(fn: Callable | None) -> Callable | None:
+    """The function outside of the mesh that it is run on: its own axis names mean other axes."""
+    if fn is None or getattr(fn, "outside_of_mesh", False):
+        return fn
+
+    def call(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+            return fn(*args)
+
+    call.outside_of_mesh = True
+    return call
+
+
+def whole_numbers(uses: Any) -> Any:
     """Plain numbers of `uses`.
 
     Raises:
@@ -133,6 +148,7 @@ def check_function(problem: Problem) -> None:
         ) from error
     _check_result(result, {leaf.shape[:1] for leaf in jax.tree.leaves(x)})
     _check_valid(problem, x, split_result(result)[0].shape)
+    _check_beside(problem, x, split_result(result)[0].shape)
     _check_dependence(problem, jaxpr.jaxpr)
     _check_derivative(problem, x)
 
@@ -174,6 +190,23 @@ def _check_valid(problem: Problem, x: PyTree, shape: tuple[int, ...]) -> None:
             f"valid_fn gives {valid.shape}, but the outputs have {shape}; they must agree in "
             "examples and positions."
         )
+
+
+def _check_beside(problem: Problem, x: PyTree, shape: tuple[int, ...]) -> None:
+    """The functions beside apply_fn: what they must give of a batch."""
+    asked = {
+        "attribution_fn": (shape, problem.attribution_fn, (problem.params, x)),
+        "num_active_fn": (shape[:1], problem.num_active_fn, (x,)),
+    }
+    for name, (wanted, fn, args) in asked.items():
+        if fn is None:
+            continue
+        try:
+            found = jax.eval_shape(fn, *args)
+        except Exception as error:
+            raise InputError(f"{name} fails on a batch: {first_line(error)}.") from error
+        if getattr(split_result(found)[0], "shape", None) != wanted:
+            raise InputError(f"{name} must give an array of shape {wanted}; it gives {found}.")
 
 
 def _check_dependence(problem: Problem, jaxpr: Any) -> None:

@@ -100,6 +100,12 @@ def check(method: Any, recipe: Recipe) -> None:
     Raises:
       InputError: one sentence.
     """
+    if not isinstance(recipe, config_dict.ConfigDict):
+        raise InputError(f"recipe must come from apd_jax.default_recipe(); got {recipe!r}.")
+    if missing := [name for name in default_recipe() if name not in recipe]:
+        raise InputError(
+            f"recipe lacks {missing[0]!r}; begin with apd_jax.default_recipe() and change it."
+        )
     method, default = as_apd(method), APD()
     changed = [n for n in SET_BY_RECIPE if getattr(method, n) != getattr(default, n)]
     if changed:

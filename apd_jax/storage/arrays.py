@@ -70,7 +70,7 @@ def decode_bytes(content: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def taken(arrays: Mapping[str, np.ndarray], name: str, file: epath.Path) -> np.ndarray:
+def taken(arrays: Mapping[str, Any], name: str, file: epath.Path) -> Any:
     """Raises InputError where the file lacks it."""
     if name not in arrays:
         raise InputError(f"{file} lacks {name!r}; it holds {', '.join(sorted(arrays))}.")

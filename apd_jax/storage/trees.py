@@ -68,7 +68,7 @@ def _containers(named: PyTree) -> Any:
     return [kind, [_containers(child) for child in named] if type(named) in (list, tuple) else None]
 
 
-def refilled(described: Any, arrays: Mapping[str, np.ndarray], file: epath.Path) -> PyTree:
+def refilled(described: Any, arrays: Mapping[str, Any], file: epath.Path) -> PyTree:
     """The pytree that `containers` described, with the arrays of this file for leaves.
 
     Raises:
@@ -92,7 +92,7 @@ def refilled(described: Any, arrays: Mapping[str, np.ndarray], file: epath.Path)
 
 
 def like(
-    tree: PyTree, arrays: Mapping[str, np.ndarray], folder: epath.Path, what: str = "params"
+    tree: PyTree, arrays: Mapping[str, Any], folder: epath.Path, what: str = "params"
 ) -> PyTree:
     """The arrays in the structure of `tree`.
 

@@ -60,7 +60,7 @@ def _alike(a: Any, b: Any) -> bool:
 
 
 def _checksum(a: Array) -> Array:
-    """A sum of the bits of all entries, each times an odd number of its own, modulo 2**32."""
+    """A sum of the bits of all entries, each times a number of its place, modulo 2**32."""
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a = jax.random.key_data(a)
     if jnp.issubdtype(a.dtype, jnp.complexfloating):
@@ -71,8 +71,9 @@ def _checksum(a: Array) -> Array:
     else:
         bits = lax.bitcast_convert_type(a, jnp.uint16 if size == 2 else jnp.uint32)
     bits = bits.astype(jnp.uint32).reshape(-1)
-    place = 2 * lax.iota(jnp.uint32, bits.size) + jnp.uint32(1)
-    return jnp.sum(bits * place * jnp.uint32(2654435761), dtype=jnp.uint32)
+    place = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761)
+    place = (place ^ (place >> 15)) * jnp.uint32(2246822519)
+    return jnp.sum(bits * (place ^ (place >> 13) | jnp.uint32(1)), dtype=jnp.uint32)
 
 
 def _measured(a: Array) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -146,6 +147,8 @@ class MetricsLog:
                 self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
                 self._board.flush()
             except OSError as error:
+                with contextlib.suppress(OSError):
+                    self._board.close()
                 self._board = None
                 self._fails(error)
 
