@@ -323,10 +323,10 @@ class Method:
 
     def at_least_one(self, *fields: str) -> None:
         for field in fields:
-            if not 1 <= getattr(self, field) < 2**31:
-                raise InputError(
-                    f"{field} must be at least 1, and below 2**31; got {getattr(self, field)}."
-                )
+            value = getattr(self, field)
+            if not 1 <= value < 2**31:
+                bound = "at least 1" if value < 1 else "below 2**31"
+                raise InputError(f"{field} must be {bound}; got {value}.")
 
     def above_zero(self, *fields: str) -> None:
         for field in fields:

@@ -103,7 +103,8 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
         pass
     elif float in allowed and isinstance(value, int | float):
         return float(value)
-    elif any(isinstance(value, kind) for kind in allowed) and np.ndim(value) == 0:
-        return value
+    elif any(isinstance(value, kind) for kind in allowed):
+        if not isinstance(value, jax.Array) or value.ndim == 0:
+            return value
     kinds = " or ".join(sorted(k.__name__ for k in allowed if k is not types.NoneType))
     raise InputError(f"{field} must be {kinds}; got {value!r}, a {type(value).__name__}.")
