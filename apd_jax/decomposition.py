@@ -266,28 +266,32 @@ def decompose(
         over devices are put together; boxes with Linen's partitioning are taken off.
       sample_fn: the data, in batches x of `batch_size` examples. A function (rng, step) -> x that
         draws one on the device, pure, since a resumed run calls it again with the same arguments;
-        `apd_jax.data.from_arrays` makes one of arrays in memory. Or any iterable of batches; where
-        it ends it is begun again. A resumed run begins it from its start and drops the batches that
-        were used before, so it is bit-identical if the same batches come again.
+        `apd_jax.data.from_arrays` makes one of arrays in memory. Or any iterable of batches, or a
+        generator function; where it ends it is begun again. A resumed run begins it from its start
+        and drops the batches that were used before, so it is bit-identical if the same batches
+        come again.
       config: settings: from `apd_jax.default_config()`, or a method's own settings object, e.g.
         `apd_jax.SPD(num_components=20)`.
       method: instead of config, a method's name for its defaults: "apd", "spd", "vpd", "whole",
         "targeted"; or its settings.
-      select: glob patterns over dotted leaf paths; None decomposes every floating leaf of two or
-        more axes.
+      select: glob patterns over dotted leaf paths, {pattern: options} or a function (path, leaf)
+        -> bool or options; see `apd_jax.components.init`. None decomposes every floating leaf of
+        two or more axes.
       uses: {leaf path: times the forward pass multiplies with it}, for tied weights; 1 where
         absent.
       attribution_fn: the same function as apply_fn (outputs only), with products of weights
         associated so that its tangents are cheaper. None: apply_fn.
       num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
       valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding;
-        the others count in no loss, no attribution and no mask.
+        the others count in no loss, no attribution and no mask, whatever stands there. Numbers (of
+        segments, of an attention mask) count where they are above 0.
       elsewhere: data of the second stream, as sample_fn; for method "targeted".
       recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the
         coefficients of `config`. `topk` = 0 then leaves k to the modes. The returned decomposition
         has the settings of the last stage, and what was found.
-      workdir: folder for config.json, checkpoints, metrics.jsonl and TensorBoard scalars. The same
-        call then resumes. None: nothing is written.
+      workdir: folder for config.json, network.json, checkpoints, metrics.jsonl and TensorBoard
+        scalars. The same call then resumes; another network, selection or setting is refused. None:
+        nothing is written.
     Raises:
       InputError: anything that does not fit, in one sentence.
     """

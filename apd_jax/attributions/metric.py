@@ -66,14 +66,14 @@ def in_metric(
 ) -> Float[Array, "B O"]:
     """A linear map of changes of the outputs `out`: their squared norm is then the metric's A²."""
     count = math.prod(out.shape[1:])
-    if valid is not None:  # what stands at padding may be NaN
-        weight = _weights(valid, out)
+    weight = None if valid is None else _weights(valid, out)
+    if weight is not None:  # what stands at padding may be NaN
         change, out = jnp.where(weight > 0, change, 0), jnp.where(weight > 0, out, 0)
     if metric == "kl":
         p = jax.nn.softmax(out, axis=-1)
         change = jnp.sqrt(p) * (change - jnp.sum(p * change, axis=-1, keepdims=True))
         count = math.prod(out.shape[1:-1])
-    if valid is not None:
+    if weight is not None:
         change = change * jnp.sqrt(weight).astype(out.dtype)
     return change.reshape(out.shape[0], -1) / math.sqrt(count)
 

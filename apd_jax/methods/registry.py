@@ -103,8 +103,9 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
         pass
     elif float in allowed and isinstance(value, int | float):
         return float(value)
+    elif isinstance(value, jax.Array) and value.ndim:
+        pass  # of several numbers
     elif any(isinstance(value, kind) for kind in allowed):
-        if not isinstance(value, jax.Array) or value.ndim == 0:
-            return value
+        return value
     kinds = " or ".join(sorted(k.__name__ for k in allowed if k is not types.NoneType))
     raise InputError(f"{field} must be {kinds}; got {value!r}, a {type(value).__name__}.")

@@ -102,15 +102,16 @@ class Problem:
 
 def _unmeshed(fn: Callable | None) -> Callable | None:
     """The function outside of the mesh that it is run on: its own axis names mean other axes."""
-    if fn is None or getattr(fn, "outside_of_mesh", False):
-        return fn
+    return fn if fn is None or isinstance(fn, _Unmeshed) else _Unmeshed(fn)
 
-    def call(*args: Any) -> Any:
+
+@dataclasses.dataclass(frozen=True)
+class _Unmeshed:
+    fn: Callable
+
+    def __call__(self, *args: Any) -> Any:
         with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-            return fn(*args)
-
-    call.outside_of_mesh = True
-    return call
+            return self.fn(*args)
 
 
 def whole_numbers(uses: Any) -> Any:

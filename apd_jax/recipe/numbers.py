@@ -94,18 +94,22 @@ def as_apd(method: Any) -> APD:
     return method
 
 
-def check(method: Any, recipe: Recipe) -> None:
-    """Refuses what the recipe would silently replace, and stages that cannot run.
-
-    Raises:
-      InputError: one sentence.
-    """
+def _check_fields(recipe: Any) -> None:
     if not isinstance(recipe, config_dict.ConfigDict):
         raise InputError(f"recipe must come from apd_jax.default_recipe(); got {recipe!r}.")
     if missing := [name for name in default_recipe() if name not in recipe]:
         raise InputError(
             f"recipe lacks {missing[0]!r}; begin with apd_jax.default_recipe() and change it."
         )
+
+
+def check(method: Any, recipe: Recipe) -> None:
+    """Refuses what the recipe would silently replace, and stages that cannot run.
+
+    Raises:
+      InputError: one sentence.
+    """
+    _check_fields(recipe)
     method, default = as_apd(method), APD()
     changed = [n for n in SET_BY_RECIPE if getattr(method, n) != getattr(default, n)]
     if changed:

@@ -26,6 +26,7 @@ from tensorboardX.proto import event_pb2
 from apd_jax.paths import user_path
 
 log = logging.getLogger(__name__)
+_PROTO: Any = event_pb2  # its classes are made when it is imported
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
 
 
@@ -101,7 +102,7 @@ class MetricsLog:
             # Not SummaryWriter: it waits for ever for a thread that a full disk has ended.
             self._board = event_file_writer.EventsWriter(str(board / "events"))
             if resume_step:
-                again = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+                again = _PROTO.SessionLog(status=_PROTO.SessionLog.START)
                 self._event(step=resume_step, session_log=again)
         except OSError as error:
             self._fails(error)
@@ -144,7 +145,7 @@ class MetricsLog:
     def _event(self, **fields: Any) -> None:
         if self._board is not None:
             try:
-                self._board.write_event(event_pb2.Event(wall_time=time.time(), **fields))
+                self._board.write_event(_PROTO.Event(wall_time=time.time(), **fields))
                 self._board.flush()
             except OSError as error:
                 with contextlib.suppress(OSError):
