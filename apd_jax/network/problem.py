@@ -105,7 +105,7 @@ def _unmeshed(fn: Callable | None) -> Callable | None:
     return fn if fn is None or isinstance(fn, _Unmeshed) else _Unmeshed(fn)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity, whatever the function is
 class _Unmeshed:
     fn: Callable
 
