@@ -384,13 +384,13 @@ def test_several_instances(tmp_path, main_here):
 @pytest.mark.parametrize("num_instances", [1, 2])
 def test_a_method_with_a_learned_gate_and_numbers_of_sites(num_instances, tmp_path, main_here):
     """SPD: every site has components of its own, which the checkpoint alone does not say."""
-    command = ["--config=configs/spd.py:tms,5-2,id,smoke", "--config.apd.num_components=3"]
+    command = ["--config=configs/spd.py:tms,5-2,smoke", "--config.apd.num_components=3"]
     result = main_here(
         *command, f"--config.apd.num_instances={num_instances}", f"--workdir={tmp_path}"
     )
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluation["num_components"] == 9  # three of W, of W_out and of the hidden matrix
+    assert evaluation["num_components"] == 6  # three of W and of W_out
     assert {"minimality_stochastic", "minimality_gates"} <= set(evaluation)
     assert (tmp_path / "report.html").exists()
     looked = main_here("--mode=inspect", f"--workdir={tmp_path}")

@@ -149,10 +149,11 @@ def test_a_folder_of_the_first_format_is_still_read(tmp_path):
     np.testing.assert_array_equal(before.mask(X), after.mask(X))
 
 
+SMALL = {"gate_d_model": 8, "gate_heads": 2, "gate_blocks": 1, "faithfulness_warmup_steps": 0}
 METHODS = {
     "spd": apd_jax.SPD(num_components=3, gate_width=2),
-    "vpd": apd_jax.VPD(num_components=2, mask_per="example"),
-    "whole": apd_jax.Whole(num_components=4),
+    "vpd": apd_jax.VPD(num_components=2, **SMALL),
+    "whole": apd_jax.Whole(num_components=4, **SMALL),
     "learned": make_method(num_components=4, mask="learned", threshold=0.1),
 }
 
