@@ -2,6 +2,7 @@
 
     python benchmarks/methods.py --config spd.py:tms,5-2 --seeds 0:3 [--set num_steps=5000 ...]
     python benchmarks/methods.py --config spd.py:resid_mlp vpd.py:tms,40-10,whole --csv FILE
+    python benchmarks/methods.py --config spd.py:tms,5-2 --truth --set num_steps=3000
 
 One row per config and seed, every seed with a target network of its own. What a site holds is
 matched with the features one to one, by the share of a feature's weights that a piece holds:
@@ -10,14 +11,19 @@ matched with the features one to one, by the share of a feature's weights that a
   ResidMLP   what neurons read of feature f, W_E[f] W_in of all layers side by side; in every layer
              the matched piece of that layer
 
-worst: the error of 20 signed ascents of 0.1 on one source per component, shared over the batch,
-relative to the outputs' variance; pieces active per input are counted at g > 0.
+--truth begins at the true pieces of a TMS, as many as features: where its loss ends below that of a
+run from the method's own beginning, the search is at fault and not the objective.
+
+loss: the mean of the last 20 logged totals. worst: the error of 20 signed ascents of 0.1 on one
+source per component, shared over the batch, relative to the outputs' variance; pieces active per
+input are counted at g > 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import dataclasses
 import sys
 import time
 from pathlib import Path
@@ -43,6 +49,7 @@ from apd_jax.targets import pretrain
 from apd_jax.train import loop
 
 SHOWN = (
+    "loss",
     "mmcs",
     "ml2r",
     "owned",
@@ -57,7 +64,7 @@ SHOWN = (
 BATCHES = 20
 
 
-def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
+def run(name: str, seed: int, changes: dict[str, Any], truth: bool = False) -> dict[str, Any]:
     """One row."""
     file, _, variant = name.partition(":")
     config = load_config(file, variant)
@@ -65,6 +72,9 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
     config.apd.update(changes)
     row = {"config": name, "changes": changes, "seed": seed, "date": time.strftime("%F")}
     row["device"] = jax.devices()[0].device_kind
+    if truth:
+        config.apd.num_components = config.target.num_features
+        row["begins"] = "truth"
     method = registry.of(config.apd)
     target = targets.build(config.target, method.batch_size)
     params, _ = pretrain.pretrain(target, config.target)
@@ -73,13 +83,41 @@ def run(name: str, seed: int, changes: dict[str, Any]) -> dict[str, Any]:
         if "recipe" in config:
             trained, history, method = stages.fit(problem, method, config.recipe)
         else:
-            trained, history = loop.fit(problem, method)
+            components = true_pieces(target, problem, method) if truth else None
+            trained, history = loop.fit(problem, method, components=components)
     except (InputError, NonFiniteError) as error:
         return row | {"error": str(error)}
     row |= {"steps": method.num_steps, "minutes": (time.monotonic() - began) / 60}
+    row["loss"] = float(np.mean([one["total"] for one in history[-20:]]))
     trained = jax.tree.map(jnp.asarray, trained)
     found = Decomposition(problem, trained.components, method, history, gate=trained.gate)
     return row | measured(target, found)
+
+
+def true_pieces(target: Any, problem: Any, method: Any) -> Any:
+    """Components of a TMS with its feature f in piece f of every site, and nothing else.
+
+    Raises:
+      InputError: the target is no TMS of one or two leaves.
+    """
+    begun = method.make_components(jax.random.key(0), problem)
+    if set(begun.factors) - {"W", "W_out"}:
+        raise InputError(f"--truth knows the pieces of a plain TMS, not those of {target.name}.")
+    own = np.eye(len(problem.params["W"]))
+    parts = {"W": np.einsum("cf,fh->cfh", own, np.asarray(problem.params["W"]))}
+    if "W_out" in begun.factors:
+        parts["W_out"] = np.einsum("cf,hf->chf", own, np.asarray(problem.params["W_out"]))
+
+    def site(name: str, f: Any) -> Any:
+        u, s, vt = np.linalg.svd(parts[name], full_matrices=False)
+        root = np.sqrt(s[:, :1])
+        U, V = u[:, :, :1] * root[:, None], vt[:, :1] * root[:, :, None]
+        return dataclasses.replace(f, U=jnp.asarray(U, jnp.float32), V=jnp.asarray(V, jnp.float32))
+
+    return components_lib.Components(
+        {name: begun.factors.get(name) and site(name, begun.factors[name]) for name in begun.tree},
+        begun.count,
+    )
 
 
 def measured(target: Any, found: Decomposition) -> dict[str, Any]:
@@ -156,6 +194,7 @@ def main() -> None:
     parser.add_argument("--config", nargs="+", required=True)
     parser.add_argument("--seeds", default="0:1", help="first:stop")
     parser.add_argument("--set", nargs="*", default=[], help="field=value of config.apd")
+    parser.add_argument("--truth", action="store_true", help="begin at the true pieces (TMS)")
     parser.add_argument("--csv", type=Path, help="rows are added to this file")
     args = parser.parse_args()
     changes = {key: number(value) for key, _, value in (s.partition("=") for s in args.set)}
@@ -163,7 +202,7 @@ def main() -> None:
     table = Table("config", "seed", *SHOWN, "minutes")
     for name in args.config:
         for seed in range(int(first), int(stop)):
-            row = run(name, seed, changes)
+            row = run(name, seed, changes, args.truth)
             print({k: v for k, v in row.items()}, file=sys.stderr, flush=True)
             cells = [row.get(key, float("nan")) for key in (*SHOWN, "minutes")]
             shown = [f"{v:.4g}" if isinstance(v, float | np.floating) else str(v) for v in cells]
