@@ -39,6 +39,9 @@ def open_manager(
     folder = run_folder(folder).absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"  # said before the first step, not at the first checkpoint
+        probe.touch()
+        probe.unlink()
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written ({error.strerror}); choose another workdir."
