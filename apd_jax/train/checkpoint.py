@@ -41,7 +41,7 @@ def open_manager(
         folder.mkdir(parents=True, exist_ok=True)
         probe = folder / ".writable"  # said before the first step, not at the first checkpoint
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # several processes do this at once
     except OSError as error:
         raise InputError(
             f"{folder} cannot be written ({error.strerror}); choose another workdir."
