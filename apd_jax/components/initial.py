@@ -297,7 +297,8 @@ def from_materialized(
             return None
         name, shape = path_name(path), tuple(weight.shape[1:])
         layout = layouts.get(name)
-        matrices = unfold(weight, layout or Layout.default(len(shape)))
+        whole = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))  # as `init` has them
+        matrices = unfold(whole, layout or Layout.default(len(shape)))
         u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
         m = s.shape[-1] if rank is None else rank
         root = jnp.sqrt(s[..., None, :m])
