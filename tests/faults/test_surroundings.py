@@ -1,5 +1,6 @@
 """Networks, data and environments that should work, or are refused in one sentence."""
 
+import asyncio
 import dataclasses
 import threading
 
@@ -216,3 +217,21 @@ def test_switches_of_jax(change):
 def test_another_generator_of_random_numbers():
     with jax.default_prng_impl("rbg"):
         assert np.isfinite(decompose().history[0]["total"])
+
+
+def test_inside_an_event_loop(tmp_path):
+    """As in a notebook; orbax has loops of its own."""
+
+    async def work():
+        return decompose(workdir=tmp_path), decompose(workdir=tmp_path)
+
+    first, again = asyncio.run(work())
+    np.testing.assert_array_equal(*(d.components.factors["w"].U for d in (first, again)))
+
+
+def test_stray_files_among_checkpoints(tmp_path):
+    first = decompose(workdir=tmp_path)
+    (tmp_path / "checkpoints" / "notes.txt").write_text("mine")
+    (tmp_path / "checkpoints" / "7").mkdir()
+    again = decompose(workdir=tmp_path)
+    np.testing.assert_array_equal(*(d.components.factors["w"].U for d in (first, again)))
