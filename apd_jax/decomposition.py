@@ -19,7 +19,7 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components, Select
 from apd_jax.errors import InputError
 from apd_jax.forward import sparse
-from apd_jax.gates.base import ATTRIBUTIONS, Activity
+from apd_jax.gates.base import ATTRIBUTIONS, Activity, at_valid
 from apd_jax.methods import observe, registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
@@ -100,7 +100,8 @@ class Decomposition:
         if cut is None:
             return self.activity(x).active
         scores = self.attributions(x)
-        return (scores >= cut) | self._always_on(scores.ndim)
+        kept = (scores >= cut) | self._always_on(scores.ndim)
+        return at_valid(kept, self.problem.valid(_on_device(x)))
 
     def cut(self, x: PyTree) -> float:
         """The least attribution that the gate keeps on a large batch x; see `mask`.

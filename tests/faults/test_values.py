@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from conftest import get_config
 from etils import epath
-from small import PARAMS, SETTINGS, B, decompose, linear, rows
+from small import PARAMS, SETTINGS, B, decompose, first_three, linear, rows, sequences
 
 import apd_jax
 from apd_jax import losses
@@ -32,7 +32,9 @@ def test_impossible_logits_add_nothing():
 
 
 def test_a_network_with_impossible_logits_trains():
-    fn = lambda p, x: jnp.concatenate([linear(p, x), jnp.full((len(x), 1), -jnp.inf)], -1)  # noqa: E731
+    def fn(params, x):
+        return jnp.concatenate([linear(params, x), jnp.full((len(x), 1), -jnp.inf)], axis=-1)
+
     run = decompose(fn, settings={"minimality_loss": "kl", "attribution_metric": "kl"})
     assert np.isfinite(run.history[0]["total"]) and run.history[0]["minimality"] > 0
     assert all(np.isfinite(a).all() for a in jax.tree.leaves(run.components))
@@ -137,6 +139,18 @@ def test_a_cut_counts_no_component_that_is_always_on():
     assert mask[:, 0].all()
     scores = np.asarray(run.attributions(many))
     assert run.cut(many) == np.sort(scores[:, 1:], axis=None)[-4]
+
+
+def test_a_cut_keeps_nothing_at_padding():
+    run = decompose(
+        data=sequences,
+        settings={"mask_per": "position", "topk": 1.0, "num_always_on": 1},
+        valid_fn=first_three,
+    )
+    many = sequences(jax.random.key(0), 0)
+    mask = run.mask(many, cut=run.cut(many))
+    np.testing.assert_array_equal(mask, run.mask(many))
+    assert not mask[:, 3].any() and mask[:, :3, 0].all()
 
 
 def test_gates_that_judge_by_something_else_have_no_cut():
