@@ -66,10 +66,11 @@ def _checksum(a: Array) -> Array:
     if jnp.issubdtype(a.dtype, jnp.complexfloating):
         a = jnp.stack([a.real, a.imag])
     size = a.dtype.itemsize
-    if a.dtype == bool or (size < 4 and jnp.issubdtype(a.dtype, jnp.integer)):
-        bits = a.astype(jnp.uint32)
+    if a.dtype == bool:
+        bits = a
     else:
-        bits = lax.bitcast_convert_type(a, jnp.uint16 if size == 2 else jnp.uint32)
+        kinds = {1: jnp.uint8, 2: jnp.uint16}
+        bits = lax.bitcast_convert_type(a, kinds.get(size, jnp.uint32))
     bits = bits.astype(jnp.uint32).reshape(-1)
     place = lax.iota(jnp.uint32, bits.size) * jnp.uint32(2654435761)
     place = (place ^ (place >> 15)) * jnp.uint32(2246822519)

@@ -15,8 +15,8 @@ from apd_jax.paths import run_folder, user_path
 from apd_jax.train import fingerprint
 
 Config = Any  # a ConfigDict
-# With the machine that a run goes on, like the number of devices.
 _NETWORK = "network.json"
+# With the machine that a run goes on, like the number of devices.
 _MAY_CHANGE = ("num_component_shards",)
 
 

@@ -20,6 +20,7 @@ from apd_jax.network import problem
 from apd_jax.paths import user_path
 from apd_jax.train import progress, workdir
 from apd_jax.train.checkpoint import open_manager
+from apd_jax.train.fingerprint import _checksum
 
 # Whose a workdir is
 
@@ -53,6 +54,13 @@ def test_a_workdir_belongs_to_one_network(tmp_path, changes, named):
         decompose(**asked | changes)
     again = decompose(**asked)
     np.testing.assert_array_equal(*(d.components.factors["w"].U for d in (first, again)))
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float32", "int8", "bool"])
+def test_checksums_of_every_type(dtype):
+    a = jnp.asarray([1, 0, 1, 1]).astype(dtype)
+    sums = {int(_checksum(b)) for b in (a, a[::-1], a.at[1].set(a[0]))}
+    assert len(sums) == 3
 
 
 def test_what_differs_by_rounding_is_the_same_network(tmp_path):
