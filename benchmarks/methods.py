@@ -72,6 +72,8 @@ def run(name: str, seed: int, changes: dict[str, Any], truth: bool = False) -> d
     config.apd.update(changes)
     row = {"config": name, "changes": changes, "seed": seed, "date": time.strftime("%F")}
     row["device"] = jax.devices()[0].device_kind
+    if truth and "recipe" in config:
+        raise InputError("--truth begins elsewhere than a recipe does; give a config without one.")
     if truth:
         config.apd.num_components = config.target.num_features
         row["begins"] = "truth"
