@@ -1,43 +1,45 @@
-"""`decompose`: the library's one call, and what it returns."""
+"""What `decompose` returns: components with their gate, and what can be done with them."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax.core import meta
 from jaxtyping import Array, Bool, Float, PyTree
-from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
-from apd_jax.components import Components, Select
+from apd_jax.components import Components
 from apd_jax.errors import InputError
 from apd_jax.forward import sparse
 from apd_jax.gates.base import ATTRIBUTIONS, Activity, at_valid
 from apd_jax.methods import observe, registry
 from apd_jax.methods.base import Method
-from apd_jax.methods.optimizers import Trained
-from apd_jax.network.data import Batches
-from apd_jax.network.problem import Problem, check_examples, check_function, check_params
-from apd_jax.recipe import stages
-from apd_jax.train import fingerprint, loop, parallel
-from apd_jax.train.workdir import claim
+from apd_jax.methods.optimizers import Trained, instances, one_instance
+from apd_jax.network import data
+from apd_jax.network.problem import Problem
+from apd_jax.recipe import run, scales, stages
+from apd_jax.train import loop
 
 _HOOKS: dict[str, Callable] = {}  # what rooms above this one do with a decomposition
 
 
 def register(**hooks: Callable) -> None:
-    """Makes functions of rooms above this one callable as methods: save, load, report, evidence."""
+    """Makes functions of rooms above this one callable as methods: save, load, keep, ..."""
     _HOOKS.update(hooks)
 
 
-@dataclasses.dataclass(frozen=True)
+def hook(name: str) -> Callable:
+    """What a room above this one has registered under a name."""
+    return _HOOKS[name]
+
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Decomposition:
     """A network's components with their gate: what is needed to run them.
 
@@ -55,9 +57,27 @@ class Decomposition:
     def __post_init__(self):
         object.__setattr__(self, "method", registry.of(self.method))
 
+    def __repr__(self) -> str:
+        factors = self.components.factors
+        pieces = sum(f.num_pieces for f in factors.values())
+        said = [
+            f"{self.components.num_components} components at {len(factors)} sites ({pieces} pieces)"
+        ]
+        if (count := self.method.num_instances) > 1:
+            said.append(f"{count} instances")
+        if self.history:
+            last = self.history[-1]
+            total = np.asarray(last.get("total", np.nan), np.float64)
+            said.append(f"{last['step']} steps, total loss {total.mean():.3g}")
+        return f"<Decomposition by {self.method.name}: {'; '.join(said)}>"
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows of it."""
+        return _HOOKS["html"](self)
+
     @property
     def config(self) -> Method:
-        """The same as `method`."""
+        """The name of `method` while there was one method."""
         return self.method
 
     @property
@@ -69,7 +89,7 @@ class Decomposition:
         """(components, gate, params, x) -> activity; jitted, with the weights as arguments."""
 
         def fn(components: Components, gate: PyTree, params: PyTree, x: PyTree) -> Any:
-            return activity_of(self.method, self.problem, Trained(components, gate), params, x)
+            return observe.activity(self.method, self.problem, Trained(components, gate), params, x)
 
         return jax.jit(fn)
 
@@ -82,6 +102,19 @@ class Decomposition:
             return jnp.sqrt(method.attribute(problem)(components, params, x, rng))
 
         return jax.jit(fn)
+
+    @functools.cached_property
+    def _masked(self) -> Callable[..., Any]:
+        """(components, params, mask, x) -> outputs of the sparse pass; jitted."""
+        apply_fn = self.problem.apply_fn
+        return jax.jit(lambda c, params, mask, x: sparse.apply(apply_fn, params, c, mask, x))
+
+    @functools.cached_property
+    def _run(self) -> Callable[..., Any]:
+        """(components, params, weights [C], x) -> outputs with P_c times w_c, on every input."""
+        apply_fn = self.problem.apply_fn
+        scaled = components_lib.weighted_sum
+        return jax.jit(lambda c, params, w, x: apply_fn(scaled(c, params, w), x))
 
     def activity(self, x: PyTree) -> Activity:
         """Which components the gate says are active on x, and by how much."""
@@ -133,50 +166,58 @@ class Decomposition:
         mask: other components [B, *T, C], bool or the share of each that is left.
         """
         mask = self.mask(x) if mask is None else jnp.asarray(mask)
-        p = self.problem
-        return sparse.apply(p.apply_fn, p.params, self.components, mask, _on_device(x))
+        return self._masked(self.components, self.problem.params, mask, _on_device(x))
 
     def ablate(self, components: Sequence[int] | np.ndarray | Array, x: PyTree) -> Any:
         """What apply_fn returns with all components but the given ones: numbers, or a bool mask."""
-        on = ~self._chosen(components)
-        params = components_lib.weighted_sum(
-            self.components, self.problem.params, jnp.asarray(on, jnp.float32)
-        )
-        return self.problem.apply_fn(params, _on_device(x))
+        on = jnp.asarray(~components_lib.chosen(self.components, components), jnp.float32)
+        return self._run(self.components, self.problem.params, on, _on_device(x))
 
     def component(self, i: int) -> PyTree:
         """P_i as a pytree like params; zeros where params are not decomposed."""
-        zeros = jax.tree.map(jnp.zeros_like, self.problem.params)
-        only = jnp.asarray(self._chosen([i]), jnp.float32)
-        return components_lib.weighted_sum(self.components, zeros, only)
+        only = jnp.asarray(components_lib.chosen(self.components, [i]), jnp.float32)
+        return _alone(self.components, self.problem.params, only)
 
-    def _chosen(self, components: Any) -> np.ndarray:
-        """Which of the C components are meant, bool [C]."""
-        C, given = self.components.num_components, np.asarray(components)
-        if given.dtype == bool:
-            if given.shape != (C,):
-                raise InputError(f"a mask of components must have shape ({C},); got {given.shape}.")
-            return given
-        if given.size and not np.issubdtype(given.dtype, np.integer):
-            raise InputError(
-                f"components are chosen by whole numbers or by a bool mask; got {given.dtype}."
-            )
-        numbers = [int(c) for c in given.reshape(-1)]
-        if bad := [c for c in numbers if not 0 <= c < C]:
-            raise InputError(
-                f"component {bad[0]} does not exist; there are {C}, counted from 0 to {C - 1}."
-            )
-        chosen = np.zeros(C, bool)
-        chosen[numbers] = True
-        return chosen
+    def edit(self, scales: Mapping[int, float]) -> PyTree:
+        """The network's weights with some components scaled: θ* + Σ_c (scale_c - 1) P_c.
+
+        {17: 0.0, 23: 2.0} takes component 17 out and doubles 23. What the components' sum misses of
+        θ* stays as it is, so {} gives θ* itself. Leaves have the dtypes of params.
+
+        Raises:
+          InputError: a component that does not exist, or a scale that is not finite.
+        """
+        change = np.zeros(self.components.num_components, np.float32)
+        for number, scale in scales.items():
+            if not np.isfinite(scale):
+                raise InputError(f"component {number} cannot be scaled by {scale}.")
+            change[components_lib.chosen(self.components, [number])] = scale - 1
+        moved = _alone(self.components, self.problem.params, jnp.asarray(change))
+        return jax.tree.map(lambda a, b: a + b.astype(a.dtype), self.problem.params, moved)
 
     def save(self, path: epath.PathLike, **options: Any) -> None:
         """Writes a folder of safetensors and JSON: see `apd_jax.storage.folder.save`."""
         _HOOKS["save"](self, path, **options)
 
-    def report(self, path: epath.PathLike, x: PyTree = None) -> epath.Path:
-        """Writes one HTML file that shows every component: see `apd_jax.report.html.report`."""
-        return _HOOKS["report"](self, path, x)
+    def push_to_hub(self, repo_id: str, **options: Any) -> str:
+        """Uploads it with its card: see `apd_jax.storage.hub.push_to_hub`."""
+        return _HOOKS["push_to_hub"](self, repo_id, **options)
+
+    def report(
+        self,
+        path: epath.PathLike,
+        x: PyTree = None,
+        tokens: Any = None,
+        harvest: Any = None,
+        effects: Any = None,
+    ) -> epath.Path:
+        """Writes one HTML file that shows every component: see `apd_jax.report.html.report`.
+
+        With a harvest of a language model it shows text: see `apd_jax.report.text.report`.
+        """
+        if harvest is None:
+            return _HOOKS["report"](self, path, x, tokens)
+        return _HOOKS["text_report"](self, path, x, tokens, harvest, effects)
 
     def evidence(self, **options: Any) -> Any:
         """What can be said for these components, and what not: see `apd_jax.evidence.evidence`."""
@@ -184,10 +225,61 @@ class Decomposition:
 
     @staticmethod
     def load(
-        path: epath.PathLike, apply_fn: Callable, params: PyTree = None, **more: Any
+        path: epath.PathLike, apply_fn: Callable | None, params: PyTree = None, **more: Any
     ) -> Decomposition:
         """The decomposition that `save` wrote: see `apd_jax.storage.folder.load`."""
         return _HOOKS["load"](path, apply_fn, params, **more)
+
+    def train(
+        self,
+        steps: int,
+        sample_fn: Callable | Iterable | None = None,
+        *,
+        elsewhere: Callable | Iterable | None = None,
+        workdir: epath.PathLike | None = None,
+        on_log: Callable[[dict[str, Any]], Any] | None = None,
+        **changes: Any,
+    ) -> Decomposition:
+        """Goes on from here: `steps` more, with other settings if `changes` names some.
+
+        The count of steps goes on, too: after n steps of training this is steps n + 1 to n + steps
+        of a run of n + steps, with the batches, learning rates and annealed coefficients that such
+        a run has there. Components and gate are kept; the optimizer (and what a persistent
+        adversary keeps) begins anew. To keep these as well, give `decompose` the same workdir and
+        more `num_steps`.
+
+        With more components (`num_components`) the new ones begin at zero. After a recipe, its
+        last stage goes on, at a learning rate in proportion to √loss unless one is given.
+
+        Args:
+          sample_fn, elsewhere: other data; needed after `load` without data.
+          workdir, on_log: as `decompose` takes them; the same call then resumes.
+          changes: settings by name. Coefficients are absolute, as `method` holds them: twice the
+            price is `simplicity_coeff=2 * found.method.simplicity_coeff`.
+        Returns: a new decomposition, with the rows of both runs; this one stays as it is.
+        Raises:
+          InputError: steps below 1, no data, or as `decompose`.
+        """
+        if steps < 1 or "num_steps" in changes:
+            what = "num_steps is counted by steps" if steps >= 1 else f"got {steps}"
+            raise InputError(f"train takes how many steps to go on for, at least 1; {what}.")
+        if data.holds_examples(sample_fn):
+            size = changes.get("batch_size", self.method.batch_size)
+            sample_fn = data.from_arrays(sample_fn, size)
+        streams = {"sample_fn": sample_fn, "elsewhere": elsewhere}
+        given = {name: source for name, source in streams.items() if source is not None}
+        problem = dataclasses.replace(self.problem, **given)
+        begun = self.history[-1]["step"] if self.history else 0
+        method = self.method.replace(num_steps=begun + steps, **changes)
+        if self.recipe is not None and "learning_rate" not in changes:
+            method = stages.in_proportion(problem, method, self.trained)
+        trained, rows, method = run.run(
+            problem, method, None, workdir, self.trained, begun, _HOOKS["keep"], on_log
+        )
+        scales.warn_if_far(problem, method, [one.components for one in instances(trained, method)])
+        rows = [*self.history, *rows]
+        components, gate = trained.components, trained.gate
+        return Decomposition(problem, components, method, rows, self.recipe, gate)
 
     def train_again(self, problem: Problem, **changes: Any) -> Trained:
         """Another run by the same settings (and recipe), but for `changes` of the method's."""
@@ -214,133 +306,12 @@ class Decomposition:
         )
 
 
-def one_instance(tree: PyTree, i: int) -> PyTree:
-    """Instance i of arrays with a leading axis of instances."""
-    return jax.tree.map(lambda a: a[i], tree)
-
-
-def instances(tree: PyTree, method: Method) -> list[PyTree]:
-    """Without an axis of instances: one, or as many as were trained side by side."""
-    count = method.num_instances
-    return [tree] if count == 1 else [one_instance(tree, i) for i in range(count)]
-
-
-def activity_of(
-    method: Method, problem: Problem, trained: Trained, params: PyTree, x: PyTree
-) -> Activity:
-    """What the method's gate says of x: the one definition of the mask of training.
-
-    Where the gate reads nothing, and keeps all, the scores are attributions.
-    """
-    gate = method.gate(trained.gate, problem)
-    reads = gate.reads or frozenset({ATTRIBUTIONS})
-    rng = jax.random.key(method.seed)
-    scene = observe.scene(method, problem, gate, trained.components, params, x, rng, reads=reads)
-    return gate(scene.seen)
-
-
-def decompose(
-    apply_fn: Callable,
-    params: PyTree,
-    sample_fn: Callable | Iterable,
-    config: Any = None,
-    *,
-    method: str | Method | None = None,
-    select: Select = None,
-    uses: Mapping[str, SupportsIndex] | None = None,
-    attribution_fn: Callable | None = None,
-    num_active_fn: Callable | None = None,
-    valid_fn: Callable | None = None,
-    elsewhere: Callable | Iterable | None = None,
-    recipe: Any = None,
-    workdir: epath.PathLike | None = None,
-) -> Decomposition:
-    """Splits a trained network's parameters into components that sum to them.
-
-    Few of them are needed on any input.
-
-    Args:
-      apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden) with hidden a dict of named
-        activations. Example b of the output depends on example b of the input alone. `model.apply`
-        of a Flax Linen module is one.
-      params: pytree of arrays: a dict, Flax Linen variables, an NNX state. Leaves that are split
-        over devices are put together; boxes with Linen's partitioning are taken off.
-      sample_fn: the data, in batches x of `batch_size` examples. A function (rng, step) -> x that
-        draws one on the device, pure, since a resumed run calls it again with the same arguments;
-        `apd_jax.data.from_arrays` makes one of arrays in memory. Or any iterable of batches, or a
-        generator function; where it ends it is begun again. A resumed run begins it from its start
-        and drops the batches that were used before, so it is bit-identical if the same batches
-        come again.
-      config: settings: from `apd_jax.default_config()`, or a method's own settings object, e.g.
-        `apd_jax.SPD(num_components=20)`.
-      method: instead of config, a method's name for its defaults: "apd", "spd", "vpd", "whole",
-        "targeted"; or its settings.
-      select: glob patterns over dotted leaf paths, {pattern: options} or a function (path, leaf)
-        -> bool or options; see `apd_jax.components.init`. None decomposes every floating leaf of
-        two or more axes.
-      uses: {leaf path: times the forward pass multiplies with it}, for tied weights; 1 where
-        absent.
-      attribution_fn: the same function as apply_fn (outputs only), with products of weights
-        associated so that its tangents are cheaper. None: apply_fn.
-      num_active_fn: x -> [B], how many features are truly active; only for mask = "exact".
-      valid_fn: x -> bool [B, T], which positions of outputs [B, T, ...] are real and not padding;
-        the others count in no loss, no attribution and no mask, whatever stands there. Numbers (of
-        segments, of an attention mask) count where they are above 0.
-      elsewhere: data of the second stream, as sample_fn; for method "targeted".
-      recipe: from `apd_jax.default_recipe()`: trains in its stages, instead of once with the
-        coefficients of `config`. `topk` = 0 then leaves k to the modes. The returned decomposition
-        has the settings of the last stage, and what was found.
-      workdir: folder for config.json, network.json, checkpoints, metrics.jsonl and TensorBoard
-        scalars. The same call then resumes; another network, selection or setting is refused. None:
-        nothing is written.
-    Raises:
-      InputError: anything that does not fit, in one sentence.
-    """
-    if config is not None and method is not None:
-        raise InputError("give config or method, not both: each holds a method's settings.")
-    chosen = registry.of(config if config is not None else method or "apd")
-    params = jax.tree_util.tree_map_with_path(_array, meta.unbox(params))
-    problem = Problem(
-        *(apply_fn, params, sample_fn, attribution_fn, num_active_fn),
-        *(select, uses, valid_fn, elsewhere),
-    )
-    if recipe is not None and isinstance(problem.sample_fn, Batches) and problem.sample_fn.once:
-        raise InputError(
-            "a recipe goes through the data several times, which an iterator cannot; give a list, "
-            "a loader or a generator function."
-        )
-    check_function(problem)
-    check_params(problem)
-    check_examples(problem, chosen.minimality_loss)
-    if workdir is not None:
-        if recipe is None:
-            chosen.check()
-        else:
-            stages.check(chosen, recipe)
-        settings = registry.settings(chosen)
-        asked = settings if recipe is None else ConfigDict({"apd": settings, "recipe": recipe})
-        network = fingerprint.of_problem(problem)
-        parallel.from_primary(lambda: claim(workdir, asked, network))
-    if recipe is None:
-        trained, history = loop.fit(problem, chosen, workdir=workdir)
-    else:
-        trained, history, chosen = stages.fit(problem, chosen, recipe, workdir=workdir)
-    trained = jax.tree.map(jnp.asarray, trained)
-    return Decomposition(problem, trained.components, chosen, history, recipe, trained.gate)
+@jax.jit
+def _alone(components: Components, params: PyTree, weights: Float[Array, " C"]) -> PyTree:
+    """Σ_c w_c P_c, and zeros where params are not decomposed."""
+    return components_lib.weighted_sum(components, jax.tree.map(jnp.zeros_like, params), weights)
 
 
 def _on_device(x: PyTree) -> PyTree:
     """A batch with arrays of any library as its leaves."""
     return jax.tree.map(jnp.asarray, x)
-
-
-def _array(path: tuple[Any, ...], leaf: Any) -> Array:
-    if isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1:
-        leaf = parallel.whole(leaf)
-    try:
-        return jnp.asarray(leaf)
-    except TypeError:
-        raise InputError(
-            f"params leaf {components_lib.path_name(path)!r} is a {type(leaf).__name__}, not an "
-            "array; keep what is not a weight in apply_fn, not in params."
-        ) from None

@@ -13,6 +13,23 @@ class InputError(ValueError):
     """
 
 
+class UnknownName(InputError):
+    """A name that is none of the known ones."""
+
+    what = value = ""
+    known: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, what: str, value: str, known: Iterable[str]) -> UnknownName:
+        """The sentence that lists the known names and says which is the nearest."""
+        known = tuple(known)
+        near = difflib.get_close_matches(value, known, n=1)
+        meant = f" Did you mean {near[0]!r}?" if near else ""
+        error = cls(f"unknown {what} {value!r}; known: {', '.join(known)}.{meant}")
+        error.what, error.value, error.known = what, value, known
+        return error
+
+
 class NonFiniteError(InputError):
     """A loss became NaN or infinite during training; checkpoints from before are kept."""
 
@@ -49,13 +66,9 @@ def one_of(what: str, value: str, known: Iterable[str]) -> str:
     """`value`, if it is one of the known.
 
     Raises:
-      InputError: it is not; the sentence lists the known and names the nearest.
+      UnknownName: it is not; the sentence lists the known and names the nearest.
     """
     known = tuple(known)
     if value in known:
         return value
-    near = difflib.get_close_matches(value, known, n=1)
-    raise InputError(
-        f"unknown {what} {value!r}; known: {', '.join(known)}."
-        + (f" Did you mean {near[0]!r}?" if near else "")
-    )
+    raise UnknownName.of(what, value, known)

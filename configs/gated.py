@@ -14,15 +14,9 @@ evaluation.json is the share of the instances that find all functions, a rate ov
 `instances` lists them one by one.
 """
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
 
-from apd_jax.errors import InputError, one_of
-
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
 
 SETTINGS = ("paper", "short")
 GATES = ("bias", "weights")
@@ -34,24 +28,16 @@ def get_config(arg: str = "paper") -> ConfigDict:
     Raises:
       InputError: an unknown variant, two settings, or two gates.
     """
-    variants = {
-        one_of("gated variant", variant, (*SETTINGS, *GATES, "smoke"))
-        for variant in arg.split(",")
-        if variant
-    }
-    settings, gates = sorted(variants & set(SETTINGS)) or ["paper"], sorted(variants & set(GATES))
-    if len(settings) > 1 or len(gates) > 1:
-        raise InputError(
-            f"gated variant {arg!r} names "
-            f"{' and '.join(settings if len(settings) > 1 else gates)}; give one of them."
-        )
-    short = settings == ["short"]
+    variants, _ = configs.variants("gated", arg, (*SETTINGS, *GATES, "smoke"))
+    gates = variants & set(GATES)
+    configs.at_most_one("gated", arg, variants & set(SETTINGS), gates)
+    short = "short" in variants
 
-    config = shared.begin("gated", num_batches=20, batch_size=1000)
+    config = configs.begin("gated", num_batches=20, batch_size=1000)
     config.target.num_functions = 4
     config.target.neurons_per_function = 10
     config.target.num_layers = 2
-    config.target.gate = gates[0] if gates else "weights" if short else "bias"
+    config.target.gate = gates.pop() if gates else "weights" if short else "bias"
     config.target.bit_probability = 0.05
 
     config.apd.num_components = 4
@@ -79,7 +65,6 @@ def get_config(arg: str = "paper") -> ConfigDict:
         config.apd.checkpoint_every_steps = 10_000
 
     if "smoke" in variants:
-        shared.smoke(config, 40, 64)
+        configs.smoke(config, 40, 64, evaluation_size=64)
         config.apd.num_instances = 1
-        config.evaluation.batch_size = 64
     return config.lock()

@@ -9,15 +9,9 @@ Argument: nothing, or one or both of
 About 45 s of CPU time for the target and 150 s for the decomposition.
 """
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
 
-from apd_jax.errors import one_of
-
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
 
 VARIANTS = ("position", "smoke")
 
@@ -28,11 +22,9 @@ def get_config(arg: str = "") -> ConfigDict:
     Raises:
       InputError: an unknown variant.
     """
-    variants = {
-        one_of("induction variant", variant, VARIANTS) for variant in arg.split(",") if variant
-    }
+    variants, _ = configs.variants("induction", arg, VARIANTS)
 
-    config = shared.begin("induction", num_batches=20, batch_size=256)
+    config = configs.begin("induction", num_batches=20, batch_size=256)
     config.target.num_symbols = 16
     config.target.min_block = 5
     config.target.max_block = 8
@@ -40,17 +32,11 @@ def get_config(arg: str = "") -> ConfigDict:
     config.target.d_model = 48
     config.target.num_heads = 1
     config.target.d_head = 48
-    config.target.pretrain = shared.pretraining(2000, 256, 3e-3, warmup_fraction=0.05)
 
+    configs.on_logits(config)
+    config.target.pretrain.batch_size = 256
     config.apd.num_components = 8
     config.apd.topk = config.target.repeat_probability  # sequences that need anything, on average
-    config.apd.attribution_metric = "mse"
-    config.apd.minimality_loss = "kl"
-    config.apd.faithfulness_coeff = 100.0  # weights are small beside a distance in nats
-    config.apd.simplicity_coeff = 10.0
-    config.apd.learning_rate = 3e-3
-    config.apd.num_steps = 2500
-    config.apd.batch_size = 128
     if "position" in variants:
         # The lowest error of five settings (k from 0.5 to 2, simplicity 10 to 100, rank 8 or full),
         # judged without the two heads.
@@ -66,6 +52,5 @@ def get_config(arg: str = "") -> ConfigDict:
         config.apd.batch_size = 64
 
     if "smoke" in variants:
-        shared.smoke(config, 20, 32, pretrain_steps=20)
-        config.evaluation.batch_size = 32
+        configs.smoke(config, 20, 32, pretrain_steps=20, evaluation_size=32)
     return config.lock()

@@ -11,16 +11,9 @@ Argument: NxS (N blocks of size S; 1xD is the plain map), then, after a comma
 The settings are the same for every number of components. Results: docs/networks.md.
 """
 
-import re
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
 
-from apd_jax.errors import InputError, one_of
-
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
 
 
 def get_config(arg: str = "1x8") -> ConfigDict:
@@ -29,18 +22,13 @@ def get_config(arg: str = "1x8") -> ConfigDict:
     Raises:
       InputError: an unknown variant, or two sizes.
     """
-    variants = [variant for variant in arg.split(",") if variant]
-    sizes = [variant for variant in variants if re.fullmatch(r"[1-9]\d*x[1-9]\d*", variant)]
-    smoke = {
-        one_of("linear variant (sizes NxS or a name)", v, ("1x8", "smoke"))
-        for v in variants
-        if v not in sizes
-    }
-    if len(sizes) > 1:
-        raise InputError(f"linear variant {arg!r} names {' and '.join(sizes)}; give one of them.")
+    variants, sizes = configs.variants(
+        "linear", arg, ("1x8", "smoke"), size=r"[1-9]\d*x[1-9]\d*", form="NxS"
+    )
+    configs.at_most_one("linear", arg, sizes)
     num_blocks, block_size = map(int, (sizes or ["1x8"])[0].split("x"))
 
-    config = shared.begin("linear", num_batches=20, batch_size=256)
+    config = configs.begin("linear", num_batches=20, batch_size=256)
     config.target.num_blocks = num_blocks
     config.target.block_size = block_size
 
@@ -55,6 +43,6 @@ def get_config(arg: str = "1x8") -> ConfigDict:
     config.apd.simplicity_coeff = 0.1
     config.apd.schatten_p = 0.9
 
-    if smoke:
-        shared.smoke(config, 40, 64)
+    if "smoke" in variants:
+        configs.smoke(config, 40, 64)
     return config.lock()

@@ -16,27 +16,31 @@ dense part. Further arguments:
 Results: docs/results.md.
 """
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from apd_jax.commands import configs
 from apd_jax.errors import one_of
 from apd_jax.recipe.numbers import STAGES, default_recipe
 
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
-
-# (mechanisms, probability of each), from the target's own fields
+# (mechanisms, probability of each): the target's own fields, which settings made of them follow
 SIZES = {
-    "tms": lambda t: (t.num_features, t.feature_probability),
-    "tms_coactive": lambda t: (t.num_groups, t.group_probability),
-    "resid_mlp": lambda t: (t.num_features, t.feature_probability),
-    "gated": lambda t: (t.num_functions, t.bit_probability),
+    "tms": ("num_features", "data.feature_probability"),
+    "tms_coactive": ("num_groups", "group_probability"),
+    "resid_mlp": ("num_features", "data.feature_probability"),
+    "gated": ("num_functions", "bit_probability"),
 }
 # whose hidden activations are reconstructed too: the outputs alone do not tell how they are made
 HIDDEN = ("resid_mlp", "gated", "tms_coactive")
+
+
+def _field(target: Any, path: str) -> Any:
+    """A reference to a field: what is made of it follows it."""
+    *above, name = path.split(".")
+    for part in above:
+        target = target[part]
+    return target.get_ref(name)
 
 
 def get_config(arg: str = "tms,40-10") -> ConfigDict:
@@ -52,19 +56,21 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         variant in own and variant in rest for variant in ("told", "learned", "split")
     )
     rest = [variant for variant in rest if variant not in own]
-    base = shared.load(name).get_config(*[",".join(rest)] if rest else [])
-    mechanisms, probability = SIZES[name](base.target)
-
-    config, _ = shared.of_target(",".join([name, *rest]), "apd")
+    base = configs.target_config(name, rest, sorted(own))
+    config, _ = configs.of_target(",".join([name, *rest]), "apd")
     # Full rank (50) would cost many times as much.
     config.apd.rank = 2 if name == "resid_mlp" else base.apd.rank
-    config.apd.num_components = round((1.3 if name == "resid_mlp" else 2) * mechanisms)  # likewise
+    mechanisms, probability = (_field(config.target, field) for field in SIZES[name])
+    tenths = 13 if name == "resid_mlp" else 20  # of a component per mechanism; likewise
+    num_components = (tenths * mechanisms + 5) // 10
     if name == "tms" and base.target.hidden != "none":
-        config.apd.num_components += 1  # room for what is always on, which the recipe finds
+        num_components += 1  # room for what is always on, which the recipe finds
     elif name == "resid_mlp" and not split:
         # As many more as hold a matrix of full rank between them.
-        config.apd.num_components += -(-base.target.d_mlp // config.apd.rank)
-    config.apd.topk = mechanisms * probability if told or name == "gated" else 0.0  # 0: found
+        num_components += (config.target.get_ref("d_mlp") + config.apd.rank - 1) // config.apd.rank
+    config.apd.num_components = num_components
+    # 0: found
+    config.apd.topk = probability * mechanisms if told or name == "gated" else 0.0
     config.apd.batch_size = 256 if name == "resid_mlp" else 512
     # Whether; how strongly, the recipe says.
     config.apd.hidden_reconstruction_coeff = float(name in HIDDEN)

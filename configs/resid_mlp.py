@@ -17,16 +17,10 @@ Argument: 1layer (the default) | 2layer | 3layer, then, after commas and in any 
 Reproduces the scrubbing losses of the APD paper. Minutes, devices and seeds: docs/results.md.
 """
 
-import re
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
 
-from apd_jax.errors import InputError, one_of
-
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
+from apd_jax.errors import InputError
 
 LAYERS = {"1layer": 1, "2layer": 2, "3layer": 3}
 MODIFIERS = ("long", "clean", "smoke")
@@ -38,18 +32,12 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     Raises:
       InputError: an unknown variant, or two numbers of layers.
     """
-    given = [variant for variant in arg.split(",") if variant]
-    sizes = [variant for variant in given if re.fullmatch(r"[1-9]\d*-[1-9]\d*", variant)]
-    variants = {
-        one_of("ResidMLP variant", v, (*LAYERS, *MODIFIERS)) for v in given if v not in sizes
-    }
-    layers = sorted(variants & set(LAYERS)) or ["1layer"]
-    if len(layers) > 1 or len(sizes) > 1:
-        raise InputError(
-            f"ResidMLP variant {arg!r} names {' and '.join(layers if len(layers) > 1 else sizes)}; "
-            "give one of them."
-        )
-    num_layers = LAYERS[layers[0]]
+    variants, sizes = configs.variants(
+        "ResidMLP", arg, (*LAYERS, *MODIFIERS), size=r"[1-9]\d*-[1-9]\d*"
+    )
+    layers = variants & set(LAYERS)
+    configs.at_most_one("ResidMLP", arg, sizes, layers)
+    num_layers = LAYERS[min(layers, default="1layer")]
     F, M = map(int, (sizes or ["102-51" if num_layers == 3 else "100-50"])[0].split("-"))
     if M % num_layers:
         raise InputError(
@@ -57,7 +45,7 @@ def get_config(arg: str = "1layer") -> ConfigDict:
             "a multiple."
         )
 
-    config = shared.begin("resid_mlp", num_batches=100, batch_size=256)
+    config = configs.begin("resid_mlp", num_batches=100, batch_size=256)
     config.target.num_features = F
     config.target.d_resid = 1000
     config.target.num_layers = num_layers
@@ -66,7 +54,8 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.target.use_bias = False
     config.target.embedding = "random"  # random | identity
     config.target.feature_probability = 0.01
-    config.target.pretrain = shared.pretraining(1000, 2048, 3e-3)
+    config.target.data = configs.feature_data(config.target)
+    config.target.pretrain = configs.pretraining(1000, 2048, 3e-3)
 
     config.apd.num_components = 130 if num_layers == 1 else 200
     config.apd.topk = 1.28
@@ -87,12 +76,11 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     if "long" in variants:
         config.apd.update(num_steps=40_000, batch_size=2048)
     if "smoke" in variants:
-        shared.smoke(config, 40, 32, pretrain_steps=50)
+        configs.smoke(config, 40, 32, pretrain_steps=50, evaluation_size=64)
         config.target.update(num_features=12, d_resid=40, d_mlp=6 // num_layers)
         config.target.feature_probability = 0.1
         config.target.pretrain.batch_size = 128
         config.apd.num_components = 15
-        config.evaluation.batch_size = 64
     if "clean" in variants:
         config.target.embedding = "identity"
         config.target.d_resid = config.target.num_features

@@ -13,16 +13,9 @@ Argument: sizes F-H (features, hidden dimensions), then, after commas and in any
 Reproduces MMCS and ML2R of the APD paper's table. Minutes, devices and seeds: docs/results.md.
 """
 
-import re
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
 
-from apd_jax.errors import InputError, one_of
-
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
 
 MODIFIERS = {"id": "identity", "rotation": "rotation", "untied": None, "smoke": None}
 SIZES = ("40-10", "5-2")  # any other F-H is derived from the first
@@ -34,29 +27,22 @@ def get_config(arg: str = "40-10") -> ConfigDict:
     Raises:
       InputError: an unknown variant, two sizes, or two matrices for the hidden space.
     """
-    variants = [variant for variant in arg.split(",") if variant]
-    sizes = [variant for variant in variants if re.fullmatch(r"[1-9]\d*-[1-9]\d*", variant)]
-    modifiers = {
-        one_of("TMS variant (sizes F-H or a name)", variant, (*SIZES, *MODIFIERS))
-        for variant in variants
-        if variant not in sizes
-    }
-    hidden = sorted(modifiers - {"smoke", "untied"})
-    if len(sizes) > 1 or len(hidden) > 1:
-        raise InputError(
-            f"TMS variant {arg!r} names {' and '.join(sizes if len(sizes) > 1 else hidden)}; give "
-            "one of them."
-        )
+    variants, sizes = configs.variants(
+        "TMS", arg, (*SIZES, *MODIFIERS), size=r"[1-9]\d*-[1-9]\d*", form="F-H"
+    )
+    hidden = variants - {"smoke", "untied"}
+    configs.at_most_one("TMS", arg, sizes, hidden)
     F, H = map(int, (sizes or SIZES)[0].split("-"))
 
-    config = shared.begin("tms", num_batches=100, batch_size=256)
-    if "untied" in modifiers:
+    config = configs.begin("tms", num_batches=100, batch_size=256)
+    if "untied" in variants:
         config.target.name = "tms_untied"
     config.target.num_features = F
     config.target.d_hidden = H
-    config.target.hidden = MODIFIERS[hidden[0]] if hidden else "none"
+    config.target.hidden = MODIFIERS[min(hidden)] if hidden else "none"
     config.target.feature_probability = 0.05
-    config.target.pretrain = shared.pretraining(
+    config.target.data = configs.feature_data(config.target)
+    config.target.pretrain = configs.pretraining(
         5000 if F <= 5 else 2000, 1024 if F <= 5 else 2048, 5e-3, schedule="linear"
     )
 
@@ -86,9 +72,9 @@ def get_config(arg: str = "40-10") -> ConfigDict:
         # Our addition, no published setting: one component more for the hidden matrix, needed
         # wherever any feature is active.
         config.apd.num_components += 1
-        config.apd.topk += 1 - (1 - config.target.feature_probability) ** F
+        on = config.target.data.get_ref("feature_probability")
+        config.apd.topk = config.apd.topk + 1 - (1 - on) ** F
 
-    if "smoke" in modifiers:
-        shared.smoke(config, 40, 128, pretrain_steps=50)
-        config.evaluation.batch_size = 64
+    if "smoke" in variants:
+        configs.smoke(config, 40, 128, pretrain_steps=50, evaluation_size=64)
     return config.lock()

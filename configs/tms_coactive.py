@@ -13,15 +13,10 @@ and 2 of the 6 groups are found; in the others components hold parts of several 
 """
 
 import re
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
 
 from ml_collections import ConfigDict
 
-from apd_jax.errors import InputError, one_of
-
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
 
 SIZES = ("6x2-5", "8x3-10")  # any other GxS-H has the same settings
 
@@ -32,25 +27,20 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
     Raises:
       InputError: an unknown variant, or two sizes.
     """
-    variants = [variant for variant in arg.split(",") if variant]
-    sizes = [
-        variant for variant in variants if re.fullmatch(r"[1-9]\d*x[1-9]\d*-[1-9]\d*", variant)
-    ]
-    for variant in variants:
-        if variant not in sizes:
-            one_of("co-active TMS variant (sizes GxS-H or a name)", variant, (*SIZES, "smoke"))
-    if len(sizes) > 1:
-        raise InputError(
-            f"co-active TMS variant {arg!r} names {' and '.join(sizes)}; give one of them."
-        )
+    variants, sizes = configs.variants(
+        *("co-active TMS", arg, (*SIZES, "smoke")),
+        size=r"[1-9]\d*x[1-9]\d*-[1-9]\d*",
+        form="GxS-H",
+    )
+    configs.at_most_one("co-active TMS", arg, sizes)
     G, S, H = map(int, re.split("[x-]", (sizes or SIZES)[0]))
 
-    config = shared.begin("tms_coactive", num_batches=100, batch_size=256)
+    config = configs.begin("tms_coactive", num_batches=100, batch_size=256)
     config.target.num_groups = G
     config.target.group_size = S
     config.target.d_hidden = H
     config.target.group_probability = 0.05
-    config.target.pretrain = shared.pretraining(5000, 1024, 5e-3, schedule="linear")
+    config.target.pretrain = configs.pretraining(5000, 1024, 5e-3, schedule="linear")
 
     # The paper's TMS 40-10 with groups for features, but for three settings, chosen by the losses.
     # Hidden reconstruction: to the outputs (of a tied W) a second direction of a component matters
@@ -71,6 +61,5 @@ def get_config(arg: str = "6x2-5") -> ConfigDict:
     config.apd.schatten_p = 0.9
 
     if "smoke" in variants:
-        shared.smoke(config, 40, 128, pretrain_steps=50)
-        config.evaluation.batch_size = 64
+        configs.smoke(config, 40, 128, pretrain_steps=50, evaluation_size=64)
     return config.lock()

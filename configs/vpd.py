@@ -6,20 +6,17 @@
 Argument: the name of a target's file in configs/, then that file's own arguments, and
     whole    one number and one gate for pieces at every site (`apd_jax.methods.whole`)
     nested   the same with nested ranks and a price on them
+    tied     (tms) encoder and decoder as one leaf; else as two
     smoke    every stage in seconds on a CPU; the result means nothing
 Distances are in units of the outputs' variance. The adversary is fresh and shared over the batch,
 since the examples of a toy do not come again. Results: docs/results.md.
 """
 
-import runpy
-from pathlib import Path
-from types import SimpleNamespace
-
 from ml_collections import ConfigDict
 
-shared = SimpleNamespace(**runpy.run_path(str(Path(__file__).with_name("_shared.py"))))
+from apd_jax.commands import configs
 
-OWN = ("whole", "nested", "smoke")
+OWN = ("whole", "nested")
 
 
 def get_config(arg: str = "tms,40-10") -> ConfigDict:
@@ -30,11 +27,13 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     """
     variants = arg.split(",")
     whole = "whole" in variants or "nested" in variants
-    rest = ",".join(variant for variant in variants if variant not in OWN[:2])
-    config, name = shared.of_target(rest, "whole" if whole else "vpd")
+    own = (*OWN, "tied") if variants[0] == "tms" else OWN
+    config, name = configs.of_target(arg, "whole" if whole else "vpd", own)
     target, apd = config.target, config.apd
     variance = 1.0
     if name == "tms":
+        if "tied" not in variants:
+            target.name = "tms_untied"
         F, p = target.num_features, target.feature_probability
         apd.num_components, variance = round(1.5 * F) + 2, p / 3 - p**2 / 4
     elif name == "resid_mlp":
@@ -50,6 +49,6 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     if "nested" in variants:
         apd.update(rank=4, nested=True, trim_coeff=1e-3)
     if "smoke" in variants:
-        shared.smoke(config, 20, 64)
+        configs.smoke(config, 20, 64)
         apd.faithfulness_warmup_steps = 10
     return config.lock()

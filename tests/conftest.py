@@ -54,6 +54,7 @@ import jaxtyping
 jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
 
 import dataclasses
+import gc
 import importlib
 import inspect
 import math
@@ -75,6 +76,7 @@ from apd_jax import targets
 from apd_jax.ablations.adversary import Kept
 from apd_jax.ablations.base import Sources
 from apd_jax.commands import cli as cli_lib
+from apd_jax.commands import curve, given, graph, harvest, labels
 from apd_jax.components import Components, Factors
 from apd_jax.forward.capture import Reading
 from apd_jax.forward.sparse import SiteWeights
@@ -92,6 +94,10 @@ from apd_jax.train.state import TrainState
 NODES = (PieceMLP, Factors, Components, Trained, TrainState, Sources, Kept, Reading, SiteWeights)
 for node in (*NODES, Activity, Observation, *registry.METHODS.values()):
     node.__init__ = inspect.unwrap(node.__init__)
+
+# Tracing makes many objects that reference counts free: look for circles among them more rarely.
+# No gc.freeze(): what is frozen has no referrers, of which hypothesis warns.
+gc.set_threshold(50_000, 10, 10)
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
@@ -293,7 +299,22 @@ def pentagon() -> Pentagon:
 
 # The command line
 
-_FLAGS = ("config", "workdir", "other", "mode", "sweep", "halve", "criterion")
+_FLAGS = (
+    "config",
+    "workdir",
+    "other",
+    "mode",
+    "sweep",
+    "halve",
+    "criterion",
+    "explain",
+    "thorough",
+    *curve.NAMES,
+    *given.NAMES,
+    *graph.NAMES,
+    *harvest.NAMES,
+    *labels.NAMES,
+)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -36,12 +36,14 @@ LINES = (
     ("methods",),
     ("train",),
     ("recipe",),
-    ("decomposition",),
+    ("decomposition", "call"),
     ("storage",),
+    ("language",),
     ("targets",),
     ("evaluation",),
+    ("interpretation",),
     ("evidence", "report", "sweep"),
-    ("commands", "main", "masks", "sparse", "apd_jax", "__main__"),
+    ("commands", "main", "serve", "masks", "sparse", "apd_jax", "__main__"),
 )
 LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}
 

@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT, get_config, method_of
 
 from apd_jax import components, targets
+from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.methods.registry import default_config
 from apd_jax.network.problem import check_function
@@ -199,3 +200,19 @@ def test_seeds_follow_the_runs_unless_set(file):
 def test_unknown_variants_are_refused(file, arg, message):
     with pytest.raises(ValueError, match=message):
         get_config(file, arg)
+
+
+@pytest.mark.parametrize(
+    ("file", "arg", "own"),
+    [
+        ("recipe", "tms,40-10,tolld", ("told", "learned", "id", "40-10", "Did you mean 'told'")),
+        ("recipe", "resid_mlp,splitt", ("split", "2layer", "Did you mean 'split'")),
+        ("spd", "tms,tiedd", ("untied", "tied", "smoke")),
+        ("spd", "resid_mlp,tied", ("unknown ResidMLP variant 'tied'",)),
+        ("vpd", "tms,nestd", ("whole", "rotation", "Did you mean 'nested'")),
+    ],
+)
+def test_a_mistyped_variant_is_told_all_that_is_allowed_there(file, arg, own):
+    with pytest.raises(InputError) as refused:
+        get_config(file, arg)
+    assert all(word in str(refused.value) for word in own), refused.value

@@ -171,6 +171,18 @@ def untrained():
 X = sample_fn(jax.random.key(9), 0)
 
 
+def test_edit_moves_the_networks_own_weights(untrained):
+    """The untrained components are far from summing to θ*, which is where an edit begins."""
+    params, parts = untrained.problem.params, [untrained.component(i) for i in (1, 3)]
+    edited = untrained.edit({1: 0.0, 3: 2.5})
+    jax.tree.map(lambda e, p, a, b: close(e, p - a + 1.5 * b), edited, params, *parts)
+    same = untrained.edit({})
+    jax.tree.map(np.testing.assert_array_equal, same, params)
+    for bad in ({99: 0.0}, {1: np.nan}):
+        with pytest.raises(InputError, match="component"):
+            untrained.edit(bad)
+
+
 def test_ablate_by_numbers_or_by_a_mask(untrained):
     by_numbers = untrained.ablate([0, 2, 4], X)
     for same in ((4, 0, 2, 0), np.array([2, 4, 0]), np.array([True, False, True, False, True])):
@@ -216,9 +228,10 @@ def test_a_method_by_name_by_object_or_by_config():
         apd_jax.decompose(apply_fn, params, sample_fn, method=method),
     ]
     for one in found:
-        assert one.method == one.config == method
+        assert one.method == method
         jax.tree.map(np.testing.assert_array_equal, one.trained, found[0].trained)
     assert found[0].components.num_components == 4  # two of each site
+    assert found[0].config == method
     activity = found[0].activity(X)
     assert activity.values.shape == (16, 4) and not activity.hard
 
@@ -271,6 +284,8 @@ def _other(value, hint):
     """Another value of the type of a field."""
     if isinstance(value, bool):
         return not value
+    if isinstance(value, tuple):
+        return (*value, 0)
     if value is None:
         return 3 if int in typing.get_args(hint) and float not in typing.get_args(hint) else 0.25
     return value + "s" if isinstance(value, str) else value + 1

@@ -14,6 +14,7 @@ import optax
 import pytest
 from conftest import GOLDEN, ROOT, close, load_golden
 
+import apd_jax
 from apd_jax import attributions, losses, masks, sparse
 from apd_jax import components as components_lib
 
@@ -241,3 +242,15 @@ def test_the_command_ends_in_the_table(nano, monkeypatch, capsys):
     assert table[0].split() == ["feature", "component", "cosine", "norm", "ratio"]
     assert [line.split()[0] for line in table[1:]] == ["0", "1", "2", "3", "MMCS"]
     assert np.isfinite([float(word) for line in table[1:5] for word in line.split()]).all()
+
+
+def test_the_language_model_beside_it():
+    """Its text, its model, the settings that are chosen for it, and its table."""
+    module = load(PATH.with_name("language_model.py"))
+    rows, held, tokenizer = module.text()
+    assert rows.shape[1] == held.shape[1] == module.LENGTH
+    assert tokenizer.get_vocab_size() == module.VOCABULARY > rows.max()
+    assert "statement" in tokenizer.decode([int(t) for t in rows[:50].ravel()])
+    model, params = module.trained(0, steps=2)
+    chosen = apd_jax.suggest(model.apply, params, rows, select="*Block*.kernel")
+    assert (chosen.name, chosen.mask_per, chosen.num_components) == ("spd", "position", 0)

@@ -46,19 +46,20 @@ def squared(
 ) -> Float[Array, "B *T C"]:
     """A_c(x)² of any kind. For gradients its derivative is finite where it is 0, unlike A_c(x)'s.
 
+    forward  C tangents of one linearised pass; of components of low rank through their factors.
+    reverse  `jax.vjp` over the O outputs, example by example, contracted with every P_c.
+    probe    an unbiased estimate from n random output directions: A² = E (v·J P_c)² for v with
+             independent signs, since E v vᵀ = 1. One backward pass per probe gives all
+             components. The relative standard deviation of A² is at most sqrt(2/n), and
+             smaller the more outputs a component moves independently.
+    auto     forward unless O = 1 or the network has functions with a custom_vjp; per position
+             reverse.
+
     Args:
       kind: gradient | integrated_gradient | ablation | activation: see the functions so named.
       apply_fn: (params, x) -> outputs [B, ...], or (outputs, hidden). Example b of the output
         depends on example b alone.
-      mode: how gradients are taken.
-        forward  C tangents of one linearised pass; of components of low rank through their factors.
-        reverse  `jax.vjp` over the O outputs, example by example, contracted with every P_c.
-        probe    an unbiased estimate from n random output directions: A² = E (v·J P_c)² for v with
-                 independent signs, since E v vᵀ = 1. One backward pass per probe gives all
-                 components. The relative standard deviation of A² is at most sqrt(2/n), and
-                 smaller the more outputs a component moves independently.
-        auto     forward unless O = 1 or the network has functions with a custom_vjp; per position
-                 reverse.
+      mode: how gradients are taken: forward, reverse, probe or auto.
       metric: mse | kl, how the change of the outputs is measured: see `attributions.metric`.
       valid: which positions of the outputs [B, T, ...] count.
       per_position: how each position's use of the weights matters: [B, T, C]. Gradients in mode

@@ -14,6 +14,7 @@ from absl import flags
 from absl import logging as absl_logging
 from rich.console import Console
 
+from apd_jax.commands import configs
 from apd_jax.errors import InputError, Interrupted
 from apd_jax.paths import user_path
 from apd_jax.train import parallel
@@ -22,11 +23,15 @@ from apd_jax.train import parallel
 def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
     """absl's parser. What config files and overrides raise is the user's to mend: one sentence.
 
-    A field that may be None takes `--config.field=None`, which absl's parser of numbers does not
-    know.
+    `configs/NAME.py` is found from any folder: see `commands.configs.found`. A field that may be
+    None takes `--config.field=None`, which absl's parser of numbers does not know.
     """
     nothing = [match[1] for arg in argv if (match := re.fullmatch(r"--config\.(.+)=None", arg))]
-    given = [arg for arg in argv if not re.fullmatch(r"--config\.(.+)=None", arg)]
+    given = [
+        "--config=" + configs.found(arg[9:]) if arg.startswith("--config=") else arg
+        for arg in argv
+        if not re.fullmatch(r"--config\.(.+)=None", arg)
+    ]
     sys.argv[:] = given  # where ml_collections looks for overrides
     try:
         rest = flags.FLAGS(given)

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from etils import epath
 from rich.console import Console
 
-from apd_jax import targets
-from apd_jax.commands import experiment
-from apd_jax.commands.experiment import Restored
+from apd_jax.commands import experiment, runs
+from apd_jax.commands.given import Given
+from apd_jax.commands.runs import Restored
 from apd_jax.components import Components
 from apd_jax.decomposition import instances
 from apd_jax.errors import InputError
 from apd_jax.evidence import card, evidence
 from apd_jax.evidence.card import Evidence
 from apd_jax.paths import user_path
-from apd_jax.train.progress import read_rows
 
 
 def write(
@@ -28,38 +29,49 @@ def write(
     instance: int | None = None,
     num_examples: int | None = None,
     bits_per_rank: float = 1.0,
+    given: Given | None = None,
+    checks: Sequence[int | str] | None = None,
+    budget: int | float | str | None = None,
 ) -> list[Evidence]:
     """Fills the checks for every instance of a run (or the given one), writes and prints them.
 
     Files: evidence.json, evidence.md, evidence.npz and figures.
 
-    Args: as of `apd_jax.evidence.evidence`; `other` is the workdir of another run of the same
-      target.
+    Args: as of `apd_jax.evidence.evidence`, `budget` of every instance; `other` is the workdir of
+      another run of the same target; `given` as of `runs.restore`.
     Raises:
       InputError: no workdir, no checkpoint, another target, an instance that does not exist.
     """
-    folder, run = user_path(path), experiment.restore(path)
+    folder, run = user_path(path), runs.restore(path, given, experiment.BOTH)
     if run.step < run.method.num_steps:
-        console.print(experiment.unfinished(run))
+        console.print(runs.unfinished(run))
     count = len(run.instances)
     if instance is not None and not 0 <= instance < count:
         raise InputError(
             f"instance {instance} does not exist; {path} holds {count}, counted from 0."
         )
     numbers = list(range(count)) if instance is None else [instance]
-    compared = None if other is None else _same_target(run, experiment.restore(other), path, other)
+    compared = None
+    if other is not None:
+        compared = _same_target(run, runs.restore(other, given), path, other)
     command = f"python -m apd_jax.evidence --workdir={path}" + (" --full" if full else "")
     command += f" --other={other}" if other else ""
-    rows = [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= run.step]
-    earlier, found = experiment.earlier_checkpoints(run, folder), []
+    command += f" --checks={','.join(map(str, checks))}" if checks else ""
+    command += f" --budget={budget}" if budget else ""
+    for name, value in vars(given or Given()).items():
+        command += f" --{name}={value}" if value else ""
+    rows = run.rows
+    earlier, found = runs.earlier_checkpoints(run, folder), []
     for i in numbers:
         found.append(
             evidence(
                 run.decomposition(i, rows),
-                target=targets.build(run.config.target, run.config.evaluation.batch_size),
+                target=run.evaluated_target,
                 num_examples=num_examples,
                 bits_per_rank=bits_per_rank,
                 full=full,
+                checks=checks,
+                budget=budget,
                 seeds=[trained for j, trained in enumerate(run.instances) if j != i],
                 other=compared,
                 earlier={step: instances(t, run.method)[i] for step, t in earlier.items()},
@@ -72,7 +84,7 @@ def write(
     paths = card.save(found, folder, numbers, several=count > 1)
     console.print("  ".join(map(str, paths)), soft_wrap=True)
     if (folder / "evaluation.json").exists():
-        experiment.report(folder, console)  # the page shows the card
+        experiment.report(folder, console, given)  # the page shows the card
     return found
 
 
@@ -85,8 +97,9 @@ def _same_target(
         a.shape == b.shape and np.allclose(a, b) for a, b in zip(mine, theirs, strict=True)
     )
     if not same:
-        raise InputError(
-            f"{path} and {other_path} decompose different target networks; start the second run "
-            f"with --config.target.weights_path={user_path(path) / 'target' / 'params.npz'}."
-        )
+        how = "give both calls the same params"
+        if run.target is not None:
+            weights = user_path(path) / "target" / "params.npz"
+            how = f"start the second run with --config.target.weights_path={weights}"
+        raise InputError(f"{path} and {other_path} decompose different target networks; {how}.")
     return other.instances[0].components

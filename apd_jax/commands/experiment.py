@@ -23,22 +23,26 @@ from rich.console import Console
 from apd_jax import components as components_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax import targets
-from apd_jax.decomposition import Decomposition, instances
+from apd_jax.commands import harvest, runs
+from apd_jax.commands.given import Given
+from apd_jax.commands.runs import Restored, restore, shapes, target_path, unfinished
+from apd_jax.components import Components
+from apd_jax.decomposition import instances
 from apd_jax.errors import InputError, seed_of
 from apd_jax.evaluation.general import STREAM
 from apd_jax.methods import registry
-from apd_jax.methods.base import Method
-from apd_jax.methods.optimizers import Trained
+from apd_jax.network import data
 from apd_jax.paths import user_path
-from apd_jax.recipe import stages
+from apd_jax.recipe import scales, stages
 from apd_jax.report import compare as compare_lib
-from apd_jax.report import figures, html, tables
+from apd_jax.report import figures, html, tables, text
 from apd_jax.targets import pretrain, weights
 from apd_jax.targets.base import Target
 from apd_jax.train import checkpoint, loop, parallel, placement
-from apd_jax.train.progress import ProgressDisplay, read_rows
+from apd_jax.train.progress import ProgressDisplay, read_rows, say
 from apd_jax.train.workdir import claim, load_config
 
+BOTH = ("apply", "data")  # what pages and evaluations need of a network of one's own
 Config = Any  # an experiment's ConfigDict
 REPORT_BATCHES = 4  # of `evaluation.batch_size`: the inputs that a report measures components on
 
@@ -55,11 +59,14 @@ def run(config: Config, workdir: epath.PathLike, console: Console) -> None:
     folder = user_path(workdir)
     target, params = prepare(config, folder)
     problem, method = target.problem(params), registry.of(config.apd)
+    say(f"At the end: the page {folder / 'report.html'}. Until then: {folder / 'metrics.jsonl'}.")
     if "recipe" in config:
         trained, _, method = stages.fit(problem, method, config.recipe, workdir=folder)
     else:
+        method = scales.prepared(problem, method)
         trained, _ = loop.fit(problem, method, workdir=folder)
-    done = Restored(config, method, target, params, method.num_steps, trained)
+    rows = read_rows(folder / "metrics.jsonl")
+    done = Restored(config, method, target, problem, method.num_steps, trained, rows, folder)
     parallel.from_primary(lambda: _report(done, folder, console))
 
 
@@ -79,88 +86,32 @@ def prepare(config: Config, folder: epath.Path) -> tuple[Target, PyTree]:
     else:
         method.check()
     placement.arrange(method, parallel.global_devices())  # or says why it cannot
-    target = targets.build(config.target, method.batch_size)
+    target = targets.build(config.target, method.batch_size, folder)
     params = parallel.from_primary(
-        lambda: _target_params(target, config, folder), like=_shapes(target)
+        lambda: _target_params(target, config, folder), like=shapes(target)
     )
     return target, params
 
 
-@dataclasses.dataclass(frozen=True)
-class Restored:
-    """A run as its workdir holds it."""
+def evaluate(
+    workdir: epath.PathLike,
+    console: Console,
+    given: Given | None = None,
+    *,
+    thorough: bool = False,
+) -> None:
+    """Evaluation, figures and report of a run that has a checkpoint, from its saved config.
 
-    config: Config  # the experiment's
-    method: Method  # as the components were trained (with a recipe: by its last stage)
-    target: Target  # with batches of the decomposition's size
-    params: PyTree
-    step: int
-    trained: Trained  # with a leading axis of instances if there are several
-
-    @property
-    def instances(self) -> list[Trained]:
-        return instances(self.trained, self.method)
-
-    def decomposition(self, i: int = 0, history: Sequence[Mapping[str, Any]] = ()) -> Decomposition:
-        """One instance, with its own values of the logged rows."""
-        rows = [{n: v[i] if isinstance(v, list) else v for n, v in row.items()} for row in history]
-        recipe = self.config.recipe if "recipe" in self.config else None
-        one = self.instances[i]
-        method = self.method.replace(num_instances=1)
-        problem = self.target.problem(self.params)
-        return Decomposition(problem, one.components, method, rows, recipe, one.gate)
-
-
-def restore(workdir: epath.PathLike) -> Restored:
-    """The run of a workdir at its newest readable checkpoint, from its saved config.
-
-    Raises:
-      InputError: not a workdir, or without a readable checkpoint.
+    Args:
+      given: as of `runs.restore`. thorough: as of `evaluation.evaluate`.
     """
-    folder = user_path(workdir)
-    config = load_config(folder)
-    if "target" not in config:
-        raise InputError(
-            f"{folder} was written by apd_jax.decompose, of a network that is not stored there; "
-            "load it in Python by the same call of decompose, which goes on from its checkpoints."
-        )
-    method = registry.of(config.apd)
-    target = targets.build(config.target, method.batch_size)
-    params = weights.load(_target_path(folder), _shapes(target))
-    problem = target.problem(params)
-    if "recipe" in config:
-        found = stages.found_method(method, folder)
-        method = stages.last_method(problem, found, config.recipe)
-    step, trained = loop.restore_trained(problem, method, folder)
-    return Restored(config, method, target, params, step, jax.tree.map(jnp.asarray, trained))
-
-
-def earlier_checkpoints(run: Restored, workdir: epath.PathLike) -> dict[int, Trained]:
-    """{step: what was trained} of the checkpoints before the newest, as far as readable."""
-    found, until, problem = {}, run.step - 1, run.target.problem(run.params)
-    while True:
-        try:
-            step, trained = loop.restore_trained(problem, run.method, workdir, until=until)
-        except InputError:  # there is none, or none that can be read
-            return found
-        found[step], until = jax.tree.map(jnp.asarray, trained), step - 1
-
-
-def unfinished(run: Restored) -> str:
-    """What is said of a run that is not at its last step."""
-    at = f"This run is at step {run.step} of {run.method.num_steps}"
-    return f"{at}; what follows describes that step."
-
-
-def evaluate(workdir: epath.PathLike, console: Console) -> None:
-    """Evaluation, figures and report of a run that has a checkpoint, from its saved config."""
-    run = restore(workdir)
+    run = restore(workdir, given, BOTH)
     if run.step < run.method.num_steps:
         console.print(unfinished(run))
-    _report(run, user_path(workdir), console)
+    _report(run, user_path(workdir), console, thorough)
 
 
-def report(workdir: epath.PathLike, console: Console) -> None:
+def report(workdir: epath.PathLike, console: Console, given: Given | None = None) -> None:
     """`report.html` again (one per instance), from the run's checkpoint.
 
     And from what its evaluation and evidence left there.
@@ -168,18 +119,21 @@ def report(workdir: epath.PathLike, console: Console) -> None:
     Raises:
       InputError: the folder is no workdir, or the run has not been evaluated yet.
     """
-    _pages(restore(workdir), user_path(workdir), console)
+    _pages(restore(workdir, given, BOTH), user_path(workdir), console)
 
 
-def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) -> None:
-    """Two evaluated runs side by side, on the terminal and as `compare.html`.
+def compare(
+    workdir: epath.PathLike, other: epath.PathLike, console: Console, given: Given | None = None
+) -> None:
+    """Two runs side by side, on the terminal and as `compare.html` in the first one's folder.
 
-    The page lies in the first one's folder.
+    Of a network of one's own neither function nor data is needed; what an evaluation adds is left
+    out where there is none.
 
     Raises:
       InputError: one of them is no workdir, or has not been evaluated yet.
     """
-    comparison = compare_lib.compare(*(_run(user_path(path)) for path in (workdir, other)))
+    comparison = compare_lib.compare(*(_run(user_path(path), given) for path in (workdir, other)))
     for part in compare_lib.terminal(comparison):
         console.print(part)
     console.print(
@@ -188,19 +142,28 @@ def compare(workdir: epath.PathLike, other: epath.PathLike, console: Console) ->
     )
 
 
-def _run(folder: epath.Path) -> compare_lib.Run:
+def _run(folder: epath.Path, given: Given | None) -> compare_lib.Run:
     """Of several instances the first."""
-    run = restore(folder)
-    arrays = np.load(io.BytesIO(_arrays_path(folder, 0).read_bytes()))
+    run, metrics, rates = restore(folder, given), {}, None
+    if run.target is not None or (folder / "evaluation.json").exists():
+        metrics, rates = _evaluated(folder), _arrays(folder, 0)["firing_rates"]
     return compare_lib.Run(
         folder,
         run.config.to_dict(),
-        _of_instance(_evaluated(folder), 0),
-        _history(run, folder),
+        _of_instance(metrics, 0),
+        run.rows,
         run.params,
         run.instances[0].components,
-        arrays["firing_rates"],
+        rates,
+        _initial(run),
     )
+
+
+def _initial(run: Restored) -> Components | None:
+    """What a run began with; None where its beginning needs its data, or a network of one's own."""
+    if run.target is None or "recipe" in run.config:
+        return None
+    return loop.initial_components(run.problem, run.method)
 
 
 def _evaluated(folder: epath.Path) -> dict[str, Any]:
@@ -221,29 +184,24 @@ def _of_instance(metrics: Mapping[str, Any], i: int) -> dict[str, Any]:
     return {**metrics, **(metrics["instances"][i] if "instances" in metrics else {})}
 
 
-def inspect(workdir: epath.PathLike, console: Console) -> None:
-    """Prints what the checkpoints of a workdir hold, without running the network."""
+def inspect(workdir: epath.PathLike, console: Console, given: Given | None = None) -> None:
+    """Prints what the checkpoints of a workdir, or a saved decomposition, hold.
+
+    The network is not run.
+    """
     folder = user_path(workdir)
-    config = load_config(folder)
-    steps, step, state = checkpoint.read(folder / "checkpoints")
-    console.print(
-        f"{folder / 'checkpoints'}: steps "
-        + ", ".join(f"{step} ({size / 2**20:.1f} MiB)" for step, size in steps.items())
-    )
-    console.print(tables.tree_table(state, title=f"State at step {step}"))
-    method = registry.of(config.apd)
-    for i, raw in enumerate(instances(state["components"]["tree"], method)):
-        one = components_lib.from_raw(raw)
-        if method.own_numbers:  # which the checkpoint does not hold
-            one = restore(workdir).instances[i].components
-        saved, arrays = _arrays_path(folder, i), {}
-        if saved.exists():  # numpy opens local paths only
-            arrays = np.load(io.BytesIO(saved.read_bytes()))
-        console.print(
-            tables.components_table(
-                one, arrays.get("firing_rates"), arrays.get("feature_of_component")
-            )
-        )
+    if runs.is_saved(folder):
+        run = restore(folder, given)
+        state = {"params": run.params, "components": run.trained.components.tree}
+        console.print(tables.tree_table(state | {"gate": run.trained.gate}, title=str(folder)))
+        found = [one.components for one in run.instances]
+    else:
+        found = _checkpoints(folder, console, given)
+    for i, one in enumerate(found):
+        arrays = _arrays(folder, i)
+        rates, features = arrays.get("firing_rates"), arrays.get("feature_of_component")
+        for table in tables.components_tables(one, rates, features, console.width):
+            console.print(table)
     if not _arrays_path(folder, 0).exists():
         console.print(
             "Firing rates and features come with the evaluation, at the end of the run or by "
@@ -251,12 +209,21 @@ def inspect(workdir: epath.PathLike, console: Console) -> None:
         )
 
 
-def _shapes(target: Target) -> PyTree:
-    return jax.eval_shape(target.init_fn, jax.random.key(0))
-
-
-def _target_path(folder: epath.Path) -> epath.Path:
-    return folder / "target" / "params.npz"
+def _checkpoints(folder: epath.Path, console: Console, given: Given | None) -> list[Components]:
+    """Prints the tree of the newest checkpoint; its components by instance."""
+    config = load_config(folder)
+    steps, step, state = checkpoint.read(folder / "checkpoints")
+    console.print(
+        f"{folder / 'checkpoints'}: steps "
+        + ", ".join(f"{step} ({size / 2**20:.1f} MiB)" for step, size in steps.items()),
+        soft_wrap=True,
+    )
+    console.print(tables.tree_table(state, title=f"State at step {step}"))
+    method = registry.of(config.apd if "apd" in config else config)
+    if method.own_numbers:  # which the checkpoint does not hold
+        return [one.components for one in restore(folder, given).instances]
+    trees = instances(state["components"]["tree"], method)
+    return [components_lib.from_raw(raw) for raw in trees]
 
 
 def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree:
@@ -265,13 +232,15 @@ def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree
     In the workdir afterwards.
     """
     claim(folder, config)
-    path, like = _target_path(folder), _shapes(target)
+    if target.keep_fn is not None:
+        target.keep_fn(folder)
+    path, like = target_path(folder), shapes(target)
     if path.exists():
         return weights.load(path, like)
     if config.target.weights_path:
         params = weights.load(config.target.weights_path, like)
     elif target.loss_fn is None:
-        params = jax.jit(target.init_fn)(jax.random.key(config.target.seed))
+        params = target.init_fn(jax.random.key(config.target.seed))
     else:
         with ProgressDisplay("target", config.target.pretrain.num_steps) as display:
             params, history = pretrain.pretrain(
@@ -286,18 +255,16 @@ def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree
     return params
 
 
-def _report(run: Restored, folder: epath.Path, console: Console) -> None:
+def _report(run: Restored, folder: epath.Path, console: Console, thorough: bool = False) -> None:
     """Evaluation, its files, the figures, the report, and the table on the screen."""
-    settings = run.config.evaluation
-    target = targets.build(run.config.target, settings.batch_size)
-    history = _history(run, folder)
+    target, history = run.evaluated_target, run.rows
     earlier = [read_rows(path) for path in (folder / "stages").glob("*/metrics.jsonl")]
     minutes = sum(map(_minutes, [history, *earlier]))
     count, results = len(run.instances), []
     for i in range(count):
         one = run.decomposition(i, history)
         evaluation = evaluation_lib.evaluate(
-            target, one, num_batches=settings.num_batches, seed=settings.seed
+            target, one, num_batches=run.num_batches, seed=run.seed, thorough=thorough
         )
         results.append(evaluation.metrics)
         with _arrays_path(folder, i).open("wb") as file:
@@ -308,7 +275,7 @@ def _report(run: Restored, folder: epath.Path, console: Console) -> None:
         table = tables.results_table(
             evaluation.metrics, minutes, labels=evaluation.labels, title=title
         )
-        console.print(table)
+        console.print(table, *map(tables.grid_table, evaluation.grids))
     provenance = {
         "seed": run.method.seed,
         "step": run.step,
@@ -329,11 +296,6 @@ def _report(run: Restored, folder: epath.Path, console: Console) -> None:
     _pages(run, folder, console)
 
 
-def _history(run: Restored, folder: epath.Path) -> list[dict[str, Any]]:
-    """The logged rows up to the checkpoint's step."""
-    return [row for row in read_rows(folder / "metrics.jsonl") if row["step"] <= run.step]
-
-
 def _minutes(rows: Sequence[Mapping[str, Any]]) -> float:
     """Every logged row stands for the steps since the row before, at the speed of its own call."""
     steps = np.diff([0] + [row["step"] for row in rows])
@@ -343,11 +305,16 @@ def _minutes(rows: Sequence[Mapping[str, Any]]) -> float:
 
 def _pages(run: Restored, folder: epath.Path, console: Console) -> None:
     """report.html, and report_1.html ... for further instances."""
-    config, metrics, history = run.config, _evaluated(folder), _history(run, folder)
-    target, evidence = targets.build(config.target, config.evaluation.batch_size), None
+    metrics, history = _evaluated(folder), run.rows
+    target, evidence = run.evaluated_target, None
     if (folder / "evidence.json").exists():
         evidence = json.loads((folder / "evidence.json").read_text())
-    x, count = _report_inputs(target, config.evaluation.seed), len(run.instances)
+    if harvest.kept(run, folder, console):
+        source = harvest.page(run, folder, evidence=evidence, metrics=_of_instance(metrics, 0))
+        path = text.write(folder / "report.html", source)
+        console.print(f"Report: {path}", soft_wrap=True)
+        return
+    x, count = _report_inputs(run, target), len(run.instances)
     paths = [folder / ("report.html" if i == 0 else f"report_{i}.html") for i in range(count)]
     for i, path in enumerate(paths):
         drawn = folder / ("figures" if count == 1 else f"figures/instance_{i}")
@@ -358,9 +325,9 @@ def _pages(run: Restored, folder: epath.Path, console: Console) -> None:
             decomposition=one,
             x=x,
             target=target,
-            settings=config.to_dict(),
+            settings=run.config.to_dict(),
             metrics=_of_instance(metrics, i),
-            arrays=dict(np.load(io.BytesIO(_arrays_path(folder, i).read_bytes()))),
+            arrays=_arrays(folder, i),
             evidence=evidence,
             evidence_command=f"python -m apd_jax.evidence --workdir={folder}",
             figures=[str(figure.relative_to(folder)) for figure in found],
@@ -371,13 +338,15 @@ def _pages(run: Restored, folder: epath.Path, console: Console) -> None:
     console.print(f"Report: {paths[0]}", soft_wrap=True)
 
 
-def _report_inputs(target: Target, seed: int) -> PyTree:
+def _report_inputs(run: Restored, target: Target | None) -> PyTree:
     """The inputs that pages show, of REPORT_BATCHES batches."""
-    key = jax.random.fold_in(jax.random.key(seed), STREAM + 2)
+    key = jax.random.fold_in(jax.random.key(run.seed), STREAM + 2)
+    source = run.problem.sample_fn if target is None else target.fresh_fn
+    sample_fn = data.as_sampler(source, REPORT_BATCHES)
 
     @jax.jit
     def draw() -> PyTree:
-        return jax.lax.map(lambda step: target.sample_fn(key, step), jnp.arange(REPORT_BATCHES))
+        return jax.lax.map(lambda step: sample_fn(key, step), jnp.arange(REPORT_BATCHES))
 
     return jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), draw())
 
@@ -394,3 +363,9 @@ def _peak_rss_gib(folder: epath.Path) -> float:
 
 def _arrays_path(folder: epath.Path, instance: int) -> epath.Path:
     return folder / ("evaluation.npz" if instance == 0 else f"evaluation_{instance}.npz")
+
+
+def _arrays(folder: epath.Path, instance: int) -> dict[str, np.ndarray]:
+    """Of the evaluation; {} where there is none."""
+    path = _arrays_path(folder, instance)
+    return dict(np.load(io.BytesIO(path.read_bytes()))) if path.exists() else {}

@@ -1,11 +1,13 @@
 """How weights are parametrised: components by number, sites that hold pieces of them.
 
 `factors` what a component pytree is, `initial` where components come from, `algebra` their sums,
-norms, ranks and numbers, `layout` which axes of a weight are inputs and which outputs.
+norms, ranks and numbers, `layout` which axes of a weight are inputs and which outputs, `tables`
+which leaves are looked up or added.
 """
 
 from apd_jax.components.algebra import (
     aligned,
+    chosen,
     compact,
     effective_ranks,
     leaf_total,
@@ -40,11 +42,15 @@ from apd_jax.components.initial import (
     as_select,
     from_materialized,
     from_raw,
+    full_name,
+    grown,
     init,
     matches,
     selected_paths,
+    short_name,
 )
 from apd_jax.components.layout import Layout, path_name
+from apd_jax.components.tables import find as tables_of
 
 __all__ = [
     "Components",
@@ -53,11 +59,14 @@ __all__ = [
     "Select",
     "aligned",
     "as_select",
+    "chosen",
     "compact",
     "decomposed_leaves",
     "effective_ranks",
     "from_materialized",
     "from_raw",
+    "full_name",
+    "grown",
     "init",
     "is_slot",
     "leaf_total",
@@ -75,11 +84,13 @@ __all__ = [
     "remainders",
     "replace_leaves",
     "selected_paths",
+    "short_name",
     "singular_values",
     "split",
     "split_over",
     "squared_norms",
     "svd_of_product",
+    "tables_of",
     "total",
     "weighted_sum",
     "without_arrays",

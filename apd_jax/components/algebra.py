@@ -152,6 +152,31 @@ def effective_ranks(components: Components, tolerance: float = 1e-2) -> dict[str
 # Numbers
 
 
+def chosen(components: Components, given: Any) -> np.ndarray:
+    """Which of the C components are meant, bool [C]: by their numbers, or by a mask.
+
+    Raises:
+      InputError: a mask of another size, no whole numbers, or a component that does not exist.
+    """
+    C, given = components.num_components, np.asarray(given)
+    if given.dtype == bool:
+        if given.shape != (C,):
+            raise InputError(f"a mask of components must have shape ({C},); got {given.shape}.")
+        return given
+    if given.size and not np.issubdtype(given.dtype, np.integer):
+        raise InputError(
+            f"components are chosen by whole numbers or by a bool mask; got {given.dtype}."
+        )
+    numbers = [int(c) for c in given.reshape(-1)]
+    if bad := [c for c in numbers if not 0 <= c < C]:
+        raise InputError(
+            f"component {bad[0]} does not exist; there are {C}, counted from 0 to {C - 1}."
+        )
+    found = np.zeros(C, bool)
+    found[numbers] = True
+    return found
+
+
 def relabel(components: Components, numbers: Sequence[int]) -> Components:
     """Component c becomes component numbers[c]; those that get one number are one from now on.
 

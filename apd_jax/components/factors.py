@@ -91,7 +91,7 @@ class Factors:
 
 
 @jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Components:
     """C components of a network: `tree` has the structure of its params, of `Factors` or None.
 
@@ -100,6 +100,10 @@ class Components:
 
     tree: PyTree[Any]
     count: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    def __repr__(self) -> str:
+        sites = [name for name, slot in named_leaves(self.tree).items() if _is_factors(slot)]
+        return f"<{self.num_components} components at {len(sites)} sites: {_few(sites)}>"
 
     @property
     def factors(self) -> dict[str, Factors]:
@@ -120,6 +124,11 @@ class Components:
     def num_params(self) -> int:
         """N: entries of the decomposed matrices, each counted `uses` times."""
         return sum(f.uses * f.num_params for f in self.factors.values())
+
+
+def _few(names: list[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
 
 
 def _is_factors(node: Any) -> bool:

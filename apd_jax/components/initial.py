@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fnmatch
 import math
 import operator
@@ -14,12 +15,13 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from apd_jax.components.factors import Components, Factors, Ids, named_leaves
+from apd_jax.components.factors import Components, Factors, Ids, is_slot, named_leaves
 from apd_jax.components.layout import Layout, matrix_shape, path_name, unfold
 from apd_jax.errors import InputError, first_line
 
 Select = str | Sequence[str] | Mapping[str, Mapping[str, Any]] | Callable[[str, Any], Any] | None
 _OPTIONS = ("rank", "components")
+_VALUE = ".value"
 
 
 def as_select(select: Any, params: PyTree) -> Any:
@@ -27,14 +29,14 @@ def as_select(select: Any, params: PyTree) -> Any:
 
     Args:
       select: see `init`; a function (dotted path, leaf) -> bool or options chooses leaves one by
-        one.
+        one. It is asked of paths with and without the `.value` of NNX.
     Raises:
       InputError: it is something else, or chooses nothing.
     """
     if callable(select) and not isinstance(select, Mapping):
         leaves = {name: a for name, a in named_leaves(params).items() if a is not None}
         try:
-            given = {name: select(name, a) for name, a in leaves.items()}
+            given = {n: select(n, a) or select(short_name(n, leaves), a) for n, a in leaves.items()}
         except Exception as error:
             raise InputError(
                 f"select, as a function of (path, leaf), fails: {first_line(error)}."
@@ -80,8 +82,25 @@ def _is_whole(value: Any) -> bool:
 
 
 def matches(name: str, pattern: str, names: Iterable[str]) -> bool:
-    """Whether a pattern means this leaf: an exact name means no other, brackets or not."""
-    return name == pattern if pattern in names else fnmatch.fnmatchcase(name, pattern)
+    """Whether a pattern means this leaf: an exact name means no other, brackets or not.
+
+    The `.value` that ends the paths of NNX variables may be left out.
+    """
+    if (exact := full_name(pattern, names)) in names:
+        return name == exact
+    return any(fnmatch.fnmatchcase(n, pattern) for n in (name, short_name(name, names)))
+
+
+def short_name(name: str, names: Iterable[str]) -> str:
+    """A dotted path without the `.value` at its end, if that is all that its parent holds."""
+    short = name.removesuffix(_VALUE)
+    return name if any(n.startswith(f"{short}.") and n != name for n in names) else short
+
+
+def full_name(name: str, names: Iterable[str]) -> str:
+    """The dotted path of which `name` is the short one; else `name`."""
+    full = name + _VALUE
+    return full if full in names and short_name(full, names) == name else name
 
 
 def selected_paths(
@@ -95,7 +114,7 @@ def selected_paths(
       layouts: from `apd_jax.components.layout.infer`: None then leaves out vectors that are stacked
         for a scan, too.
     Raises:
-      InputError: a pattern matches nothing, or matches a leaf that is not floating point.
+      InputError: a pattern matches nothing, or only leaves that are not floating point.
     """
     leaves = {name: leaf for name, leaf in named_leaves(params).items() if leaf is not None}
     if len(leaves) < len(jax.tree.leaves(params)):
@@ -122,12 +141,12 @@ def selected_paths(
                 f"select pattern {pattern!r} matches no leaf of params; its leaves: "
                 f"{', '.join(leaves)}."
             )
-        if bad := [name for name in hits if name not in floating]:
+        if not floating & set(hits):
             raise InputError(
-                f"select pattern {pattern!r} matches {bad[0]!r} of dtype {leaves[bad[0]].dtype}; "
+                f"select pattern {pattern!r} matches {hits[0]!r} of dtype {leaves[hits[0]].dtype}; "
                 "only floating leaves can be decomposed."
             )
-        chosen.update(hits)
+        chosen.update(floating & set(hits))
     return [name for name in leaves if name in chosen]
 
 
@@ -306,6 +325,43 @@ def from_materialized(
         return Factors(u[..., :m] * root, V, shape, uses.get(name, 1), layout)
 
     return Components(jax.tree_util.tree_map_with_path(make, weights, is_leaf=lambda w: w is None))
+
+
+def grown(components: Components, larger: Components) -> Components:
+    """`components` in the place of the first pieces of every site of `larger`.
+
+    The pieces that are new have the U of `larger` and V = 0: the sum does not change.
+
+    Raises:
+      InputError: a site of another rank, or whose pieces belong to components in another way.
+    """
+
+    def one(path: tuple[Any, ...], new: Factors | None) -> Factors | None:
+        if new is None:
+            return None
+        old, name = components.factors[path_name(path)], path_name(path)
+        ranges = isinstance(old.ids, range) and isinstance(new.ids, range)
+        n = old.num_pieces
+        if not (ranges or old.ids == new.ids) or n > new.num_pieces:
+            raise InputError(
+                f"the pieces of {name!r} belong to components in another way than the method "
+                "gives them, so more cannot be added; keep their number."
+            )
+        if old.rank != new.rank:
+            raise InputError(
+                f"the components have rank {old.rank} at {name!r} and the settings ask for "
+                f"{new.rank}; give rank = {old.rank}."
+            )
+        axis = new.U.ndim - 3 - len(new.axes.batch)
+        U, V = (jax.lax.slice_in_dim(a, n, new.num_pieces, axis=axis) for a in (new.U, new.V))
+        return dataclasses.replace(
+            new,
+            U=jnp.concatenate([jnp.asarray(old.U), U], axis),
+            V=jnp.concatenate([jnp.asarray(old.V), jnp.zeros_like(V)], axis),
+        )
+
+    tree = jax.tree_util.tree_map_with_path(one, larger.tree, is_leaf=is_slot)
+    return dataclasses.replace(larger, tree=tree)
 
 
 def from_raw(tree: Mapping[str, Any]) -> Components:

@@ -143,7 +143,7 @@ def _uses_inside(eqn: JaxprEqn, known: list[Seen | None], env: dict[Any, Seen]) 
     if name == "scan":
         stacked = [k for k in known[_first_scanned(eqn.params) :] if k is not None]
         yield from ((leaf, set(), set(axes[1]), False) for leaf, axes in stacked if len(axes) == 2)
-    for inner, operands in _inner(eqn, known):
+    for inner, operands in inner_jaxprs(eqn, known):
         within = {v: k for v, k in zip(inner.invars, operands, strict=True) if k is not None}
         yield from _uses(inner, within)
         if name not in ("scan", "while", "cond"):
@@ -260,7 +260,7 @@ def regroup(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int],
     return groups
 
 
-def _inner(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
+def inner_jaxprs(eqn: Any, known: list[Any]) -> Iterator[tuple[Jaxpr, list[Any]]]:
     """The inner jaxprs of an equation, with what is known of their arguments."""
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":

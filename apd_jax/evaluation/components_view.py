@@ -20,8 +20,9 @@ from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.components import Components
 from apd_jax.components.layout import unfold
-from apd_jax.decomposition import Decomposition, activity_of
+from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation.general import fired
+from apd_jax.methods import observe
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import outputs, position_weights
@@ -59,7 +60,7 @@ def behaviour(decomposition: Decomposition, x: PyTree, *, num_examples: int = 6)
 
     @jax.jit
     def measure(trained: Trained, params: PyTree, x: PyTree) -> tuple[Array, ...]:
-        activity = activity_of(method, problem, trained, params, x)
+        activity = observe.activity(method, problem, trained, params, x)
         scores = activity.scores
         strongest = jnp.max(scores.reshape(scores.shape[0], -1, C), axis=1)
         _, examples = jax.lax.top_k(strongest.T, min(num_examples, strongest.shape[0]))
@@ -96,7 +97,7 @@ def _without_each(
         }
         without = _output(problem.apply_fn, components_lib.replace_leaves(total, less), x)
         change = (whole - without)[examples[c]].reshape(-1, whole.shape[-1])
-        damage = losses.minimality(without, whole, method.minimality_loss, weights)
+        damage = losses.minimality(without, whole, method.distance, weights)
         return damage, jnp.mean(change, axis=0)
 
     return jax.lax.map(one, jnp.arange(components.num_components))

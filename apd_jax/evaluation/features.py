@@ -19,11 +19,12 @@ from jaxtyping import Array, Bool, PyTree
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.components import Components
-from apd_jax.decomposition import Decomposition, activity_of
+from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import geometry, masks, scrub
 from apd_jax.evaluation.general import STREAM, Evaluation, chosen_masks, fired
 from apd_jax.forward import sparse
 from apd_jax.gates.base import Activity
+from apd_jax.methods import observe
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import split_result
@@ -55,7 +56,7 @@ class _Model:
         return split_result(self.target.apply_fn(self.params, x))
 
     def activity(self, x: Array) -> Activity:
-        return activity_of(self.method, self.problem, self.trained, self.params, x)
+        return observe.activity(self.method, self.problem, self.trained, self.params, x)
 
     def sparse(self, mask: Array, x: Array) -> tuple[Array, Any]:
         apply_fn = self.target.apply_fn

@@ -16,11 +16,13 @@ from jaxtyping import Array, Float, PyTree
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.components import Components
-from apd_jax.decomposition import Decomposition, activity_of
+from apd_jax.decomposition import Decomposition
 from apd_jax.evaluation import masks
 from apd_jax.forward import sparse
 from apd_jax.gates.base import Activity
+from apd_jax.methods import observe
 from apd_jax.methods.optimizers import Trained
+from apd_jax.network import data
 from apd_jax.network.outputs import outputs, position_weights
 from apd_jax.targets.base import Panel, Target
 from apd_jax.targets.scoring import alive_components
@@ -29,17 +31,27 @@ STREAM = 0x7E57  # sets the draws of an evaluation apart from training with the 
 
 
 @dataclasses.dataclass(frozen=True)
+class Grid:
+    """A table as data: the first cell of a row says what the others are of."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class Evaluation:
     """metrics: flat and JSON-able. arrays: what `apd_jax.report.figures` reads.
 
     panels: further figures, by file name. labels: {metric: what it says and what is good}, for
-    metrics that only this target has.
+    metrics that only this target has. grids: further tables.
     """
 
     metrics: dict[str, float | int]
     arrays: dict[str, np.ndarray]
     panels: dict[str, Panel] = dataclasses.field(default_factory=dict)
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
+    grids: tuple[Grid, ...] = ()
 
 
 def fired(activity: Activity) -> Array:
@@ -61,14 +73,16 @@ def chosen_masks(activity: Activity, key: Array) -> dict[str, Array]:
 
 
 def evaluate(
-    target: Target, decomposition: Decomposition, *, num_batches: int, seed: int
+    target: Target | None, decomposition: Decomposition, *, num_batches: int, seed: int
 ) -> Evaluation:
-    """Measures a decomposition of one instance on fresh batches of `target.sample_fn`.
+    """Measures a decomposition of one instance on fresh batches of `target.fresh_fn`.
+
+    Without a target on batches of the decomposition's own data.
 
     Metrics
       faithfulness, simplicity: as trained. relative_parameter_error: see the components' algebra.
       minimality_{topk,all,none}: distance to the target's output, in the method's
-        `minimality_loss`, with the mask of training, with all components, and with none; of gates
+        `distance`, with the mask of training, with all components, and with none; of gates
         with degrees also with {gates,stochastic}, see `chosen_masks`.
       num_alive_components: those that fire (are active with a score above 0) and have more than
         ALIVE_NORM of the largest component's norm; num_dead_components: the others.
@@ -104,16 +118,18 @@ def evaluate(
 
 
 def _on_batches(
-    target: Target, decomposition: Decomposition, num_batches: int, seed: int
+    target: Target | None, decomposition: Decomposition, num_batches: int, seed: int
 ) -> dict[str, np.ndarray]:
     """What is measured on the batches, one value (of `fired` one row) per batch."""
     method, problem = decomposition.method, decomposition.problem
+    source = problem.sample_fn if target is None else target.fresh_fn
+    draw = data.as_sampler(source, num_batches)
     key = jax.random.fold_in(jax.random.key(seed), STREAM)
 
     def one(trained: Trained, params: PyTree, step: Array) -> dict[str, Array]:
-        x = target.sample_fn(key, step)
+        x = draw(key, step)
         target_out = outputs(problem.apply_fn(params, x))
-        activity = activity_of(method, problem, trained, params, x)
+        activity = observe.activity(method, problem, trained, params, x)
         weights = position_weights(problem.valid(x))[0]
         fires = fired(activity)
         found = {
@@ -123,7 +139,7 @@ def _on_batches(
         for name, mask in chosen_masks(activity, jax.random.fold_in(key, step)).items():
             result = sparse.apply(problem.apply_fn, params, trained.components, mask, x)
             found[f"minimality_{name}"] = losses.minimality(
-                outputs(result), target_out, method.minimality_loss, weights
+                outputs(result), target_out, method.distance, weights
             )
         return found
 

@@ -9,9 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
 from apd_jax.ablations import masked
+from apd_jax.components import Components
 from apd_jax.gates import selection
 from apd_jax.gates.base import Activity
 
@@ -42,3 +44,34 @@ def largest(
 def stochastic(activity: Activity, key: PRNGKeyArray) -> Float[Array, "B *T C"]:
     """g + (1 - g) r with r ~ U(0, 1): what is not needed, ablated in part."""
     return masked(activity.values, jax.random.uniform(key, activity.values.shape))
+
+
+def at_random(
+    mask: Bool[Array, "B *T C"], components: Components, key: PRNGKeyArray
+) -> Bool[Array, "B *T C"]:
+    """At every position as many as in `mask`, others: a control for how few are on.
+
+    As many of every site, where each has components of its own; else of all.
+    """
+    own = [np.unique(f.ids) for f in components.factors.values() if f.ids is not None]
+    if len(own) < len(components.factors) or sum(map(len, own)) > components.num_components:
+        own = [np.arange(components.num_components)]
+    found = jnp.zeros_like(mask)
+    for i, numbers in enumerate(own):
+        here = mask[..., numbers]
+        place = jax.random.uniform(jax.random.fold_in(key, i), here.shape).argsort().argsort()
+        found = found.at[..., numbers].set(place < here.sum(-1, keepdims=True))
+    return found
+
+
+def of_others(
+    mask: Bool[Array, "B *T C"], counts: Bool[Array, "..."], key: PRNGKeyArray
+) -> Bool[Array, "B *T C"]:
+    """Every position that counts has the mask of one that counts: a control for when they are on.
+
+    counts: [B, T], or [B] where masks are per example.
+    """
+    rows, among = mask.reshape(-1, mask.shape[-1]), counts.reshape(-1)
+    drawn = jnp.where(among, jax.random.uniform(key, among.shape), 2.0)
+    drawn_at, at = jnp.argsort(drawn), jnp.argsort(~among, stable=True)  # those that count first
+    return rows.at[at].set(rows[drawn_at]).reshape(mask.shape)

@@ -1,6 +1,6 @@
 """Two decompositions of one target: which component of the one is which of the other?
 
-Shapes: C components of the first, D of the second.
+Shapes: C components of the first, D of the second; n and k pieces at a site.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from apd_jax import components as components_lib
@@ -62,3 +62,46 @@ def one_to_one(
     c, d = linear_sum_assignment(cosine, maximize=True)
     best = np.argsort(-cosine[c, d], kind="stable")
     return c[best], d[best]
+
+
+def mean_max_cosine(
+    first: Components,
+    second: Components,
+    alive: tuple[Bool[np.ndarray, " C"], Bool[np.ndarray, " D"]],
+) -> dict[str, float]:
+    r"""How near each piece of the first has a like one in the second, where pieces are U_j V_j.
+
+    Mean over the first's pieces of max_k at the same site, over the second's, of
+      U   |cos(U_j, U'_k)|, what is read
+      V   |cos(V_j, V'_k)|, what is written
+      UV  cos(U_j V_j, U'_k V'_k), the product of the two with their signs
+
+    Not symmetric, and higher by chance the more pieces the second has: a control of as many is
+    needed beside it.
+
+    Args:
+      alive: which components count, of each. A site where either has none is left out.
+    Returns: {} where pieces are no outer products of two vectors, or none count.
+    Cost: n·k·(d_in + d_out) per site.
+    """
+    found: dict[str, list[np.ndarray]] = {"U": [], "V": [], "UV": []}
+    for name, f in first.factors.items():
+        g = second.factors[name]
+        if f.rank != 1 or f.U.ndim != 3 or g.rank != 1:
+            return {}
+        ours, theirs = (_units(h, on) for h, on in zip((f, g), alive, strict=True))
+        cos = [a @ b.T for a, b in zip(ours, theirs, strict=True)]
+        if cos[0].size:
+            found["U"].append(np.abs(cos[0]).max(1))
+            found["V"].append(np.abs(cos[1]).max(1))
+            found["UV"].append((cos[0] * cos[1]).max(1))
+    return {of: float(np.concatenate(rows).mean()) for of, rows in found.items() if rows}
+
+
+def _units(f: Factors, alive: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Directions that the pieces of the components that count read and write, [n, d] each."""
+    count = np.asarray(f.take(jnp.asarray(alive)))
+    rows = (np.asarray(f.U)[count, :, 0], np.asarray(f.V)[count, 0])
+    lengths = [np.linalg.norm(a, axis=1, keepdims=True) for a in rows]
+    u, v = (a / np.where(n > 0, n, 1) for a, n in zip(rows, lengths, strict=True))
+    return u, v

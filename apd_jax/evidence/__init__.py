@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import datetime
 import functools
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,21 +17,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from apd_jax import evaluation as evaluation_lib
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.evaluation.general import STREAM
 from apd_jax.evidence import ablate, audit, controls, fit, length, retrain, truth
+from apd_jax.evidence.asking import Display, answers, chosen
+from apd_jax.evidence.budget import Clock
 from apd_jax.evidence.card import Evidence
-from apd_jax.evidence.check import Case, Check
+from apd_jax.evidence.check import EVALUATION_BATCHES, Case, Check
 from apd_jax.evidence.subject import Setting, make
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.targets.base import Target
+from apd_jax.train.progress import seconds
 
 CHECKS = (
     *(
@@ -53,7 +55,6 @@ CHECKS = (
         length.description_length,
     ),
 )
-EVALUATION_BATCHES = 20
 
 
 def evidence(
@@ -68,7 +69,8 @@ def evidence(
     other: Components | None = None,
     earlier: Mapping[int, Trained] | None = None,
     provenance: Mapping[str, Any] | None = None,
-    checks: Sequence[int] | None = None,
+    checks: Sequence[int | str] | None = None,
+    budget: int | float | str | None = None,
     console: Console | None = None,
 ) -> Evidence:
     """Fills the checks 1 to 19 for one decomposition; what cannot be computed for it says why.
@@ -88,34 +90,44 @@ def evidence(
       other: another run of the same target, matched with this one.
       earlier: {step: what was trained} of other checkpoints of this run.
       provenance: workdir, command, step of the run.
-      checks: the numbers of those to run; None runs all.
-      console: where a progress display goes.
+      checks: those to run, by number or name; a part of a name will do: ["faithfulness", 3]. None
+        runs all.
+      budget: of time, in seconds or as "90s", "5min", "1h30min". Small pieces are timed, and a
+        check that would not fit into what is left is not run and says what it would take. Those
+        that the verdict rests on come first. None runs all that is asked.
+      console: where the display goes that says which check is running, and since when; None: the
+        error stream.
     Raises:
-      InputError: several instances; no data; examples that are none.
-    Cost: without `full` some 400 sparse passes over the examples, a third of them with gradients.
+      InputError: several instances; no data; examples that are none; a check that does not exist;
+        a budget that is none.
+    Cost: without `full` some 1200 sparse passes over the examples, half of them with gradients.
     """
+    started, questions = time.monotonic(), chosen(CHECKS, checks)
+    allowed = None if budget is None else seconds(budget)
     method, problem = decomposition.method, decomposition.problem
     count = _num_examples(method, num_examples)
     key = jax.random.fold_in(jax.random.key(method.seed), STREAM + 2)
     draw, num_batches = _held_out(decomposition, x, key, count)
     about = _about(method, provenance or {})
     setting = Setting(problem, method)
-    case = Case(
-        subject=make(setting, problem.params, decomposition.trained, draw(0)),
-        decomposition=decomposition,
-        key=jax.random.fold_in(key, 1),
-        draw=draw,
-        num_batches=num_batches,
-        target=target,
-        evaluation=_evaluation(decomposition, target),
-        seeds=seeds,
-        other=other,
-        earlier=earlier or {},
-        provenance=about,
-        bits_per_rank=bits_per_rank,
-        full=full,
-    )
-    return Evidence(about, _asked(case, console, checks))
+    with Display(console, len(questions)) as display:
+        display.says("what the gate keeps")
+        case = Case(
+            subject=make(setting, problem.params, decomposition.trained, draw(0)),
+            decomposition=decomposition,
+            key=jax.random.fold_in(key, 1),
+            draw=draw,
+            num_batches=num_batches,
+            target=target,
+            seeds=seeds,
+            other=other,
+            earlier=earlier or {},
+            provenance=about,
+            bits_per_rank=bits_per_rank,
+            full=full,
+        )
+        clock = None if allowed is None else Clock(case, allowed, started)
+        return Evidence(about, answers(case, questions, display, clock))
 
 
 def _num_examples(method: Method, asked: int | None) -> int:
@@ -150,32 +162,6 @@ def _about(method: Method, provenance: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _asked(case: Case, console: Console | None, numbers: Sequence[int] | None) -> list[Check]:
-    """The checks of these numbers, with a progress display."""
-    chosen = [
-        ask for number, ask in enumerate(CHECKS, start=1) if numbers is None or number in numbers
-    ]
-    columns = (
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("{task.description}"),
-    )
-    found = []
-    with Progress(
-        *columns,
-        console=console,
-        disable=console is None or not console.is_terminal,
-        transient=True,
-    ) as progress:
-        task = progress.add_task("", total=len(chosen))
-        for ask in chosen:
-            progress.update(task, description=ask.__name__.replace("_", " "))
-            found.append(ask(case))
-            progress.advance(task)
-    return found
-
-
 def _held_out(decomposition: Decomposition, x: PyTree, key: jax.Array, num_examples: int):
     """i -> batch i of num_examples, and how many there are."""
     source = decomposition.problem.sample_fn
@@ -197,15 +183,6 @@ def _held_out(decomposition: Decomposition, x: PyTree, key: jax.Array, num_examp
         return jax.tree.map(lambda *parts: jnp.concatenate(parts)[:num_examples], *drawn)
 
     return batch, EVALUATION_BATCHES
-
-
-def _evaluation(decomposition: Decomposition, target: Target | None):
-    """The target's own metrics, on a few batches."""
-    if target is None:
-        return None
-    return evaluation_lib.evaluate(
-        target, decomposition, num_batches=EVALUATION_BATCHES, seed=decomposition.method.seed
-    )
 
 
 __all__ = ["CHECKS", "Case", "Check", "Evidence", "evidence"]

@@ -4,8 +4,12 @@ Checks 1 to 19 from the newest checkpoint, as evidence.json, evidence.md and fig
   python -m apd_jax.evidence --workdir=runs/tms
 Also those that need further runs (about twenty times the time of the run):
   python -m apd_jax.evidence --workdir=runs/tms --full
+Within five minutes, some of the checks, by number or name:
+  python -m apd_jax.evidence --workdir=runs/tms --budget=5min --checks=faithfulness,3,worst
 Also how far two runs of one target agree:
   python -m apd_jax.evidence --workdir=runs/a --other=runs/b
+Of a network of one's own (a workdir of decompose, or a saved decomposition):
+  python -m apd_jax.evidence --workdir=runs/mine --apply=nets:forward --data=inputs.npy
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from absl import app, flags
 
 from apd_jax.commands import cli
 from apd_jax.commands import evidence as workdir
+from apd_jax.commands.given import define_flags
 from apd_jax.errors import InputError
 from apd_jax.train import parallel
 
@@ -34,6 +39,17 @@ _NUM_EXAMPLES = flags.DEFINE_integer(
 )
 _BITS_PER_RANK = flags.DEFINE_float(
     "bits_per_rank", 1.0, "Description length: bits per rank per leaf of an active component."
+)
+_GIVEN = define_flags()
+
+_CHECKS = flags.DEFINE_list(
+    "checks", None, "Which checks, by number or (a part of the) name; by default all."
+)
+_BUDGET = flags.DEFINE_string(
+    "budget",
+    None,
+    "Time, in seconds or as 90s, 5min, 1h30min: a check that would not fit is not run and says "
+    "what it would take.",
 )
 
 
@@ -58,10 +74,13 @@ def main(argv: Sequence[str]) -> None:
                 _WORKDIR.value,
                 console,
                 full=_FULL.value,
+                checks=_CHECKS.value,
+                budget=_BUDGET.value,
                 other=_OTHER.value,
                 instance=_INSTANCE.value,
                 num_examples=_NUM_EXAMPLES.value,
                 bits_per_rank=_BITS_PER_RANK.value,
+                given=_GIVEN(),
             )
 
         parallel.from_primary(write)

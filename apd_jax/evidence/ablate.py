@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from apd_jax.evidence import bounds
-from apd_jax.evidence.check import ERROR_BAR, Case, Check
+from apd_jax.evidence.check import ERROR_BAR, Case, Check, Cost, asks
 from apd_jax.evidence.subject import Subject, distance, errors, fresh, joined, outputs, scaled
 from apd_jax.methods.optimizers import Trained
 from apd_jax.targets.base import Panel
@@ -36,6 +36,12 @@ TELLING = 10.0  # times the scale: a wider bound is given as a number only
 _BAR = f"≤ {ERROR_BAR:.0%} of the {{unit}}*"
 
 
+@asks(
+    4,
+    "random_ablation",
+    "Random partial ablation",
+    lambda case: Cost(forward=NUM_DRAWS + 4, programs=12),
+)
 def partial(case: Case) -> Check:
     """Check 4: inactive components scaled by independent random factors.
 
@@ -53,9 +59,6 @@ def partial(case: Case) -> Check:
         "init": case.relative(_redrawn_error(subject, jax.random.fold_in(key, 1))),
     }
     return Check(
-        4,
-        "random_ablation",
-        "Random partial ablation",
         passed=values["random"] <= ERROR_BAR,
         bar=_BAR.format(unit=case.unit),
         values=values,
@@ -138,6 +141,12 @@ def attack(
     return functools.reduce(jax.vmap(worse), list(climbs))
 
 
+def _attack_cost(case: Case) -> Cost:
+    """Two attacks; as programs they are larger than a pass, and so is the bound."""
+    return Cost(gradient=2 * NUM_STARTS * (LADDER[-1] + 1), programs=8)
+
+
+@asks(5, "worst_case_ablation", "Worst-case partial ablation", _attack_cost)
 def worst(case: Case) -> Check:
     """Check 5: the factors of inactive components chosen to do the most damage.
 
@@ -160,16 +169,13 @@ def worst(case: Case) -> Check:
         f"The worst factors found, shared over the batch, give an error of "
         f"{shared[LADDER[0]]:.2%}, {before:.2%} and {last:.2%} of the {case.unit} "
         f"after {', '.join(map(str, LADDER))} steps; "
-        f"chosen anew for every example {each[LADDER[-1]]:.2%}."
+        f"chosen anew for every {case.row} {each[LADDER[-1]]:.2%}."
     )
     bounded, said = _bounded(case, found_each[-1])
     values |= bounded
     text += said
     lines = {"shared over the batch": shared, "per example": each}
     return Check(
-        5,
-        "worst_case_ablation",
-        "Worst-case partial ablation",
         passed=bool(last <= ERROR_BAR and plateau),
         bar=_BAR.format(unit=case.unit)
         + f", and the last doubling of steps adds at most {PLATEAU:.0%}*",
@@ -213,6 +219,18 @@ def _bounded(case: Case, found: Float[Array, " n"]) -> tuple[dict[str, float], s
 
 
 @jax.jit
+def alone(subject: Subject) -> Float[Array, " C"]:
+    """The mean error with all components on but one, of every one. Cost: C sparse passes."""
+    C = subject.num_components
+
+    def without(c):
+        on = jnp.broadcast_to(jnp.arange(C) != c, subject.mask.shape)
+        return jnp.mean(errors(subject, on))
+
+    return jax.lax.map(without, jnp.arange(C))
+
+
+@jax.jit
 def trajectories(subject: Subject, key: PRNGKeyArray) -> dict[str, Float[Array, " points"]]:
     """Mean error along three curves from all components on (t = 0) to active ones only (t = 1).
 
@@ -243,6 +261,12 @@ def trajectories(subject: Subject, key: PRNGKeyArray) -> dict[str, Float[Array, 
     return jax.lax.map(at, jnp.linspace(0, 1, CURVE_POINTS))
 
 
+@asks(
+    6,
+    "monotone_trajectories",
+    "Ablation trajectories",
+    lambda case: Cost(forward=3 * CURVE_POINTS, programs=2),
+)
 def monotone(case: Case) -> Check:
     """Check 6: the error stays low from all components on to the active ones only.
 
@@ -257,19 +281,16 @@ def monotone(case: Case) -> Check:
     }
     labels = {
         "joint": "scaled together",
-        "by_attribution": "one by one, least attributed first",
+        "by_attribution": f"one by one, least {case.subject.ranked_by} first",
         "random_order": "one by one, at random",
     }
     return Check(
-        6,
-        "monotone_trajectories",
-        "Ablation trajectories",
         passed=all(curve.max() <= ERROR_BAR for curve in curves.values()),
         bar=_BAR.format(unit=case.unit) + " everywhere on all three curves",
         values=values,
         text=f"From all components to the active ones the error is at most "
         f"{values['joint_max']:.2%} of the {case.unit} with the others scaled down together, "
-        f"{values['by_attribution_max']:.2%} removed in the order of attribution, and "
+        f"{values['by_attribution_max']:.2%} removed in the order of {case.subject.ranked_by}, and "
         f"{values['random_order_max']:.2%} removed in random order.",
         budget=f"{CURVE_POINTS} points per curve, {case.examples}",
         arrays={f"trajectory_{name}": curve for name, curve in curves.items()},

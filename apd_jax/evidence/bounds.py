@@ -81,9 +81,11 @@ def error_bound(subject: Subject, count: int) -> Float[Array, " n"]:
     """
     lo, hi = output_bounds(subject, count)
     target = subject.target_out[:count]
-    if subject.setting.method.minimality_loss == "kl":
+    if subject.setting.method.distance == "kl":
         log_p = jax.nn.log_softmax(target)
         each = jnp.sum(jnp.exp(log_p) * (log_p - lo), axis=-1) + jax.nn.logsumexp(hi, axis=-1)
+    elif callable(subject.setting.method.distance):
+        raise UnboundedError("there is no bound for a loss that is a function of its own.")
     else:
         each = jnp.maximum((hi - target) ** 2, (lo - target) ** 2)
     return jnp.mean(each.reshape(count, -1), axis=1)

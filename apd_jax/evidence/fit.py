@@ -8,7 +8,6 @@ Shapes: n examples, C components.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,10 +21,9 @@ from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.evidence import ablate
 from apd_jax.evidence import length as length_lib
-from apd_jax.evidence.check import ERROR_BAR, Case, Check
-from apd_jax.evidence.subject import Subject, distance, errors, make, norms, outputs
+from apd_jax.evidence.check import ERROR_BAR, FIRING_BATCHES, Case, Check, Cost, asks
+from apd_jax.evidence.subject import Subject, distance, errors, make, outputs
 from apd_jax.network.outputs import outputs as outputs_of
-from apd_jax.targets import scoring
 from apd_jax.targets.base import Panel
 from apd_jax.targets.scoring import ALIVE_NORM
 
@@ -35,7 +33,6 @@ SIZE_BAR = 0.01  # norm ratio and gain lie within 1 ± this
 THRESHOLD = 0.1  # of the largest attribution in the batch
 # The least active alive component fires this many times as often as the most active dead one.
 SHARP = 10.0
-FIRING_BATCHES = 10
 # The losses that must have levelled off: all but those whose coefficient or power is annealed.
 LEVELLED = (
     *("faithfulness", "minimality", "simplicity"),
@@ -56,15 +53,15 @@ def _unmasked_error(subject: Subject) -> Float[Array, ""]:
     )
 
 
+@asks(
+    1, "parameter_faithfulness", "Parameter faithfulness", lambda case: Cost(forward=3, programs=2)
+)
 def faithfulness(case: Case) -> Check:
     """Check 1: do the components sum to the network?"""
     s = case.subject
     parameters = float(components_lib.relative_parameter_error(s.components, s.params))
     unmasked = case.relative(_unmasked_error(s))
     return Check(
-        1,
-        "parameter_faithfulness",
-        "Parameter faithfulness",
         passed=parameters <= PARAMETER_BAR and unmasked <= UNMASKED_BAR,
         bar=f"parameters ≤ {PARAMETER_BAR:g}*, "
         f"all components on ≤ {UNMASKED_BAR:.0%} of the {case.unit}*",
@@ -75,52 +72,49 @@ def faithfulness(case: Case) -> Check:
     )
 
 
+@asks(3, "sparse_reconstruction", "Sparse reconstruction", lambda case: Cost(forward=8, programs=2))
 def sparse(case: Case) -> Check:
     """Check 3: the error with the active components only.
 
     Kept as in training, and by choices that were not trained on.
     """
     s = case.subject
-    setting, k, C = s.setting, s.k, s.num_components
-    choosable = C - setting.method.always_on
+    setting, k = s.setting, s.k
     masks = {
         "trained": s.mask,
         "top1": setting.largest(s.scores, s.x, 1, each=True),
         "threshold": s.scores >= THRESHOLD * jnp.max(s.scores),
         "k": setting.largest(s.scores, s.x, k),
         "half_k": setting.largest(s.scores, s.x, k / 2),
-        "double_k": setting.largest(s.scores, s.x, min(2 * k, choosable)),
+        "double_k": setting.largest(s.scores, s.x, min(2 * k, s.num_choosable)),
         "all": jnp.ones_like(s.mask),
         "none": setting.largest(s.scores, s.x, 0.0),
     }
     values = {name: case.relative(jnp.mean(errors(s, mask))) for name, mask in masks.items()}
-    rows = s.mask.size / C
-    active = float(jnp.sum(s.mask[..., setting.method.always_on :])) / rows
+    active = float(s.active)
     at_k = ", ".join(
         f"at k = {of * k:g} {values[name]:.2%}"
         for name, of in {"half_k": 0.5, "k": 1, "double_k": 2}.items()
     )
     return Check(
-        3,
-        "sparse_reconstruction",
-        "Sparse reconstruction",
         passed=values["trained"] <= ERROR_BAR,
         bar=f"≤ {ERROR_BAR:.0%} of the {case.unit}* as trained; the others are reported",
         values=values
         | {
             "trained_active": active,
-            "threshold_active": float(jnp.sum(masks["threshold"])) / rows,
+            "threshold_active": float(s.mean(jnp.sum(masks["threshold"], axis=-1))),
             "topk": k,
         },
-        text=f"With the components kept as in training ({s.kept}; {active:.3g} per input) "
+        text=f"With the components kept as in training ({s.kept}; {active:.3g} per {case.row}) "
         f"the error is {values['trained']:.2%} of the {case.unit}; {at_k}, "
-        f"with the largest of every example {values['top1']:.2%}, "
-        f"with all above {THRESHOLD:.0%} of the largest attribution {values['threshold']:.2%}, "
+        f"with the largest of every {case.row} {values['top1']:.2%}, "
+        f"with all above {THRESHOLD:.0%} of the largest {s.ranked_by} {values['threshold']:.2%}, "
         f"with none {values['none']:.2%}.",
         budget=case.examples,
     )
 
 
+@asks(11, "shrinkage", "Shrinkage", lambda case: Cost(forward=2, programs=1))
 def shrinkage(case: Case) -> Check:
     """Check 11: are components and outputs as large as they should be?
 
@@ -130,7 +124,7 @@ def shrinkage(case: Case) -> Check:
     norm_ratio: ‖Σ_c P_c‖ / ‖θ*‖. Where the features' own weights are known, the mean norm ratio of
       the components that hold them.
     """
-    s, kl = case.subject, case.decomposition.method.minimality_loss == "kl"
+    s, kl = case.subject, case.decomposition.method.distance == "kl"
     none = outputs(s, jnp.zeros(s.mask.shape))
     out, target = (
         o - jnp.mean(o, axis=-1, keepdims=True) if kl else o
@@ -147,9 +141,6 @@ def shrinkage(case: Case) -> Check:
         ]
         ratio, of = (squares[0] / squares[1]) ** 0.5, "the components' sum has"
     return Check(
-        11,
-        "shrinkage",
-        "Shrinkage",
         passed=abs(gain - 1) <= SIZE_BAR and abs(ratio - 1) <= SIZE_BAR,
         bar=f"1 ± {SIZE_BAR:g}* both",
         values={"norm_ratio": ratio, "gain": gain},
@@ -164,30 +155,12 @@ def _summed_and_target(s: Subject):
     return [components_lib.decomposed_leaves(s.components, params) for params in (summed, s.params)]
 
 
-@jax.jit
-def _fired(subject: Subject) -> Float[Array, " C"]:
-    return jnp.mean(
-        subject.mask & (subject.scores > 0),
-        axis=range(subject.mask.ndim - 1),
-        dtype=jnp.float32,
-    )
-
-
-def alive(subject: Subject, case: Case) -> tuple[np.ndarray, np.ndarray]:
-    """Firing rates [C] on held-out batches, and which components live.
-
-    Those that are kept somewhere, with more than ALIVE_NORM of the largest norm.
-    """
-    rates, s = [_fired(subject)], subject
-    for i in range(1, min(FIRING_BATCHES, case.num_batches)):
-        rates.append(_fired(make(s.setting, s.params, s.trained, case.draw(i))))
-    rate = np.mean(jax.device_get(rates), axis=0)
-    return rate, scoring.alive_components(rate, np.asarray(norms(s.components)))
-
-
+@asks(
+    12, "alive_components", "Alive components", lambda case: Cost(gate=FIRING_BATCHES, programs=1)
+)
 def alive_components(case: Case) -> Check:
     """Check 12: how many components are used, and is it clear which?"""
-    rates, living = alive(case.subject, case)
+    rates, living = case.alive
     batches = min(FIRING_BATCHES, case.num_batches)
     floor = 1 / (2 * batches * case.subject.mask.shape[0])  # less than once
     lowest = rates[living].min() if living.any() else floor
@@ -209,9 +182,6 @@ def alive_components(case: Case) -> Check:
         passed = bool(lowest >= SHARP * highest)
     order = np.argsort(-rates, kind="stable")
     return Check(
-        12,
-        "alive_components",
-        "Alive components",
         passed=passed,
         bar=f"the least used alive component fires ≥ {SHARP:g} times as often as the most used "
         "dead one*",
@@ -234,6 +204,14 @@ def alive_components(case: Case) -> Check:
     )
 
 
+def _plateau_cost(case: Case) -> Cost:
+    """Of every earlier checkpoint, and of this one, checks 2 and half of 5."""
+    count = len(case.earlier) + 1 if case.earlier else 0
+    passes = {"forward": length_lib.NUM_KS, "gradient": ablate.NUM_STARTS * (ablate.LADDER[-1] + 1)}
+    return Cost(**{name: count * number for name, number in passes.items()}, gate=count)
+
+
+@asks(17, "convergence", "Convergence", _plateau_cost)
 def convergence(case: Case) -> Check:
     """Check 17: has training levelled off?
 
@@ -241,7 +219,6 @@ def convergence(case: Case) -> Check:
     kept, what checks 2, 3 and 5 measure is reported for each of them.
     """
     about = {
-        **{"number": 17, "name": "convergence", "title": "Convergence"},
         "bar": f"from one tenth of the log to the next the mean moves by ≤ {LEVEL:.0%}, "
         f"within {STANDARD_ERRORS:g} standard errors, "
         f"or by ≤ {IMMATERIAL:.0%} of the bars of checks 1 and 3*",
@@ -254,9 +231,7 @@ def convergence(case: Case) -> Check:
     values, level = _levelled(case, rows, length)
     for step, trained in case.earlier.items():
         s = make(case.subject.setting, case.subject.params, trained, case.subject.x)
-        values |= {
-            f"{name}_at_{step}": value for name, value in _plateau(replaced(case, s)).items()
-        }
+        values |= {f"{name}_at_{step}": value for name, value in _plateau(case.about(s)).items()}
     if case.earlier:
         values |= {f"{name}_now": value for name, value in _plateau(case).items()}
     changes = ", ".join(
@@ -313,6 +288,7 @@ def _plateau(case: Case) -> dict[str, float]:
     }
 
 
+@asks(18, "provenance", "Provenance")
 def provenance(case: Case) -> Check:
     """Check 18: is it known where these numbers come from?"""
     given = {
@@ -323,17 +299,9 @@ def provenance(case: Case) -> Check:
     run = given["workdir"] or "a decomposition in memory"
     where = f"Step {given['step']} of {run}, seed {given['seed']}, on {given['device']}"
     return Check(
-        18,
-        "provenance",
-        "Provenance",
         passed=None if missing else True,
         bar="run, command, step, seed and device are known",
         values=values,
         text=f"{where}, by `{given['command']}`.",
         why=f"not known: {', '.join(missing)}" if missing else "",
     )
-
-
-def replaced(case: Case, subject: Subject) -> Case:
-    """The same case about another subject."""
-    return dataclasses.replace(case, subject=subject)

@@ -36,6 +36,11 @@ class Agreement:
         """Of the large components, how many have a partner with a cosine of at least SAME."""
         return float((self.cosine[self.large] >= SAME).mean()) if self.large.any() else 0.0
 
+    def carried(self, change: Float[np.ndarray, " C"]) -> float:
+        """Of what ablating components one by one changes, the share of those found again."""
+        found = self.large & (self.cosine >= SAME)
+        return float(change[found].sum() / max(change.sum(), 1e-30))
+
 
 def agreement(a: Components, b: Components) -> Agreement:
     """Matches components one to one so that the sum of their cosines is largest.

@@ -11,15 +11,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.components import Components
-from apd_jax.decomposition import activity_of
 from apd_jax.evaluation import masks
 from apd_jax.forward import sparse
 from apd_jax.gates.base import INPUTS
+from apd_jax.methods import observe
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import outputs as outputs_of
@@ -85,17 +86,38 @@ class Subject:
         return INPUTS not in gate.reads
 
     @property
+    def ranked_by(self) -> str:
+        """What the scores are, in words."""
+        return "attribution" if self.ranks_by_attributions else "score of the gate"
+
+    @property
     def num_components(self) -> int:
         return self.mask.shape[-1]
 
     @property
+    def choosable(self) -> Bool[np.ndarray, " C"]:
+        """Which components are not on for every input whatever it is."""
+        return np.arange(self.num_components) >= self.setting.method.always_on
+
+    @property
+    def num_choosable(self) -> int:
+        return int(self.choosable.sum())
+
+    def mean(self, values: Array) -> Float[Array, ""]:
+        """Of values [n], or [n, T] without padding."""
+        weights, _ = position_weights(self.setting.problem.valid(self.x))
+        return jnp.mean(values if values.ndim == 1 else losses.weighted(values, weights))
+
+    @property
+    def active(self) -> Float[Array, ""]:
+        """The mean number of components that are active, beside those always on."""
+        return self.mean(jnp.sum(self.mask[..., self.choosable], axis=-1))
+
+    @property
     def k(self) -> float:
-        """k as it was set, else the mean number of active components per input."""
-        method = self.setting.method
-        if method.k is not None:
-            return float(method.k)
-        rows = self.mask.size / self.num_components
-        return float(jnp.sum(self.mask[..., method.always_on :])) / rows
+        """k as it was set, else the mean number of active components per input (position)."""
+        k = self.setting.method.k
+        return float(self.active if k is None else k)
 
     @property
     def kept(self) -> str:
@@ -112,15 +134,15 @@ def make(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> Subje
 def _measured(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> tuple[Array, ...]:
     problem = setting.problem
     out = outputs_of(problem.apply_fn(params, x))
-    activity = activity_of(setting.method, problem, trained, params, x)
+    activity = observe.activity(setting.method, problem, trained, params, x)
     return out, activity.scores, activity.active, activity.values
 
 
 def distance(subject: Subject, out: Float[Array, "n ..."]) -> Float[Array, " n"]:
-    """D(target, out) of every example, in the measure of training (`minimality_loss`)."""
+    """D(target, out) of every example, in the method's `distance`."""
     setting = subject.setting
     weights, _ = position_weights(setting.problem.valid(subject.x))
-    kind = setting.method.minimality_loss
+    kind = setting.method.distance
 
     def one(out: Array, target_out: Array, weights: Any) -> Array:
         row = None if weights is None else weights[None]
@@ -158,6 +180,19 @@ def scaled(subject: Subject, factors: Float[Array, "..."]) -> Float[Array, "n *T
 
 
 @jax.jit
+def fired(subject: Subject) -> Float[Array, " C"]:
+    """The share of examples (of positions without padding) on which each component is active.
+
+    And has a score above 0.
+    """
+    on = subject.mask & (subject.scores > 0)
+    share = 1.0
+    if on.ndim == 3:
+        share = position_weights(subject.setting.problem.valid(subject.x))[1]
+    return jnp.mean(on, axis=range(on.ndim - 1), dtype=jnp.float32) / share
+
+
+@jax.jit
 def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Mean distances of outputs that owe the components nothing.
 
@@ -166,12 +201,9 @@ def baselines(subject: Subject) -> tuple[Float[Array, ""], Float[Array, ""]]:
     none: with the decomposed weights at zero. Less than the other where much of the output bypasses
       them (a residual stream).
     """
-    out = losses.single(subject.target_out)
-    kl = subject.setting.method.minimality_loss == "kl"
+    out, kind = subject.target_out, subject.setting.method.distance
     weights, _ = position_weights(subject.setting.problem.valid(subject.x))
-    counted = losses.weighted(jax.nn.softmax(out) if kl else out, weights)
-    mean = jnp.mean(counted, axis=range(out.ndim - 1))
-    constant = jnp.log(mean + 1e-30) if kl else mean
+    constant = losses.best_constant(out, kind, weights)
     none = errors(subject, jnp.zeros(subject.mask.shape))
     return jnp.mean(distance(subject, jnp.broadcast_to(constant, out.shape))), jnp.mean(none)
 

@@ -6,16 +6,19 @@ part of it.
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float, Int
 
 from apd_jax import components as components_lib
 from apd_jax.evaluation import geometry, scrub
 from apd_jax.evaluation.masks import always_on as always_on_mask
-from apd_jax.evidence.check import ERROR_BAR, Case, Check
+from apd_jax.evidence.check import ERROR_BAR, EVALUATION_BATCHES, Case, Check, Cost, asks
 from apd_jax.evidence.subject import Subject, errors, norms
+from apd_jax.network.outputs import outputs as outputs_of
 from apd_jax.targets.base import FeatureTarget
 from apd_jax.targets.scoring import large_components
 
@@ -24,15 +27,21 @@ COSINE_BAR, NORM_BAR, PURITY_BAR = 0.999, 0.01, 0.98
 _NO_FEATURES = "the truth of this target is not one weight vector per input feature"
 
 
+def _of_features(case: Case) -> Cost:
+    """The target's own metrics, on their batches; nothing where there is no target."""
+    passes = 5 * EVALUATION_BATCHES
+    return Cost(forward=passes, programs=2) if case.target else Cost()
+
+
+@asks(7, "scrubbing", "Scrubbing", _of_features)
 def scrubbing(case: Case) -> Check:
     """Check 7: an input's features need their own components and no others.
 
     APD's protocol; see `apd_jax.evaluation.scrub`.
     """
-    about = {"number": 7, "name": "scrubbing", "title": "Scrubbing"}
     target, s = case.target, case.subject
     if not isinstance(target, FeatureTarget) or case.evaluation is None:
-        return Check(**about, why=_NO_FEATURES)
+        return Check(why=_NO_FEATURES)
     owner = jnp.asarray(case.evaluation.arrays["component_of_feature"])
     needed = scrub.needed(s.x, owner, s.num_components)
     always_on = always_on_mask(s.setting.method.always_on, s.num_components)
@@ -47,7 +56,6 @@ def scrubbing(case: Case) -> Check:
         lost["monosemantic"] = scrub.per_example_loss(target.monosemantic_fn(s.x), s.target_out)
     values = {name: case.relative(jnp.mean(error)) for name, error in lost.items()}
     return Check(
-        **about,
         passed=values["scrubbed"] <= ERROR_BAR
         and values["antiscrubbed"] >= SEPARATION * values["scrubbed"],
         bar=f"scrubbed ≤ {ERROR_BAR:.0%} of the {case.unit}*, "
@@ -61,33 +69,39 @@ def scrubbing(case: Case) -> Check:
     )
 
 
+@asks(10, "geometry", "Geometry", _of_features)
 def geometry_of(case: Case) -> Check:
     """Check 10: each feature's weights in one component of its own, in direction and length.
 
     Matched one to one.
     """
-    about = {"number": 10, "name": "geometry", "title": "Geometry"}
     evaluation = case.evaluation
     if evaluation is None:
-        return Check(**about, why=_NO_FEATURES)
-    m, labels = evaluation.metrics, evaluation.labels
+        return Check(why=_NO_FEATURES)
+    m, labels, s = evaluation.metrics, evaluation.labels, case.subject
     if not isinstance(case.target, FeatureTarget):
         known = {name: m[name] for name in labels}
         text = ". ".join(f"{labels[name]}: {value:.4g}" for name, value in known.items())
-        return Check(**about, values=known, text=text, why=_NO_FEATURES)
+        return Check(values=known, text=text, why=_NO_FEATURES)
     P, W = (evaluation.arrays[f"feature_weights_{of}"] for of in ("components", "target"))
-    pure = purity(P, W)
+    pure, each = purity(P, W), geometry.per_feature(P, W)
+    owner = geometry.one_to_one(geometry.cosines(P, W), geometry.norm_ratios(P, W))
+    lost = np.asarray(ablated_alone(s, jnp.asarray(case.target.probes), jnp.asarray(owner)))
+    order = np.argsort(lost, kind="stable")
+    columns = {"feature": np.arange(len(owner)), "component": owner}
+    columns |= {"cosine": each["mmcs_one_to_one"], "norm ratio": each["ml2r_one_to_one"]}
+    columns |= {"purity": pure, "lost when ablated alone": lost}
     names = ("mmcs", "ml2r", "mmcs_one_to_one", "ml2r_one_to_one")
     values = {name: m[name] for name in (*names, "num_features_owned", "num_features")}
-    values |= {"purity": float(pure.mean()), "cross_leaf_share": cross_leaf_share(case.subject)}
-    for leaf, (parts, whole) in leaf_parts(case.target, case.subject).items():
+    values |= {"purity": float(pure.mean()), "cross_leaf_share": cross_leaf_share(s)}
+    values |= {"ablation_mean": float(lost.mean()), "ablation_least": float(lost.min())}
+    for leaf, (parts, whole) in leaf_parts(case.target, s).items():
         scores = geometry.scores(parts, whole)
         values |= {
             f"{name}_{leaf}": scores[name] for name in ("mmcs_one_to_one", "ml2r_one_to_one")
         }
     cosine, ratio = values["mmcs_one_to_one"], values["ml2r_one_to_one"]
     return Check(
-        **about,
         passed=cosine >= COSINE_BAR
         and abs(ratio - 1) <= NORM_BAR
         and values["purity"] >= PURITY_BAR,
@@ -96,10 +110,29 @@ def geometry_of(case: Case) -> Check:
         values=values,
         text="No component used twice, the mean cosine with the features' weights is "
         f"{cosine:.4f}, the norm ratio {ratio:.3f}, purity {values['purity']:.1%}; "
-        f"{m['num_features_owned']} of {m['num_features']} features have a component of their own.",
+        f"{m['num_features_owned']} of {m['num_features']} features have a component of their own. "
+        "Ablated alone, it takes on average "
+        f"{lost.mean():.1%} of what the components do for its feature, at the least "
+        f"{lost.min():.1%}.",
         budget=f"{m['num_features']} features",
-        arrays={"purity_of_feature": pure},
+        arrays={"purity_of_feature": pure, "ablation_of_feature": lost},
+        columns={name: np.asarray(column)[order] for name, column in columns.items()},
     )
+
+
+@jax.jit
+def ablated_alone(
+    subject: Subject, probes: Float[Array, "F ..."], owner: Int[Array, " F"]
+) -> Float[Array, " F"]:
+    """Of what the components do for a feature alone, how much its own component's ablation takes.
+
+    D(without it) / D(without any), each on the input of the feature alone; 0 for one left over.
+    """
+    out = outputs_of(subject.setting.problem.apply_fn(subject.params, probes))
+    on = owner[:, None] != jnp.arange(subject.num_components)[None]
+    at = dataclasses.replace(subject, x=probes, target_out=out, mask=on)
+    none = errors(at, jnp.zeros_like(on))
+    return jnp.where(owner >= 0, errors(at, on) / jnp.maximum(none, 1e-30), 0.0)
 
 
 def purity(P: Float[np.ndarray, "C F d"], W: Float[np.ndarray, "F d"]) -> Float[np.ndarray, " F"]:

@@ -24,8 +24,8 @@ from apd_jax.components.layout import Layout
 from apd_jax.errors import InputError
 from apd_jax.forward import meetings
 from apd_jax.forward.dispatch import is_lookup
-from apd_jax.forward.harvest import harvest
-from apd_jax.forward.meetings import Meeting, Sites
+from apd_jax.forward.harvest import Seen, harvest
+from apd_jax.forward.meetings import Found, Meeting, Sites
 from apd_jax.forward.rules import conv_patches
 
 
@@ -75,7 +75,7 @@ def inputs(
     leaves = {name: leaf for name, leaf in named_leaves(params).items() if leaf is not None}
     shapes = {name: tuple(leaf.shape) for name, leaf in leaves.items()}
     known = Sites(shapes, _layouts(apply_fn, params, sites, x, shapes))
-    T = _num_positions(x, num_positions) if per_position else None
+    T = num_positions_of(x, num_positions) if per_position else None
 
     def one(x_b: PyTree) -> tuple[Any, dict[str, Reading]]:
         batch = jax.tree.map(lambda a: a[None], x_b)
@@ -83,14 +83,29 @@ def inputs(
         found = meetings.find(closed.jaxpr, known, jax.tree.leaves(batch), T)
         args = [*leaves.values(), *jax.tree.leaves(batch)]
         outs, seen = harvest(closed.jaxpr, closed.consts, args, found.watch)
-        read = {
-            name: _reading(name, uses, [seen[use.key] for use in uses], known, T)
-            for name, uses in found.uses.items()
-        }
+        read = readings(found, seen, known, T)
         out = jax.tree.unflatten(jax.tree.structure(result), outs)
         return jax.tree.map(lambda a: a[0], out), read
 
     return jax.vmap(one)(x)
+
+
+def readings(found: Found, seen: Seen, known: Sites, T: int | None) -> dict[str, Reading]:
+    """What every site reads of one example, from the activations that were handed out."""
+    return {
+        name: _reading(name, uses, [seen[use.key] for use in uses], known, T)
+        for name, uses in found.uses.items()
+    }
+
+
+def order(apply_fn: Callable, params: PyTree, components: Components, x: PyTree) -> list[str]:
+    """The sites in the order in which the network first uses them. Cost: one trace."""
+    leaves = {name: leaf for name, leaf in named_leaves(params).items() if leaf is not None}
+    layouts = {name: f.axes for name, f in components.factors.items()}
+    known = Sites({name: tuple(leaf.shape) for name, leaf in leaves.items()}, layouts)
+    one = jax.tree.map(lambda a: a[:1], x)
+    closed = jax.make_jaxpr(apply_fn)(params, one)
+    return list(meetings.find(closed.jaxpr, known, jax.tree.leaves(one), None).uses)
 
 
 def inner(f: Factors, reading: Reading) -> Array:
@@ -127,7 +142,8 @@ def _layouts(
     return {name: found.get(name, Layout.default(len(shapes[name]))) for name in sites}
 
 
-def _num_positions(x: PyTree, told: int | None) -> int:
+def num_positions_of(x: PyTree, told: int | None = None) -> int:
+    """T: what is told, or axis 1 of all inputs with two axes or more."""
     sizes = {leaf.shape[1] for leaf in jax.tree.leaves(x) if leaf.ndim > 1}
     if told is None and len(sizes) != 1:
         raise InputError(

@@ -79,7 +79,7 @@ def kept_product(x: Array, U: Array, V: Array, mask: Array, plan: Plan | None) -
     over examples (x, mask batched; the others not) all of them are taken together; `plan` is for
     all of them.
     """
-    return _masked(x, U, V, mask)
+    return masked(x, U, V, mask)
 
 
 @kept_product.def_vmap
@@ -90,15 +90,16 @@ def _(axis_size, in_batched, x, U, V, mask, plan):
         axes = [
             0 if batched else None for batched in (x_batched, U_batched, V_batched, mask_batched)
         ]
-        return jax.vmap(_masked, in_axes=axes)(x, U, V, mask), True
+        return jax.vmap(masked, in_axes=axes)(x, U, V, mask), True
     if not x_batched:
         x = jnp.broadcast_to(x, (axis_size, *x.shape))
     merged, flags = x.reshape(-1, *x.shape[2:]), mask.reshape(-1, mask.shape[-1])
-    out = _masked(merged, U, V, flags) if plan is None else _dispatched(merged, U, V, plan)
+    out = masked(merged, U, V, flags) if plan is None else _dispatched(merged, U, V, plan)
     return out.reshape(*x.shape[:3], -1), True
 
 
-def _masked(x, U, V, mask):
+def masked(x, U, V, mask, plan=None):
+    """The same for all pairs, whatever the plan; with derivatives of every kind."""
     inner = read_all(x, U) * mask[:, None, :, None].astype(U.dtype)
     return (
         inner.reshape(-1, inner.shape[2] * inner.shape[3]) @ V.reshape(-1, V.shape[-1])

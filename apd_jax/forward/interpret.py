@@ -40,8 +40,8 @@ def run(
         return v.val if isinstance(v, Literal) else env[v]
 
     for i, eqn in enumerate(jaxpr.eqns):
-        outputs = _outputs(eqn, [read(v) for v in eqn.invars], scope, i)
-        env.update(zip(eqn.outvars, outputs, strict=True))
+        outs = outputs(eqn, [read(v) for v in eqn.invars], scope, i)
+        env.update(zip(eqn.outvars, outs, strict=True))
     return [read(v) for v in jaxpr.outvars]
 
 
@@ -50,7 +50,8 @@ def arrays(values: Sequence[Value]) -> list[Any]:
     return [value.materialise() if isinstance(value, Kappa) else value for value in values]
 
 
-def _outputs(eqn: JaxprEqn, values: list[Value], scope: Scope | None, i: int) -> Sequence[Value]:
+def outputs(eqn: JaxprEqn, values: list[Value], scope: Scope | None, i: int) -> Sequence[Value]:
+    """The results of operation i of a jaxpr."""
     name, out = eqn.primitive.name, None
     if any(isinstance(value, Kappa) for value in values):
         if name in _INNER:
@@ -121,26 +122,34 @@ def _scan(
     num_carry: int,
     **_: Any,
 ) -> list[Any]:
-    """Weights that all steps share are formed before the loop where it pays.
+    fixed, start, stacked = of_scan(values, length, num_consts, num_carry)
 
-    Stacked ones are sliced as they are.
+    def body(carry, x):
+        outs = arrays(run(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *x, scope=scopes(0)))
+        return outs[:num_carry], outs[num_carry:]
+
+    carry, ys = lax.scan(body, start, stacked, length=length, reverse=reverse, unroll=unroll)
+    return [*carry, *ys]
+
+
+def of_scan(
+    values: Sequence[Value], length: int, num_consts: int, num_carry: int
+) -> tuple[list[Value], list[Any], list[Value]]:
+    """What all steps of a scan share, what it starts with, and what it goes through.
+
+    Weights that all steps share are formed before the loop where it pays. Stacked ones are sliced
+    as they are.
     """
+    first = num_consts + num_carry
     fixed = [
         value.before_loop(length) if isinstance(value, Kappa) else value
         for value in values[:num_consts]
     ]
     stacked = [
         value.materialise() if isinstance(value, Kappa) and value.current[0] != "b" else value
-        for value in values[num_consts + num_carry :]
+        for value in values[first:]
     ]
-
-    def body(carry, x):
-        outs = arrays(run(jaxpr.jaxpr, jaxpr.consts, *fixed, *carry, *x, scope=scopes(0)))
-        return outs[:num_carry], outs[num_carry:]
-
-    start = arrays(values[num_consts : num_consts + num_carry])
-    carry, ys = lax.scan(body, start, stacked, length=length, reverse=reverse, unroll=unroll)
-    return [*carry, *ys]
+    return fixed, arrays(values[num_consts:first]), stacked
 
 
 _INNER = {

@@ -28,7 +28,7 @@ from apd_jax.collectives import into_components, over_components
 from apd_jax.components import Factors, layout
 from apd_jax.errors import InputError
 from apd_jax.forward.at_zero import AT_ZERO, at_zero, moved_from_zero
-from apd_jax.forward.dispatch import Plan, is_lookup, kept_product, read
+from apd_jax.forward.dispatch import Plan, is_lookup, kept_product, masked, read
 
 _FORMING = 3  # a multiplication that forms κ costs so many of a product: it waits for memory (CPU)
 
@@ -50,6 +50,7 @@ class Kappa:
              cheaper     kept or dense, whichever takes fewer operations for the rows of one product
              gradient    θ* + Σ_j w_j P_j at w = 0, with its derivative in w, by reverse mode
              tangent     the same by forward mode
+             cut         kept, with no derivative by what it multiplies: only by w and β
              activation  θ*, with Σ ‖rows · P_j‖² over all uses in place of the derivative in w
     """
 
@@ -223,6 +224,7 @@ class Kappa:
         U, V = self.matrices(reading, ins)
         rows = rows if is_lookup(rows) else rows.astype(jnp.result_type(rows, U))
         flavor = self._cheaper(rows, U, V) if self.flavor == "cheaper" else self.flavor
+        rows = lax.stop_gradient(rows) if flavor == "cut" else rows
         base = None if self.base is None else self._matrix(self.base, reading, ins)
         if flavor in AT_ZERO:
             fn = moved_from_zero if flavor == "tangent" else _AT_ZERO[flavor == "activation"]
@@ -230,7 +232,8 @@ class Kappa:
         if flavor == "dense" and (formed := self._formed_for_product()) is not None:
             whole = self._matrix(formed, reading, ins)
             return self._over_batch(_dense_product)(rows, U, V, self.weights, whole)
-        fn, more = (kept_product, self.plan) if flavor == "kept" else (_dense_product, None)
+        products = {"kept": (kept_product, self.plan), "cut": (masked, None)}
+        fn, more = products.get(flavor, (_dense_product, None))
         meeting = rows if is_lookup(rows) else into_components(rows, self.axis)
         out = self._over_batch(fn)(meeting, U, V, self.weights, more)
         out = over_components(out, self.axis)

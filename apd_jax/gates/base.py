@@ -16,7 +16,7 @@ from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax.collectives import place, psum
-from apd_jax.components import Components
+from apd_jax.components import Components, Factors, map_sites
 
 ATTRIBUTIONS, INPUTS = "attributions", "inputs"  # what a gate may read
 
@@ -166,6 +166,55 @@ class AlwaysOn:
         return Activity(
             values, found.active | on, found.scores if scores is None else scores, upper
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class AnyOf:
+    """Components that are groups of the `inner` gate's: on where any of their parts is.
+
+    g_c = max over the parts of c. numbers: the component that each part belongs to; (): itself.
+    own_numbers: whether parts are numbered one site after another, or alike at every site.
+    """
+
+    inner: Any
+    numbers: tuple[int, ...]
+    own_numbers: bool
+
+    @property
+    def reads(self) -> frozenset[str]:
+        return self.inner.reads
+
+    @property
+    def says(self) -> str:
+        return self.inner.says + ", of any part"
+
+    def rule(self) -> Rule | None:
+        return None
+
+    def parts(self, components: Components) -> Components:
+        """The components that the inner gate knows."""
+        if not self.numbers:
+            return components
+        first = 0
+
+        def one(f: Factors) -> Factors:
+            nonlocal first
+            ids = range(first, first + f.num_pieces) if self.own_numbers else None
+            first += f.num_pieces
+            return dataclasses.replace(f, ids=ids)
+
+        return dataclasses.replace(map_sites(one, components), count=len(self.numbers))
+
+    def __call__(self, seen: Observation) -> Activity:
+        found = self.inner(dataclasses.replace(seen, components=self.parts(seen.components)))
+        numbers, C = jnp.asarray(self.numbers), max(self.numbers) + 1
+
+        def largest(values: Array) -> Array:
+            plain = values.astype(jnp.int8) if values.dtype == jnp.bool_ else values
+            joined = jax.ops.segment_max(jnp.moveaxis(plain, -1, 0), numbers, C)
+            return jnp.moveaxis(joined, 0, -1).astype(values.dtype)
+
+        return jax.tree.map(largest, found)
 
 
 def first_components(count: int, C: int, component_axis: str | None) -> Bool[Array, " C"]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax.components import Components, Factors
@@ -104,22 +105,46 @@ class LearnedGate:
         components = seen.components
         if self.spec.kind == "transformer":
             return self._transformed(seen)
-        C, total, parts = components.num_components, None, []
-        for name, f in components.factors.items():
-            rows = seen.inputs[name]
-            if self.spec.kind == "pieces":
-                z = piece_mlp.apply(self.arrays[name], _inner(f, rows))
-            else:
-                net = networks.InputMLP((self.spec.width,), f.num_pieces)
-                z = net.apply(self.arrays[name], _vectors(f, rows))
-            parts.append((f, _strongest(z, self.spec.per_position)))
+        by_site = self._pieces(seen) if self.spec.kind == "pieces" else self._inputs(seen)
+        parts = {name: _strongest(z, self.spec.per_position) for name, z in by_site.items()}
         if _in_turn(components):
-            return jnp.concatenate([z for _, z in parts], axis=-1)
-        for f, z in parts:
-            placed = jnp.moveaxis(f.sums(jnp.moveaxis(z, -1, 0), C), 0, -1)
+            return jnp.concatenate([parts[name] for name in components.factors], axis=-1)
+        total = None
+        for name, f in components.factors.items():
+            z = jnp.moveaxis(parts[name], -1, 0)
+            placed = jnp.moveaxis(f.sums(z, components.num_components), 0, -1)
             total = placed if total is None else total + placed
         assert total is not None
         return total
+
+    def _pieces(self, seen: Observation) -> dict[str, Float[Array, "B ... n"]]:
+        """γ_j of every site's pieces.
+
+        Sites with the same rows are put side by side, as if they were one: programs take longer to
+        compile by the number of loops than to run by a copy.
+        """
+        assert seen.inputs is not None
+        inner = {n: _inner(f, seen.inputs[n]) for n, f in seen.components.factors.items()}
+        alike: dict[tuple[int, ...], list[str]] = {}
+        for name, h in inner.items():
+            alike.setdefault(h.shape[:-1], []).append(name)
+        found = {}
+        for names in alike.values():
+            mlps = [self.arrays[name] for name in names]
+            mlp = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *mlps)
+            z = piece_mlp.apply(mlp, jnp.concatenate([inner[name] for name in names], axis=-1))
+            ends = np.cumsum([inner[name].shape[-1] for name in names])
+            found |= dict(zip(names, jnp.split(z, ends[:-1], axis=-1), strict=True))
+        return found
+
+    def _inputs(self, seen: Observation) -> dict[str, Float[Array, "B ... n"]]:
+        """An MLP of each site's own input."""
+        assert seen.inputs is not None
+        found = {}
+        for name, f in seen.components.factors.items():
+            net = networks.InputMLP((self.spec.width,), f.num_pieces)
+            found[name] = net.apply(self.arrays[name], _vectors(f, seen.inputs[name]))
+        return found
 
     def _transformed(self, seen: Observation) -> Float[Array, "B *T C"]:
         assert seen.inputs is not None

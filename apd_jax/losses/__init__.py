@@ -7,13 +7,18 @@ and the papers' coefficients assume it.
 """
 
 from apd_jax.losses.reconstruction import (
+    DISTANCES,
+    Distance,
+    best_constant,
     counted,
     faithfulness,
     hidden_reconstruction,
     minimality,
+    next_tokens,
     relative_faithfulness,
     single,
     weighted,
+    written,
 )
 from apd_jax.losses.sparsity import (
     attribution_lp,
@@ -26,13 +31,17 @@ from apd_jax.losses.sparsity import (
 )
 
 __all__ = [
+    "DISTANCES",
+    "Distance",
     "attribution_lp",
+    "best_constant",
     "counted",
     "faithfulness",
     "frequency",
     "hidden_reconstruction",
     "importance",
     "minimality",
+    "next_tokens",
     "of_rows",
     "relative_faithfulness",
     "simplicity",
@@ -40,4 +49,5 @@ __all__ = [
     "smooth_l0",
     "trim",
     "weighted",
+    "written",
 ]

@@ -5,17 +5,20 @@ Shapes: B examples, T positions, L sites.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from apd_jax import components as components_lib
-from apd_jax.components import Components
+from apd_jax.components import Components, path_name
 from apd_jax.errors import InputError
 
-DISTANCES = ("mse", "kl")
+DISTANCES = ("mse", "kl", "next_token")
+Distance = str | Callable[[Array, Array], Array]
+_TOKENS = ("tokens", "input_ids")  # what the integers of a batch that are tokens are called
 
 
 def single(x: Array) -> Array:
@@ -52,30 +55,123 @@ def relative_faithfulness(components: Components, params: PyTree) -> Float[Array
 def minimality(
     sparse_out: Float[Array, "B ..."],
     target_out: Float[Array, "B ..."],
-    kind: str = "mse",
+    kind: Distance = "mse",
     weights: Float[Array, "B T"] | None = None,
+    x: PyTree = None,
 ) -> Float[Array, ""]:
     r"""D(f(θ*, x), f(κ(x), x)), averaged over the batch  (APD eq. 6).
 
     mse: mean over batch and outputs of the squared difference.
     kl:  mean over batch (and positions) of KL(softmax(target) ‖ softmax(sparse)) over the last
          axis, in nats. A logit that is -inf on both sides adds nothing.
+    next_token: mean over b and t < T of -log softmax(f(κ(x), x)_bt)[x_b,t+1], the cross-entropy of
+         the sparse model on the data's own next tokens, in nats; the target's outputs are not
+         read. Of positions that count, and whose next one does.
+    a function (sparse, target) -> a number, or values [B] or [B, T] of which the mean counts.
 
     Args:
-      weights: of each position of outputs [B, T, ...], with mean 1: 0 for padding.
+      weights: of each position of outputs [B, T, ...], with mean 1: 0 for padding, where a function
+        is given outputs of 0.
+      x: the batch; for next_token.
     Raises:
-      InputError: unknown kind.
+      InputError: unknown kind; of a function, values that do not fit.
     """
-    if kind not in DISTANCES:
-        raise InputError(f"unknown minimality loss {kind!r}; choose mse or kl.")
+    if not callable(kind) and kind not in DISTANCES:
+        raise InputError(
+            f"unknown minimality loss {kind!r}; choose one of {', '.join(DISTANCES)}, or give a "
+            "function (of a loaded decomposition by load(..., minimality_loss=))."
+        )
     sparse_out = counted(single(sparse_out), weights)
     target_out = counted(single(target_out), weights)
+    if callable(kind):
+        return _mean_of(kind(sparse_out, target_out), sparse_out, weights)
+    if kind == "next_token":
+        return _next_token(sparse_out, next_tokens(x, sparse_out.shape), weights)
     if kind == "mse":
         return jnp.mean(weighted((sparse_out - target_out) ** 2, weights))
     log_p, log_q = jax.nn.log_softmax(target_out), jax.nn.log_softmax(sparse_out)
     impossible = jnp.isneginf(log_p)  # p = 0: its term is 0, whatever q is
     ratio = jnp.where(impossible, 0.0, log_p) - jnp.where(impossible, 0.0, log_q)
     return jnp.mean(weighted(jnp.sum(jnp.exp(log_p) * ratio, axis=-1), weights))
+
+
+def _mean_of(values: Any, out: Array, weights: Array | None) -> Float[Array, ""]:
+    """The mean of what a function says of a batch."""
+    values = jnp.asarray(values)
+    lead = values.shape[: 1 if weights is None else 2]
+    if values.ndim and lead != out.shape[: len(lead)]:
+        raise InputError(
+            f"minimality_loss gives values {values.shape} of outputs {out.shape}; give a number, "
+            "or one for every example, or position."
+        )
+    if weights is None:
+        return jnp.mean(single(values))
+    if values.ndim == 0:
+        raise InputError(
+            "minimality_loss gives one number, in which padding cannot be told from the rest; with "
+            "valid_fn give one for every example, or position."
+        )
+    return jnp.mean(weighted(single(values), weights) if values.ndim > 1 else single(values))
+
+
+def _next_token(
+    logits: Float[Array, "B T V"], tokens: Array, weights: Float[Array, "B T"] | None
+) -> Float[Array, ""]:
+    log_q = jax.nn.log_softmax(logits[:, :-1])
+    loss = -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1)[..., 0]
+    if weights is None:
+        return jnp.mean(loss)
+    counts = (weights[:, :-1] > 0) & (weights[:, 1:] > 0)
+    return jnp.sum(jnp.where(counts, loss, 0)) / jnp.maximum(jnp.sum(counts), 1)
+
+
+def next_tokens(x: PyTree, shape: tuple[int, ...]) -> Any:
+    """The tokens [B, T] of a batch whose outputs are logits of this shape [B, T, V].
+
+    Raises:
+      InputError: not one array of whole numbers [B, T], or several, none of them called tokens or
+        input_ids.
+    """
+    leaves = jax.tree_util.tree_flatten_with_path(x)[0]
+    found = {
+        path_name(path): a
+        for path, a in leaves
+        if jnp.issubdtype(a.dtype, jnp.integer) and tuple(a.shape) == shape[:2]
+    }
+    called = [a for name, a in found.items() if name.split(".")[-1] in _TOKENS]
+    chosen = called if len(found) > 1 else list(found.values())
+    if len(shape) != 3 or shape[1] < 2 or len(chosen) != 1:
+        raise InputError(
+            "minimality_loss = next_token needs logits [B, T, V] and one array of tokens [B, T] in "
+            f"the batch (of several, one called tokens or input_ids); the outputs are {shape}."
+        )
+    return chosen[0]
+
+
+def written(value: Any) -> Any:
+    """A distance, or another setting, as files hold it: of a function its name."""
+    if not callable(value):
+        return value
+    return f"function {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
+
+
+def best_constant(
+    target_out: Float[Array, "B ..."],
+    kind: Distance = "mse",
+    weights: Float[Array, "B T"] | None = None,
+) -> Float[Array, "..."]:
+    r"""One output for all examples (and positions) that is the nearest to the target's.
+
+    mse: their mean. kl: logits of the mean of their distributions. Of other distances the mean,
+    which need not be the best.
+
+    Args:
+      weights: as of `minimality`.
+    """
+    out = single(target_out)
+    values = jax.nn.softmax(out) if kind == "kl" else out
+    mean = jnp.mean(weighted(values, weights), axis=range(out.ndim - 1))
+    return jnp.log(mean + 1e-30) if kind == "kl" else mean
 
 
 def weighted(

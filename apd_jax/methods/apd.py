@@ -11,9 +11,12 @@ Also here: a threshold or a learned one in the place of top-k, ablation by parts
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import logging
+import math
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
@@ -28,11 +31,16 @@ from apd_jax.gates.base import AlwaysOn, Gate
 from apd_jax.gates.ranked import All, BatchTopK, Exact, LearnedThreshold, Threshold, TopK
 from apd_jax.methods import optimizers, terms
 from apd_jax.methods.base import Annealed, Method, Number, Pass, Term
+from apd_jax.network import data
+from apd_jax.network.outputs import split_result
 from apd_jax.network.problem import Problem
 
 MASKS = ("batch_topk", "topk", "threshold", "learned", "exact", "none")
 INACTIVE = ("drop", "uniform")
 ATTRIBUTIONS_AT = ("target", "components")
+PROBE_FROM = 100  # passes of exact attributions to one of a probe, from which auto takes probes
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,6 +49,13 @@ class APD(Method):
 
     name: ClassVar[str] = "apd"
     about: ClassVar[str] = "attributions and top-k (Braun et al. 2025)"
+    measured_in: ClassVar[Mapping[str, str]] = {
+        "faithfulness_coeff": "faithfulness",
+        "minimality_coeff": "minimality",
+        "hidden_reconstruction_coeff": "hidden",
+        "simplicity_coeff": "simplicity",
+        "simplicity_coeff_final": "simplicity",
+    }
 
     unit_norm_U: bool = False  # keep the columns of U at unit length
     num_always_on: int = 0  # the first components are on for every input, and not counted in topk
@@ -58,14 +73,15 @@ class APD(Method):
     num_probes: int = 8  # random output directions of attribution_mode = "probe"
 
     # Losses.
-    faithfulness_coeff: Number = 1.0
-    minimality_coeff: Number = 1.0
-    hidden_reconstruction_coeff: Number = 0.0
-    simplicity_coeff: Number = 1.0
+    loss_units: str = "target"
+    faithfulness_coeff: Number = 1.0  # of how far the sum is from the target's weights
+    minimality_coeff: Number = 1.0  # of the distance of outputs with the active components alone
+    hidden_reconstruction_coeff: Number = 0.0  # of the same distance of hidden activations
+    simplicity_coeff: Number = 1.0  # of the active components' Schatten norms
     simplicity_coeff_final: Number | None = None  # where it ends, in equal factors per step
-    schatten_p: Number = 0.9
+    schatten_p: Number = 0.9  # p of these norms: near 0 counts ranks
     attribution_lp_coeff: Number = 0.0  # the alternative without top-k; use with mask = "none"
-    attribution_lp_p: Number = 0.9
+    attribution_lp_p: Number = 0.9  # its power
     importance_coeff: Number = 0.0  # mask = "learned" only: the price of an active component
     threshold_learning_rate: Number | None = None  # of log thresholds; None: learning_rate
 
@@ -126,6 +142,29 @@ class APD(Method):
             )
 
         return attribute
+
+    def fitted(self, problem: Problem) -> APD:
+        """Mode auto as the cheapest: probes where exact attributions cost a hundred times as much.
+
+        In passes of the network: forward C; reverse (per position, and of a single output) one per
+        output; probes `num_probes`.
+        """
+        if self.attribution != "gradient" or self.attribution_mode != "auto":
+            return self
+        shapes = data.shapes(problem.sample_fn)
+        out = split_result(jax.eval_shape(problem.apply_fn, problem.params, shapes))[0]
+        num_outputs = math.prod(out.shape[1:])
+        reverse = self.per_position or num_outputs == 1
+        exact = num_outputs if reverse else self.num_components
+        if exact <= PROBE_FROM * self.num_probes:
+            return self
+        log.info(
+            "attribution_mode = 'auto': exact attributions cost %d passes of the network per step, "
+            "so they are estimated by %d probes.",
+            exact,
+            self.num_probes,
+        )
+        return self.replace(attribution_mode="probe")
 
     def passes(self) -> dict[str, Pass]:
         return {"sparse": Pass(Uniform() if self.inactive == "uniform" else Drop())}

@@ -13,7 +13,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, TypeVar
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -23,16 +22,16 @@ from apd_jax.ablations import Ablation
 from apd_jax.components import Components
 from apd_jax.errors import InputError, one_of, seed_of
 from apd_jax.gates.base import Activity, Gate, Observation
-from apd_jax.losses.reconstruction import DISTANCES
+from apd_jax.losses import DISTANCES, Distance, written
 from apd_jax.methods import optimizers, schedules
+from apd_jax.methods.schedules import Annealed, Number, Schedule
+from apd_jax.methods.schedules import at as at
 from apd_jax.network.problem import Problem
 
-Number = (
-    float | int | jax.Array
-)  # a setting that may be traced: runs that differ in it share a program
 HERE, ELSEWHERE = "here", "elsewhere"  # the two streams of data
 Own = TypeVar("Own", bound="Method")
 MASK_PER = ("example", "position")
+LOSS_UNITS = ("absolute", "target")
 SPARSE_ROUTES = ("auto", "materialize", "masked", "dispatch")
 
 
@@ -51,35 +50,6 @@ class Pass:
     delta: str = "none"
     stream: str = HERE
     nested: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Annealed:
-    """A number that goes from `first` to `last` between two shares of training, then stays.
-
-    shape: "linear" in the step, or "geometric" in equal factors.
-    """
-
-    first: Number
-    last: Number
-    start: float = 0.0
-    end: float = 1.0
-    shape: str = "linear"
-
-    def at(self, step: Any, num_steps: int) -> Any:
-        progress = jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1)
-        t = jnp.clip((progress - self.start) / max(self.end - self.start, 1e-9), 0.0, 1.0)
-        if self.shape == "geometric":
-            return self.first * (self.last / self.first) ** t
-        return self.first + (self.last - self.first) * t
-
-
-Schedule = Number | Annealed
-
-
-def at(schedule: Schedule, step: Any, num_steps: int) -> Any:
-    """The value of a number, or of one that is annealed, at a step."""
-    return schedule.at(step, num_steps) if isinstance(schedule, Annealed) else schedule
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,30 +115,36 @@ class Term:
 class Method:
     """What all methods have: sizes, optimisation, execution. A method of its own is a subclass.
 
-    Fields annotated `Number` may be traced; the others decide the program.
+    Fields annotated `Number` may be traced; the others decide the program. What each means stands
+    beside it; `apd_jax.explain(method)` lists them.
     """
 
     name: ClassVar[str] = ""
     about: ClassVar[str] = ""  # the method in a line, with its source
+    # The coefficients that `loss_units` = "target" measures, each by a field of `scales.Scales`.
+    measured_in: ClassVar[Mapping[str, str]] = {}
 
     # Components.
-    num_components: int = 10
+    num_components: int = 10  # C
     rank: int | None = None  # m of every site; None is full rank
     init_scale: Number = 1.0  # multiplies the initial standard deviation of U, and of V
     num_instances: int = 1  # independent decompositions (seeds) trained side by side by vmap
 
     # Masks.
     mask_per: str = "example"  # example | position (every position uses the weights in its own way)
-    minimality_loss: str = "mse"  # mse | kl (outputs are logits)
+    # mse | kl (outputs are logits) | next_token | a function; see `apd_jax.losses.minimality`
+    minimality_loss: Distance = "mse"
+    # absolute: as the papers write losses | target: in units of `apd_jax.recipe.scales.Scales`
+    loss_units: str = "absolute"
 
     # Optimisation.
-    seed: int = 0
-    num_steps: int = 10_000
-    learning_rate: Number = 1e-3
+    seed: int = 0  # of initial components, batches and all other draws
+    num_steps: int = 10_000  # how long to train; schedules go by it
+    learning_rate: Number = 1e-3  # the largest of the schedule
     schedule: str = (
         "cosine"  # constant | linear | cosine (quarter wave) | half_cosine | exponential
     )
-    warmup_fraction: float = 0.05
+    warmup_fraction: float = 0.05  # share of the steps in which the learning rate rises from 0
     optimizer: str = "adam"  # adam | adamw | sgd
     weight_decay: Number = 0.0  # adamw only
     gradient_clip: float | None = None  # the largest norm of the components' gradient
@@ -178,9 +154,9 @@ class Method:
     sparse_route: str = "auto"  # auto | materialize | masked | dispatch
     num_component_shards: int = 1  # M: devices that share the components, C/M each; 1: a copy each
     steps_per_call: int = 100  # steps in one XLA call
-    log_every_steps: int = 100
-    checkpoint_every_steps: int = 1000
-    keep_checkpoints: int = 2
+    log_every_steps: int = 100  # steps from one logged row to the next
+    checkpoint_every_steps: int = 1000  # steps from one checkpoint to the next
+    keep_checkpoints: int = 2  # how many of the newest are kept
 
     # What a method says
 
@@ -220,7 +196,12 @@ class Method:
     @property
     def metric(self) -> str:
         """How a change of the outputs is measured by attributions."""
-        return "kl" if self.minimality_loss == "kl" else "mse"
+        return "kl" if self.distance == "kl" else "mse"
+
+    @property
+    def distance(self) -> Distance:
+        """How far outputs are from the target's, where both are compared."""
+        return "kl" if self.minimality_loss == "next_token" else self.minimality_loss
 
     @property
     def gradients_at(self) -> str | None:
@@ -247,7 +228,7 @@ class Method:
             num_components=self.num_components,
             rank=self.rank,
             init_scale=self.init_scale,
-            select=problem.select,
+            select=problem.chosen,
             uses=problem.uses,
             layouts=problem.layouts,
         )
@@ -295,15 +276,23 @@ class Method:
         """Their gradient, within what `constrain` allows."""
         return gradient
 
+    def fitted(self, problem: Problem) -> Method:
+        """The same settings, with what they leave to the network decided."""
+        return self
+
     def check(self) -> None:
         """Raises InputError, one sentence, for a value that no type check catches."""
         one_of("mask_per", self.mask_per, MASK_PER)
-        one_of("minimality_loss", self.minimality_loss, DISTANCES)
+        if isinstance(self.minimality_loss, str):
+            one_of("minimality_loss", self.minimality_loss, DISTANCES)
         one_of("sparse_route", self.sparse_route, SPARSE_ROUTES)
+        one_of("loss_units", self.loss_units, LOSS_UNITS)
         one_of("schedule", self.schedule, schedules.KINDS)
         one_of("optimizer", self.optimizer, optimizers.KINDS)
+        if not (self.own_numbers and self.num_components == 0):
+            self.at_least_one("num_components")
         self.at_least_one(
-            *("num_components", "num_instances", "num_component_shards", "num_steps", "batch_size"),
+            *("num_instances", "num_component_shards", "num_steps", "batch_size"),
             *("steps_per_call", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints"),
         )
         seed_of("seed", self.seed)
@@ -365,7 +354,9 @@ class Method:
         return dataclasses.replace(self, **changes)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"method": self.name} | {name: getattr(self, name) for name in self.fields()}
+        """Its settings as files hold them: of a function its name."""
+        values = {name: getattr(self, name) for name in self.fields()}
+        return {"method": self.name} | {name: written(value) for name, value in values.items()}
 
     @classmethod
     def fields(cls) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import optax
@@ -16,9 +16,10 @@ from jaxtyping import PRNGKeyArray, PyTree
 from apd_jax import components as components_lib
 from apd_jax import losses
 from apd_jax.components import Components, matches
+from apd_jax.components.layout import Layout, matrix_shape
 from apd_jax.errors import InputError, one_of
 from apd_jax.gates import learned
-from apd_jax.gates.base import Gate
+from apd_jax.gates.base import AnyOf, Gate
 from apd_jax.methods import optimizers, terms
 from apd_jax.methods.base import HERE, Annealed, Method, Number
 from apd_jax.network.problem import Problem
@@ -28,8 +29,23 @@ from apd_jax.network.problem import Problem
 class Gated(Method):
     """Settings of components with learned causal importances.
 
-    num_components counts those of every site where sites have numbers of their own, else all.
+    num_components counts those of every site where sites have numbers of their own, else all. 0,
+    of the former: as many as the site's matrix has rows or columns, whichever are more, and at
+    least twice its full rank.
     """
+
+    measured_in: ClassVar[Mapping[str, str]] = {
+        "faithfulness_coeff": "faithfulness",
+        "stochastic_coeff": "minimality",
+        "layerwise_coeff": "minimality",
+        "dropped_coeff": "minimality",
+        "adversarial_coeff": "minimality",
+        "hidden_reconstruction_coeff": "hidden",
+        "elsewhere_coeff": "minimality",
+        "unmasked_coeff": "minimality",
+        "importance_coeff": "components",
+        "frequency_coeff": "components",
+    }
 
     rank: int | None = 1
     warmup_fraction: float = 0.0
@@ -39,22 +55,24 @@ class Gated(Method):
         "pieces"  # pieces (an MLP per component) | inputs (an MLP per site) | transformer
     )
     gate_width: int = 16  # of the MLPs
-    gate_d_model: int = 64  # of the transformer, as are the next three
-    gate_blocks: int = 2
-    gate_heads: int = 4
-    gate_causal: bool = False
+    gate_d_model: int = 64  # width of the transformer
+    gate_blocks: int = 2  # layers of the transformer
+    gate_heads: int = 4  # attention heads of the transformer
+    gate_causal: bool = False  # whether the transformer sees earlier positions alone
+    # the component that each of the gate's own belongs to, on where any is; (): they are the same
+    clusters: tuple[int, ...] = ()
     gate_learning_rate: Number | None = None  # None: learning_rate
 
     # Losses.
-    faithfulness_coeff: Number = 1.0
+    faithfulness_coeff: Number = 1.0  # of how far the sum is from the target's weights
     faithfulness_warmup_steps: int = 0  # of Adam on faithfulness alone, before the first step
-    faithfulness_warmup_rate: float = 1e-3
-    importance_coeff: Number = 1e-3
+    faithfulness_warmup_rate: float = 1e-3  # learning rate of that
+    importance_coeff: Number = 1e-3  # the price of causal importance: what makes few active
     importance_p: Number = 1.0  # the power of causal importances ...
     importance_p_final: Number | None = None  # ... and where it ends, linearly; None: constant
     importance_gamma: Number | None = None  # smooth-L0 in place of the power: γ at first ...
     importance_gamma_final: Number = 0.01  # ... and where it ends, linearly
-    hidden_reconstruction_coeff: Number = 0.0
+    hidden_reconstruction_coeff: Number = 0.0  # of the distance of hidden activations
 
     @property
     def own_numbers(self) -> bool:
@@ -63,10 +81,11 @@ class Gated(Method):
 
     def make_components(self, rng: PRNGKeyArray, problem: Problem) -> Components:
         """As large together as the target's weights, then warmed up on faithfulness alone."""
-        names = components_lib.selected_paths(problem.params, problem.select, problem.layouts)
-        select, count, ids = problem.select, self.num_components, None
+        names = components_lib.selected_paths(problem.params, problem.chosen, problem.layouts)
+        select, count, ids = problem.chosen, self.num_components, None
         if self.own_numbers:
-            select, ids, count = _own_numbers(problem.select, names, self.num_components)
+            counts = {name: self._count(problem, name) for name in names}
+            select, ids, count = _own_numbers(problem.chosen, names, counts)
         components = components_lib.init(
             rng,
             problem.params,
@@ -79,7 +98,17 @@ class Gated(Method):
             ids=ids,
             like_target=True,
         )
+        if self.clusters:
+            components = components_lib.relabel(components, self.clusters)
         return self._warmed_up(components, problem.params)
+
+    def _count(self, problem: Problem, site: str) -> int:
+        """How many components a site has where `select` does not say."""
+        if self.num_components:
+            return self.num_components
+        shape = problem.sites[site].shape
+        sides = matrix_shape(shape, problem.layouts.get(site, Layout.default(len(shape))))
+        return max(*sides, 2 * min(sides))
 
     def _warmed_up(self, components: Components, params: PyTree) -> Components:
         if not self.faithfulness_warmup_steps:
@@ -97,10 +126,14 @@ class Gated(Method):
         return jax.lax.fori_loop(0, self.faithfulness_warmup_steps, once, start)[0]
 
     def make_gate(self, rng: PRNGKeyArray, problem: Problem, components: Components) -> PyTree:
-        return learned.init(rng, self._spec(), components)
+        return learned.init(rng, self._spec(), self._clustered(None).parts(components))
 
     def gate(self, arrays: PyTree, problem: Problem) -> Gate:
-        return learned.LearnedGate(self._spec(), arrays)
+        gate = learned.LearnedGate(self._spec(), arrays)
+        return self._clustered(gate) if self.clusters else gate
+
+    def _clustered(self, gate: Gate | None) -> AnyOf:
+        return AnyOf(gate, self.clusters, self.own_numbers)
 
     def _spec(self) -> learned.Spec:
         return learned.Spec(
@@ -160,13 +193,15 @@ class Gated(Method):
 
 
 def _own_numbers(
-    select: Any, names: list[str], num_components: int
+    select: Any, names: list[str], counts: dict[str, int]
 ) -> tuple[Any, dict[str, range], int]:
     """Every site's range of numbers, {pattern: {"components": n}} of `select` giving it n of them.
 
+    Where `select` does not, counts does.
+
     Returns: `select` without that option, {site: its numbers}, how many there are in all.
     """
-    counts = dict.fromkeys(names, num_components)
+    counts = dict(counts)
     if isinstance(select, Mapping):
         rest = {}
         for pattern, options in select.items():

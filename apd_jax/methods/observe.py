@@ -16,8 +16,9 @@ from apd_jax import components as components_lib
 from apd_jax.collectives import place
 from apd_jax.components import Components
 from apd_jax.forward import capture, positions
-from apd_jax.gates.base import ATTRIBUTIONS, INPUTS, Gate, Observation
+from apd_jax.gates.base import ATTRIBUTIONS, INPUTS, Activity, Gate, Observation
 from apd_jax.methods.base import Method, Scene
+from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import position_weights, split_result
 from apd_jax.network.problem import Problem
 
@@ -71,3 +72,17 @@ def example_keys(key: Any, x: PyTree, axis_name: str | None = None) -> Array:
     size = jax.tree.leaves(x)[0].shape[0]
     first = place(axis_name) * size
     return jax.vmap(lambda b: jax.random.fold_in(key, b))(first + jnp.arange(size))
+
+
+def activity(
+    method: Method, problem: Problem, trained: Trained, params: PyTree, x: PyTree
+) -> Activity:
+    """What the method's gate says of x: the one definition of the mask of training.
+
+    Where the gate reads nothing, and keeps all, the scores are attributions.
+    """
+    gate = method.gate(trained.gate, problem)
+    reads = gate.reads or frozenset({ATTRIBUTIONS})
+    rng = jax.random.key(method.seed)
+    seen = scene(method, problem, gate, trained.components, params, x, rng, reads=reads)
+    return gate(seen.seen)

@@ -25,6 +25,17 @@ class Trained:
     gate: PyTree = ()
 
 
+def one_instance(tree: PyTree, i: int) -> PyTree:
+    """Instance i of arrays with a leading axis of instances."""
+    return jax.tree.map(lambda a: a[i], tree)
+
+
+def instances(tree: PyTree, method: Any) -> list[PyTree]:
+    """Without an axis of instances: one, or as many as were trained side by side."""
+    count = method.num_instances
+    return [tree] if count == 1 else [one_instance(tree, i) for i in range(count)]
+
+
 def make(method: Any, gate_learning_rate: Any = None) -> optax.GradientTransformation:
     """The optax optimizer that `method.optimizer` names, at the scheduled learning rate.
 

@@ -56,7 +56,10 @@ def settings(method: str | Method = "apd") -> config_dict.ConfigDict:
 
 
 def default_config(method: str = "apd") -> config_dict.ConfigDict:
-    """The settings that `apd_jax.decompose` reads, at their defaults; locked."""
+    """The settings that `apd_jax.decompose` reads, at their defaults; locked.
+
+    What each means: `print(apd_jax.explain(method))`.
+    """
     return settings(method)
 
 
@@ -101,6 +104,8 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
         return None
     if isinstance(value, bool) != (bool in allowed):
         pass
+    elif tuple in allowed and isinstance(value, list):
+        return tuple(value)  # JSON has no tuples
     elif float in allowed and isinstance(value, int | float):
         return float(value)
     elif isinstance(value, jax.Array) and value.ndim:

@@ -1,9 +1,12 @@
-"""Learning-rate schedules of the papers, as optax schedules."""
+"""Learning-rate schedules of the papers, as optax schedules; coefficients that are annealed."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
@@ -11,6 +14,7 @@ from jaxtyping import Float
 
 from apd_jax.errors import InputError
 
+Number = float | int | jax.Array  # may be traced: runs that differ in it share a program
 KINDS = ("constant", "linear", "cosine", "half_cosine", "exponential")
 _HALF_LIFE_STEPS = 300
 
@@ -54,3 +58,32 @@ def learning_rate(
     return optax.join_schedules(
         [optax.linear_schedule(0.0, peak, warmup_steps), decay], [warmup_steps]
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class Annealed:
+    """A number that goes from `first` to `last` between two shares of training, then stays.
+
+    shape: "linear" in the step, or "geometric" in equal factors.
+    """
+
+    first: Number
+    last: Number
+    start: float = 0.0
+    end: float = 1.0
+    shape: str = "linear"
+
+    def at(self, step: Any, num_steps: int) -> Any:
+        progress = jnp.asarray(step, jnp.float32) / max(num_steps - 1, 1)
+        t = jnp.clip((progress - self.start) / max(self.end - self.start, 1e-9), 0.0, 1.0)
+        if self.shape == "geometric":
+            return self.first * (self.last / self.first) ** t
+        return self.first + (self.last - self.first) * t
+
+
+Schedule = Number | Annealed
+
+
+def at(schedule: Schedule, step: Any, num_steps: int) -> Any:
+    """The value of a number, or of one that is annealed, at a step."""
+    return schedule.at(step, num_steps) if isinstance(schedule, Annealed) else schedule

@@ -6,7 +6,10 @@ the network: Δ = θ* - ΣP always takes part, so there is no faithfulness loss.
   here        m stochastic and adversarial, and Δ masked too: only components may do the behaviour
   elsewhere   Δ on, m stochastic: components that are not needed there must not matter there
 
-The price of causal importances is doubled elsewhere.
+The price of causal importances is doubled elsewhere. Not in the paper (`dropped_coeff` = 0): a pass
+of each stream in which what is not needed is dropped, m = g. Elsewhere that is the network from
+which the behaviour's components are erased, θ* - Σ_c (1 - g_c) P_c; of many random masks half is
+left on average, and says little of it.
 """
 
 from __future__ import annotations
@@ -14,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from typing import ClassVar
 
-from apd_jax.ablations import Keep, Uniform
+from apd_jax.ablations import Drop, Keep, Uniform
 from apd_jax.methods import terms
 from apd_jax.methods.base import ELSEWHERE, HERE, Number, Pass, Term
 from apd_jax.methods.vpd import VPD
@@ -33,7 +36,8 @@ class Targeted(VPD):
     faithfulness_coeff: Number = 0.0
     faithfulness_warmup_steps: int = 0
     stochastic_coeff: Number = 1.0
-    elsewhere_coeff: Number = 1.0
+    elsewhere_coeff: Number = 1.0  # of the distance on the second stream of data
+    dropped_coeff: Number = 0.0  # here without Δ, and elsewhere, with what is not needed dropped
     importance_coeff: Number = 1e-3
     importance_p_final: Number | None = 1.0
     frequency_coeff: Number = 0.0
@@ -49,6 +53,8 @@ class Targeted(VPD):
             "stochastic": Pass(Uniform(), delta="masked"),
             "elsewhere": Pass(Uniform(), delta="on", stream=ELSEWHERE),
             "unmasked": Pass(Keep()),
+            "dropped": Pass(Drop(), delta="masked"),
+            "dropped_elsewhere": Pass(Drop(), delta="on", stream=ELSEWHERE),
         }
 
     def terms(self) -> dict[str, Term]:
@@ -60,9 +66,17 @@ class Targeted(VPD):
             "unmasked": Term(
                 self.unmasked_coeff, terms.reconstruction("unmasked", kind), ("unmasked",)
             ),
+            "dropped": Term(
+                self.dropped_coeff, terms.reconstruction("dropped", kind), ("dropped",)
+            ),
+            "dropped_elsewhere": Term(
+                self.dropped_coeff,
+                terms.reconstruction("dropped_elsewhere", kind),
+                ("dropped_elsewhere",),
+            ),
             "importance_elsewhere": Term(2 * self.importance_coeff, self.importance(ELSEWHERE)),
         }
 
     def check(self) -> None:
         super().check()
-        self.not_negative("elsewhere_coeff", "unmasked_coeff")
+        self.not_negative("elsewhere_coeff", "unmasked_coeff", "dropped_coeff")

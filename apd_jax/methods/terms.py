@@ -24,12 +24,12 @@ def faithfulness(run: Run) -> Float[Array, ""]:
     return losses.faithfulness(run.components, run.params)
 
 
-def reconstruction(name: str, kind: str) -> Score:
+def reconstruction(name: str, kind: losses.Distance) -> Score:
     """D(target, sparse) of a pass; of several runs of it (each site) the mean."""
 
     def score(run: Run) -> Float[Array, ""]:
         scene, outs = run.scene_of(name), run.forward(name)
-        found = [losses.minimality(out, scene.out, kind, scene.weights) for out, _ in outs]
+        found = [losses.minimality(out, scene.out, kind, scene.weights, scene.x) for out, _ in outs]
         return jnp.asarray(sum(found)) / len(found)
 
     return score

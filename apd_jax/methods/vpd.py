@@ -17,6 +17,7 @@ from typing import ClassVar
 from apd_jax.ablations import Ablation, Adversary, PersistentAdversary, Pool, Uniform
 from apd_jax.ablations.adversary import SHARED
 from apd_jax.errors import one_of
+from apd_jax.losses import Distance
 from apd_jax.methods import terms
 from apd_jax.methods.base import Number, Pass, Term
 from apd_jax.methods.gated import Gated
@@ -32,7 +33,7 @@ class VPD(Gated):
     about: ClassVar[str] = "transformer gate, persistent adversary (Bushnaq et al. 2026)"
 
     num_components: int = 40
-    minimality_loss: str = "kl"
+    minimality_loss: Distance = "kl"
     optimizer: str = "adamw"
     schedule: str = "half_cosine"
     learning_rate: Number = 5e-5
@@ -41,8 +42,8 @@ class VPD(Gated):
 
     faithfulness_coeff: Number = 1e7
     faithfulness_warmup_steps: int = 400
-    adversarial_coeff: Number = 0.5
-    stochastic_coeff: Number = 0.5
+    adversarial_coeff: Number = 0.5  # of the distance under the worst ablations found
+    stochastic_coeff: Number = 0.5  # of the distance under random ablations
     importance_coeff: Number = 2e-4
     importance_p: Number = 2.0
     importance_p_final: Number | None = 0.4

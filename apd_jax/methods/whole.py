@@ -31,7 +31,7 @@ class Whole(VPD):
     frequency_coeff: Number = 5e-4
     nested: bool = False  # cut ranks at random in the stochastic pass
     trim_coeff: Number = 0.0  # the price of ranks
-    trim_p: float = 0.5
+    trim_p: float = 0.5  # power of the norms in that price
 
     @property
     def own_numbers(self) -> bool:

@@ -11,12 +11,9 @@ over *all* devices.
 
 from __future__ import annotations
 
-import dataclasses
-import functools
 import inspect
-import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -24,11 +21,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from apd_jax.components import path_name
-from apd_jax.errors import InputError, first_line
+from apd_jax.errors import InputError, first_line, one_of
+from apd_jax.network.batches import Batches, Restarted, cut_anew, named, numbers
 
 # Of the batches of one XLA call; those of the next call are pulled beside them.
 MAX_STACK_BYTES = 2**28
+RAGGED = ("drop", "join", "refuse")
 _ELSEWHERE = 0xE15E  # sets the draws of the second stream apart
 MAX_ARRAYS_BYTES = 2**30  # XLA refuses programs with constants of 2 GiB
 
@@ -51,7 +49,7 @@ def from_arrays(arrays: PyTree, batch_size: int, shuffle: bool = True) -> Callab
       about 0.5 ms per 1,000 examples on a CPU core.
     """
     rows = jax.tree_util.tree_map_with_path(
-        lambda path, a: _numbers(a, f"arrays leaf {_named(path)}"), arrays
+        lambda path, a: numbers(a, f"arrays leaf {named(path)}"), arrays
     )
     leaves = jax.tree.leaves(rows)
     leading = {leaf.shape[:1] for leaf in leaves}
@@ -84,108 +82,41 @@ def from_arrays(arrays: PyTree, batch_size: int, shuffle: bool = True) -> Callab
     return sample_fn
 
 
-class Batches:
-    """An iterable of batches as one endless stream: where it ends, it is begun again.
-
-    A resumed run begins it from its start and drops the batches that the steps before have used.
-    If it yields the same batches again, the run ends bit for bit as if it had never been stopped.
-    Of several processes, every one must iterate over the same batches; each device takes its slice
-    of them. All instances see the same batches.
-
-    Batches may be numpy or jax arrays, or what numpy can read, such as torch tensors. What they
-    hold is copied at once.
-    """
-
-    def __init__(self, iterable: Iterable[PyTree]):
-        self._iterable = iterable
-        self._begun: Iterator[PyTree] | None = None  # whose first batch `shapes` has looked at
-
-    @property
-    def once(self) -> bool:
-        """Whether it is an iterator, which cannot be begun again."""
-        return isinstance(self._iterable, Iterator)
-
-    @functools.cached_property
-    def first(self) -> PyTree[np.ndarray]:
-        """The first batch; it is kept for step 0 too.
-
-        Raises:
-          InputError: there is none, or it holds something else than numbers.
-        """
-        iterator = iter(self._iterable)
-        try:
-            first = jax.tree.map(np.copy, _host_arrays(next(iterator), 0))
-        except StopIteration:
-            raise InputError(
-                "the data has no batch at all; give an iterable that has not been used up."
-            ) from None
-        self._begun = itertools.chain([first], iterator)
-        return first
-
-    @property
-    def shapes(self) -> PyTree[jax.ShapeDtypeStruct]:
-        """Shapes and dtypes of the first batch, which all others must have."""
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), self.first)
-
-    def since(self, step: int) -> Iterator[PyTree]:
-        """The batches of steps `step`, `step` + 1, ..., without end.
-
-        They are numpy arrays that the iterable may own.
-
-        Raises:
-          InputError: a batch that differs from the first one, or an end after which it cannot be
-            begun again.
-        """
-        shapes = self.shapes  # which may begin it
-        begun, self._begun = self._begun, None
-        if begun is None:
-            begun = iter(self._iterable)
-            if begun is self._iterable:
-                raise InputError(
-                    "this iterator of batches was begun by an earlier run; give a new one, or a "
-                    "list or loader."
-                )
-        for number in itertools.count():
-            try:
-                batch = next(begun)
-            except StopIteration:
-                begun = iter(self._iterable)
-                batch = None if begun is self._iterable else next(begun, None)
-                if batch is None:
-                    raise InputError(
-                        f"the data ended before step {number + 1} and cannot be begun again; give "
-                        "more batches, or a list or loader."
-                    ) from None
-            if number >= step:
-                yield _same(_host_arrays(batch, number), shapes, number)
+def holds_examples(given: Any) -> bool:
+    """Whether data is an array of examples, or a mapping of such, and not batches of them."""
+    leaves = list(given.values()) if isinstance(given, Mapping) else [given]
+    return bool(leaves) and all(isinstance(a, np.ndarray | jax.Array) for a in leaves)
 
 
-def source(sample_fn: Any) -> Any:
+def source(sample_fn: Any, ragged: str = "drop", batch_size: int | None = None) -> Any:
     """A sampler (or None) as it is, an iterable as `Batches`.
 
+    Args:
+      ragged: "drop", "join" or "refuse", see `apd_jax.decompose`; of iterables.
+      batch_size: of "join".
     Raises:
       InputError: it is neither.
     """
+    one_of("ragged", ragged, RAGGED)
     if inspect.isgeneratorfunction(sample_fn):
-        return Batches(_Called(sample_fn))
-    if sample_fn is None or callable(sample_fn) or isinstance(sample_fn, Batches):
+        sample_fn = Restarted(sample_fn)
+    elif sample_fn is None or callable(sample_fn) or isinstance(sample_fn, Batches):
         return sample_fn
-    if hasattr(sample_fn, "__iter__"):
-        return Batches(sample_fn)
-    raise InputError(
-        "sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a "
-        f"{type(sample_fn).__name__}."
+    if not hasattr(sample_fn, "__iter__"):
+        raise InputError(
+            "sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a "
+            f"{type(sample_fn).__name__}."
+        )
+    if ragged == "join" and batch_size is None:
+        raise InputError("ragged = 'join' cuts batches of batch_size; give settings that say it.")
+    if ragged != "join":
+        return Batches(sample_fn, drop=ragged == "drop")
+    once = isinstance(sample_fn, Iterator)
+    return Batches(
+        cut_anew(sample_fn, batch_size)
+        if once
+        else Restarted(lambda: cut_anew(sample_fn, batch_size))
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Called:
-    """A generator function as an iterable that can be begun again."""
-
-    fn: Callable[[], Iterator[PyTree]]
-
-    def __iter__(self) -> Iterator[PyTree]:
-        return self.fn()
 
 
 def paired(here: Any, elsewhere: Any) -> Any:
@@ -216,6 +147,18 @@ class _Zipped:
     def __iter__(self) -> Iterator[PyTree]:
         for here, elsewhere in zip(*(s.since(0) for s in self._streams), strict=False):
             yield {"here": here, "elsewhere": elsewhere}
+
+
+def as_sampler(source: Callable | Batches, num_batches: int) -> Callable[..., PyTree]:
+    """A sampler as it is; of an iterable one that goes through its first batches.
+
+    Of these, no more than fit into MAX_STACK_BYTES.
+    """
+    if not isinstance(source, Batches):
+        return source
+    count, (batches,) = next(calls(source, 0, num_batches, num_batches))
+    rows = jax.tree.map(jnp.asarray, batches)
+    return lambda rng, step: jax.tree.map(lambda a: a[step % count], rows)
 
 
 def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]:
@@ -256,7 +199,7 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
         if not leaf.ndim or not leaf.shape[0]:
             what = "no example" if leaf.ndim else "a single number"
             raise InputError(
-                f"sample_fn must give arrays that lead with the examples; {_named(path)} holds "
+                f"sample_fn must give arrays that lead with the examples; {named(path)} holds "
                 f"{what}."
             )
     if not jax.tree.leaves(found):
@@ -293,49 +236,3 @@ def _stacked(stream: Iterator[PyTree], length: int, shapes: PyTree) -> PyTree:
     for i, batch in zip(range(length), stream, strict=False):
         jax.tree.map(lambda into, a, i=i: np.copyto(into[i], a), stack, batch)
     return stack
-
-
-def _host_arrays(batch: PyTree, number: int) -> PyTree:
-    return jax.tree_util.tree_map_with_path(
-        lambda path, a: _numbers(a, f"batch {number}, leaf {_named(path)}"), batch
-    )
-
-
-def _numbers(a: Any, what: str) -> np.ndarray:
-    """`a` as a numpy array of the dtype that JAX gives it.
-
-    Raises:
-      InputError: it does not hold numbers.
-    """
-    try:
-        array = np.asarray(a)
-    except Exception as error:
-        raise InputError(
-            f"{what} is a {type(a).__name__}, which is no array of numbers."
-        ) from error
-    if not (jnp.issubdtype(array.dtype, jnp.number) or array.dtype == bool):
-        raise InputError(f"{what} has dtype {array.dtype}; give arrays of numbers.")
-    return array.astype(jax.dtypes.canonicalize_dtype(array.dtype), copy=False)
-
-
-def _same(batch: PyTree, shapes: PyTree, number: int) -> PyTree:
-    """The batch, if it is like the first one."""
-    if jax.tree.structure(batch) != jax.tree.structure(shapes):
-        raise InputError(
-            f"batch {number} is {jax.tree.structure(batch)}, but the first one was "
-            f"{jax.tree.structure(shapes)}; make them equal."
-        )
-    for (path, a), s in zip(
-        jax.tree_util.tree_flatten_with_path(batch)[0], jax.tree.leaves(shapes), strict=True
-    ):
-        if (a.shape, a.dtype) != (s.shape, s.dtype):
-            raise InputError(
-                f"batch {number}, leaf {_named(path)} is {a.dtype}{list(a.shape)}, but the first "
-                f"one was {s.dtype}{list(s.shape)}; give equal batches, and drop what is left over "
-                "at the end of an epoch."
-            )
-    return batch
-
-
-def _named(path: tuple[Any, ...]) -> str:
-    return repr(path_name(path)) if path else "itself"

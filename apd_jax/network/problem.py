@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, SupportsIndex
 
 import jax
@@ -22,8 +23,10 @@ from apd_jax.errors import InputError, first_line
 from apd_jax.network import data
 from apd_jax.network.outputs import split_result
 
+log = logging.getLogger(__name__)
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, repr=False)
 class Problem:
     """See `apd_jax.decompose` for the fields.
 
@@ -44,9 +47,13 @@ class Problem:
         for field in ("apply_fn", "attribution_fn"):
             object.__setattr__(self, field, _unmeshed(getattr(self, field)))
         object.__setattr__(self, "select", components_lib.as_select(self.select, self.params))
-        object.__setattr__(self, "uses", whole_numbers(self.uses))
+        object.__setattr__(self, "uses", self._uses())
         object.__setattr__(self, "sample_fn", data.source(self.sample_fn))
         object.__setattr__(self, "elsewhere", data.source(self.elsewhere))
+
+    def __repr__(self) -> str:
+        leaves = jax.tree.leaves(self.params)
+        return f"<Problem: {len(leaves)} leaves, {sum(leaf.size for leaf in leaves):,} numbers>"
 
     @functools.cached_property
     def source(self) -> Any:
@@ -63,13 +70,38 @@ class Problem:
     def with_params(self, params: PyTree) -> Problem:
         """The same problem of other weights of the same shapes, which may be traced."""
         other = dataclasses.replace(self, params=params)
-        other.__dict__["layouts"] = self.layouts
+        other.__dict__.update(layouts=self.layouts, chosen=self.chosen)
         return other
 
     @property
     def site_names(self) -> list[str]:
         """The leaves to decompose."""
-        return components_lib.selected_paths(self.params, self.select, self.layouts)
+        return components_lib.selected_paths(self.params, self.chosen, self.layouts)
+
+    @functools.cached_property
+    def chosen(self) -> Any:
+        """`select`; where it is None, every matrix that is no table (`components.tables`)."""
+        if self.select is not None:
+            return self.select
+        found = components_lib.selected_paths(self.params, None, self.layouts)
+        tables = components_lib.tables_of(
+            self.apply_fn, self.params, data.shapes(self.sample_fn)
+        ).intersection(found)
+        if tables == set(found):
+            raise InputError(
+                f"params has only tables that are looked up or added ({', '.join(found)}), which "
+                "are not decomposed unless `select` names them."
+            )
+        if tables:
+            log.info(
+                "not decomposed, since they are looked up or added: %s; select names leaves.",
+                ", ".join(name for name in found if name in tables),
+            )
+        return [name for name in found if name not in tables]
+
+    def _uses(self) -> dict[str, int] | None:
+        leaves, uses = components_lib.named_leaves(self.params), whole_numbers(self.uses)
+        return uses and {components_lib.full_name(n, leaves): times for n, times in uses.items()}
 
     @property
     def sites(self) -> dict[str, Any]:
@@ -94,10 +126,38 @@ class Problem:
         key = jax.random.key(0) if key is None else key
         return jax.jit(self.sample_fn)(key, jnp.asarray(step, jnp.int32))
 
+    def looks(self, key: Any, count: int) -> Iterable[PyTree]:
+        """Batches to look at outside of training; the same at every iteration.
+
+        Of a sampler those of steps 0 to count - 1 under `key`, drawn anew each time. Of an iterable
+        the first of one pass, as many as there are and fit into `data.MAX_STACK_BYTES`, whatever
+        the key; of an iterator, which cannot be begun again, the first alone.
+        """
+        if isinstance(self.sample_fn, data.Batches):
+            num_bytes = sum(a.nbytes for a in jax.tree.leaves(self.sample_fn.first))
+            return self.sample_fn.looks(min(count, max(1, data.MAX_STACK_BYTES // num_bytes)))
+        return Drawn(self._draw, key, count)
+
+    @functools.cached_property
+    def _draw(self) -> Callable[..., PyTree]:
+        return jax.jit(self.sample_fn)
+
     @functools.cached_property
     def layouts(self) -> dict[str, layout.Layout]:
         """How the network uses the axes of its weights."""
         return layout.infer(self.apply_fn, self.params, data.shapes(self.sample_fn))
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """The batches of the first `count` steps of a sampler, drawn at every iteration."""
+
+    draw: Callable[..., PyTree]
+    key: Any
+    count: int
+
+    def __iter__(self) -> Iterator[PyTree]:
+        return (self.draw(self.key, jnp.asarray(i, jnp.int32)) for i in range(self.count))
 
 
 def _unmeshed(fn: Callable | None) -> Callable | None:
@@ -251,7 +311,7 @@ def check_params(problem: Problem) -> None:
             )
 
 
-def check_examples(problem: Problem, kind: str = "mse") -> None:
+def check_examples(problem: Problem, kind: Any = "mse") -> None:
     """Checks outputs on one batch: finite, and of each example without the others.
 
     Args:
@@ -284,7 +344,7 @@ def check_examples(problem: Problem, kind: str = "mse") -> None:
             )
 
 
-def _check_finite(out: Any, x: PyTree, valid: Any, kind: str) -> None:
+def _check_finite(out: Any, x: PyTree, valid: Any, kind: Any) -> None:
     out = np.asarray(out, np.float32)
     fine = np.isfinite(out) | np.isneginf(out) if kind == "kl" else np.isfinite(out)
     if valid is not None:

@@ -1,9 +1,22 @@
-"""Where the recipe begins: at modes, where these explain the network."""
+"""Where the recipe begins: at directions that mechanisms read, where these stand the test.
+
+A kind of beginning is a function of examples that gives `Modes`: directions, one per mechanism and
+leaf. They are tried in the order of what they cost (`KINDS`), each among more and more examples:
+
+  modes       directions that many examples share: needs examples with one mechanism alone
+  separation  directions of the codes that examples are mixtures of: needs as many dimensions
+
+The first that is accepted, and independent in some leaf, is where the recipe begins; else the best
+of those that are accepted. Where none is, it begins at random. Components are accepted by what they
+do under the mask that they find (`judge`), not by what they span: any n ≥ d directions span
+everything.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -11,29 +24,60 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PRNGKeyArray
 
-from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import held
+from apd_jax.recipe import held, separation
 from apd_jax.recipe import modes as modes_lib
-from apd_jax.recipe import scales as scales_lib
-from apd_jax.recipe.numbers import STAGES, Recipe, stage_method, with_any_k
+from apd_jax.recipe.directions import matrices
+from apd_jax.recipe.judge import Judge, Worth
+from apd_jax.recipe.modes import Modes
+from apd_jax.recipe.numbers import DRAWS, STAGES, Recipe, stage_method, with_any_k
 from apd_jax.recipe.scales import Scales
 from apd_jax.train import parallel
 
 log = logging.getLogger("apd_jax.recipe")
 
-DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
-_LOOKS = (1, 2, 4)  # times the usual number of examples that are searched, until modes explain ...
-# ... the network and leave no part between these of what is read, as when a few modes are missing
+_LOOKS = (1, 2, 4)  # times the usual number of examples that are searched, until some are accepted
+# ... and leave no part between these of what is read, as when a few modes are missing
 _FEW_MISSING = (1e-3, 0.1)
-_K_OFF = 2.5  # a topk that differs by this factor from what the modes say is worth a warning
+_K_OFF = 2.5  # a topk that differs by this factor from what is found is worth a warning
+_MOST_ACTIVE = 0.5  # of the parts, that may be on on average
+_BETTER = 0.5  # the loss of accepted parts, of that of as many parts in other directions
+_TIE = 0.01  # totals of loss and simplicity that differ by less are the same
+_INDEPENDENT = 0.99  # a gain above which modes are independent in a leaf
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """What a kind of beginning is given: see `modes.examples`."""
+
+    problem: Problem
+    batches: Iterable[Any]
+    key: Any
+    times: int
+    ins: dict[str, np.ndarray]
+    effect: np.ndarray
+
+
+def _densest(e: Examples) -> Modes:
+    most = e.times * modes_lib.MOST_KEPT
+    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most)
+
+
+def _separated(e: Examples) -> Modes | None:
+    return separation.find(e.problem, e.batches, e.key, e.ins, e.effect)
+
+
+KINDS: dict[str, Callable[[Examples], Modes | None]] = {
+    "modes": _densest,
+    "separation": _separated,
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Beginning:
-    """Components at the modes, and what the modes say of the network."""
+    """Components to begin with, and what their directions say of the network."""
 
     components: Components  # of all instances
     num_always_on: int
@@ -45,10 +89,14 @@ class Beginning:
         return {"num_always_on": self.num_always_on, "modes_per_example": self.active}
 
 
-def at_modes(problem: Problem, method: APD, recipe: Recipe, scales: Scales) -> Beginning | None:
-    """Components that begin at the modes, of every instance; None where one has too few of them.
+def accepted(
+    problem: Problem, method: APD, recipe: Recipe, scales: Scales, judge: Judge | None = None
+) -> Beginning | None:
+    """Components at the first kind of beginning that stands the test, of every instance.
 
-    Cost: see `modes.find`, for every instance on data of its own.
+    None where one instance has none.
+
+    Cost: see `modes.densest`, `separation.find` and `Judge`, for every instance on data of its own.
     """
     if recipe.least_explained > 1:
         return None
@@ -61,22 +109,26 @@ def at_modes(problem: Problem, method: APD, recipe: Recipe, scales: Scales) -> B
         return settings.make_components(key, problem)
 
     def begin() -> tuple[list[Components], np.ndarray]:
-        found, active, least = [], [], 1.0
+        found, active, all_found = [], [], True
         find = recipe.find_always_on and not method.num_always_on
         on = None if find else method.num_always_on
+        judged_by = judge or Judge(problem, method, recipe, scales)
         for draw, init in keys:
             one = fresh(init)
-            if least >= recipe.least_explained:  # so far all begin at modes
-                search = _Search(problem, method, recipe, scales, draw, one, on)
-                look = search.best()
+            look = None
+            if all_found:
+                look = _Search(problem, method, recipe, judged_by, draw, one, on).best()
+                all_found = look is not None
+            if look is not None:
                 one, on = look.components, look.num_always_on
-                least, active = min(least, look.explained), [*active, look.active]
+                active.append(look.modes.active)
             found.append(jax.device_get(one))
-        return found, np.array((least, on, np.mean(active)), np.float32)
+        says = (all_found, on or 0, np.mean(active or [0.0]))
+        return found, np.array(says, np.float32)
 
     like = ([jax.eval_shape(fresh, keys[0, 0])] * len(keys), np.zeros(3, np.float32))
-    found, (explained, always_on, active) = parallel.from_primary(begin, like=like)
-    if float(explained) < recipe.least_explained:
+    found, (all_found, always_on, active) = parallel.from_primary(begin, like=like)
+    if not all_found:
         return None
     if len(found) == 1:
         stacked = jax.tree.map(jnp.asarray, found[0])
@@ -89,84 +141,144 @@ def at_modes(problem: Problem, method: APD, recipe: Recipe, scales: Scales) -> B
 class _Look:
     """What a search among some examples found.
 
-    explained: the share of the target's effect that the modes' components reproduce on their own.
     unheld: (modes, leaves that they share, always-on components that would hold these, components
     needed for both), where these could not be held.
     """
 
+    kind: str
+    modes: Modes
     components: Components
-    explained: float
     num_always_on: int
-    active: float
-    unexplained: float = 0.0  # of what examples read
+    worth: Worth
+    refused: str  # why; "" where they are accepted
     unheld: tuple[Any, ...] = ()
+
+    @property
+    def complete(self) -> bool:
+        few_missing = _FEW_MISSING[0] < self.modes.unexplained < _FEW_MISSING[1]
+        return self.independent and not few_missing
+
+    @property
+    def independent(self) -> bool:
+        """In some leaf. Where they are in none, some may be mixtures of others."""
+        return max(self.modes.gains.values()) > _INDEPENDENT
 
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """The search for the modes of one instance. given: components always on; None: found."""
+    """The search for a beginning of one instance. given: components always on; None: found."""
 
     problem: Problem
     method: APD
     recipe: Recipe
-    scales: Scales
+    judge: Judge
     draw: Any
     fresh: Components
     given: int | None
 
-    def best(self) -> _Look:
-        """The best of looks among more and more examples."""
-        enough = self.recipe.least_explained
-        best = _Look(self.fresh, 0.0, self.given or 0, float(self.method.topk))
-        for times in _LOOKS:
-            look = self._among(times)
-            if look is None:
-                log.info("no modes among %d times the examples", times)
-                continue
-            if look.explained >= min(best.explained, enough):  # among more, fewer are missing
+    def best(self) -> _Look | None:
+        """The best of the looks that are accepted."""
+        best, refused = None, {}
+        for look in self._looks():
+            if look.refused:
+                refused[look.kind] = look.refused
+            elif best is None or self._better(look, best):
                 best = look
-            a_few_missing = _FEW_MISSING[0] < look.unexplained < _FEW_MISSING[1]
-            if best.explained >= enough and not a_few_missing:
+            if best is not None and best.complete:
                 break
-        if best.explained >= enough:
+        if best is not None:
             self._warn(best)
+        elif refused:
+            log.warning("components begin at random: %s", " ".join(refused.values()))
         return best
 
-    def _among(self, times: int) -> _Look | None:
-        method, problem = self.method, self.problem
-        modes = modes_lib.find(problem, method.batch_size, self.draw, times=times)
-        if not len(modes):
-            return None
+    def _looks(self) -> Iterator[_Look]:
+        """Every kind among more and more examples; once one is independent, only that kind."""
+        kinds = list(KINDS)
+        for times in _LOOKS:
+            batches = modes_lib.looked_at(self.problem, self.method.batch_size, self.draw, times)
+            read = modes_lib.examples(self.problem, batches)
+            examples = Examples(self.problem, batches, self.draw, times, *read)
+            for kind in kinds:
+                found = KINDS[kind](examples)
+                if not found:
+                    log.info("%s: none among %d examples", kind, len(examples.effect))
+                    continue
+                look = self._judged(kind, found, examples)
+                yield look
+                if not look.refused and look.independent:
+                    kinds = [kind]
+                    break
+
+    def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:
+        n, C = len(modes), self.method.num_components
         shared = [name for name, gain in modes.gains.items() if gain < held.SHARED]
-        holding = (held.num_to_hold(problem, name, self.fresh) for name in shared)
+        holding = (held.num_to_hold(self.problem, name, self.fresh) for name in shared)
         needed = max(holding, default=0)
         on = self.given
         if on is None:
-            on = needed if needed + len(modes) <= method.num_components else 0
-        one = held.components(problem, modes, self.fresh, num_always_on=on)
-        explained = self._reproduced(one, on + len(modes))
-        if on:  # what is always on could hold anything, and does not count
-            explained -= max(0.0, self._reproduced(one, on))
+            on = needed if needed + n <= C else 0
+        one = held.components(self.problem, modes, self.fresh, num_always_on=on)
+        worth = self.judge.by_threshold(one, on, modes.active)
+        # What is always on could hold anything, and does not count.
+        explained = min(1.0, self.judge.without(one, on).loss) - worth.loss
+        refused = self._refusal(kind, modes, on, explained, worth)
+        if not refused:
+            refused = self._control(kind, modes, examples, one, on, worth)
         gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
         log.info(
-            "%d modes, %.3g per example, explain %.3f of what the weights do; gain of %s; beside "
-            "%d always on",
-            *(len(modes), modes.active, explained, gains, on),
+            "%s: %d, %.3g per example, explain %.3f of what the weights do with %.3g on; gain of "
+            "%s; beside %d always on%s",
+            *(kind, n, modes.active, explained, worth.active, gains, on),
+            f"; refused: {refused}" if refused else "",
         )
         unheld = ()
         if shared and not on:
-            unheld = (len(modes), " and ".join(shared), needed, needed + len(modes))
-        return _Look(one, explained, on, modes.active, modes.unexplained, unheld)
+            unheld = (n, " and ".join(shared), needed, needed + n)
+        return _Look(kind, modes, one, on, worth, refused, unheld)
 
-    def _reproduced(self, components: Components, first: int) -> float:
-        """Share of the target's effect that the first n components reproduce on their own.
+    def _refusal(self, kind: str, modes: Modes, on: int, explained: float, worth: Worth) -> str:
+        """Why components are not accepted, as far as they alone tell."""
+        n, C = len(modes), self.method.num_components
+        if n + on > C:
+            return (
+                f"{kind} finds {n} parts, for which num_components = {C} has no room beside {on} "
+                "always on."
+            )
+        if explained < self.recipe.least_explained:
+            return (
+                f"{kind} explains {explained:.2f} of what the weights do with {worth.active:.2g} "
+                f"of {n} parts on."
+            )
+        if worth.active > _MOST_ACTIVE * n:
+            return f"{kind} needs {worth.active:.2g} of {n} parts on an example."
+        return ""
 
-        1 - D(f_n, f) / D(f_0, f)
-        """
-        on = jnp.arange(components.num_components) < first
-        alone = components_lib.weighted_sum(components, self.problem.params, on.astype(jnp.float32))
-        distance = scales_lib.distances(self.problem, self.method, alone)[0]
-        return 1 - distance / self.scales.minimality
+    def _control(
+        self, kind: str, modes: Modes, examples: Examples, one: Components, on: int, worth: Worth
+    ) -> str:
+        """The same with as many parts in other directions, each a mixture of all: with k on."""
+        if len(modes) == 1:  # of one there are no mixtures
+            return ""
+        k = min(max(worth.active, 1 / self.method.batch_size), float(len(modes)))
+        other = modes_lib.described(
+            *(examples.ins, examples.effect, modes_lib.with_effect(examples.effect)),
+            *(modes_lib.mixed(modes, self.method.seed), modes.density),
+        )
+        control = held.components(self.problem, other, self.fresh, num_always_on=on)
+        loss, chance = (self.judge.by_topk(c, on, k).loss for c in (one, control))
+        if loss > _BETTER * chance:
+            return (
+                f"{kind} is no better than other directions: with {k:.2g} parts on, the loss is "
+                f"{loss:.2g}, and {chance:.2g} with as many mixtures of them."
+            )
+        return ""
+
+    def _better(self, look: _Look, best: _Look) -> bool:
+        """Whether loss and simplicity together are less; in a tie, whether fewer modes miss."""
+        if abs(look.worth.total - best.worth.total) < _TIE:
+            return look.modes.unexplained < best.modes.unexplained
+        return look.worth.total < best.worth.total
 
     def _warn(self, best: _Look) -> None:
         if best.unheld:
@@ -175,9 +287,9 @@ class _Search:
                 "num_always_on = %d of at least %d components could hold it whole.",
                 *best.unheld,
             )
-        k = float(self.method.topk)
-        if k > 0 and not 1 / _K_OFF < k / best.active < _K_OFF:
+        k, active = float(self.method.topk), best.modes.active
+        if k > 0 and not 1 / _K_OFF < k / active < _K_OFF:
             log.warning(
                 "topk = %g, but examples have %.2g modes on average; topk should be about that.",
-                *(k, best.active),
+                *(k, active),
             )

@@ -29,19 +29,17 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
-from scipy import sparse
+from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
-from apd_jax.network import data
 from apd_jax.network.problem import Problem
 from apd_jax.recipe.directions import directions, matrices
 
-NUM_EXAMPLES = 16_384  # that are drawn, `times` over; one batch where the data comes from the host
+NUM_EXAMPLES = 16_384  # that are looked at, `times` over
 MOST_KEPT = 8192  # of them that are compared with each other, `times` over
 # Examples are left out on which the decomposed weights have less than this share of their mean
 # effect on the outputs.
@@ -103,24 +101,27 @@ def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1
     The more mechanisms an example needs on average, the rarer are examples that need one alone, and
     the more `times` must be looked.
 
-    Cost: times · NUM_EXAMPLES gradients of the network; on the host (times · MOST_KEPT)² products
-      of the directions of every leaf.
+    Cost: that of `examples`, and of `densest`.
     """
-    if isinstance(problem.sample_fn, data.Batches):
-        of_batch = jax.jit(lambda params, x: directions(problem.with_params(params), x))
-        drawn = [of_batch(problem.params, problem.example_batch())]
-    else:
+    read, effect = examples(problem, looked_at(problem, batch_size, key, times))
+    return densest(read, effect, matrices(problem), most=times * MOST_KEPT)
 
-        @jax.jit
-        def of_step(params: PyTree, step: Array) -> tuple[dict[str, Array], Array]:
-            return directions(problem.with_params(params), problem.sample_fn(key, step))
 
-        drawn = [
-            jax.device_get(of_step(problem.params, jnp.asarray(step)))
-            for step in range(math.ceil(times * NUM_EXAMPLES / batch_size))
-        ]
-    ins, effect = jax.tree.map(lambda *a: np.concatenate(a), *drawn)
-    return densest(ins, effect, matrices(problem), most=times * MOST_KEPT)
+def looked_at(problem: Problem, batch_size: int, key: PRNGKeyArray, times: int) -> Iterable[PyTree]:
+    """Batches of times · NUM_EXAMPLES examples, or as many as data from the host has."""
+    return problem.looks(key, math.ceil(times * NUM_EXAMPLES / batch_size))
+
+
+def examples(
+    problem: Problem, batches: Iterable[PyTree]
+) -> tuple[dict[str, Float[np.ndarray, "N b d_in"]], Float[np.ndarray, " N"]]:
+    """What examples read in every leaf, and their effect: see `directions`.
+
+    Cost: a gradient of the network for each.
+    """
+    of_batch = jax.jit(lambda params, x: directions(problem.with_params(params), x))
+    drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
+    return jax.tree.map(lambda *a: np.concatenate(a), *drawn)
 
 
 def densest(
@@ -141,58 +142,100 @@ def densest(
         (f(θ*, x) - f(0, x))².
       weights: {leaf: [b, d_in, d_out]}, the target's.
       most: how many examples are compared with each other.
+    Cost: most² products of the directions of every leaf; memory linear in the examples.
     """
-    relative = effect / max(float(np.mean(effect)), 1e-30)
-    kept = np.flatnonzero(relative > LEAST_EFFECT)[:most]
-    count = np.minimum(relative[kept], 1).astype(np.float32)
-    everyone, ins = ins, {name: e[kept] for name, e in ins.items()}
-    near, not_far = _alike(ins, weights)
-    density, left = near @ count, np.ones(len(kept), bool)
-    centres, found = [], []
+    kept = with_effect(effect)[:most]
+    count = np.minimum(effect[kept] / max(float(np.mean(effect)), 1e-30), 1).astype(np.float32)
+    here = {name: e[kept] for name, e in ins.items()}
+    alike = _Alike(here, weights)
+    density, left = alike.density(count), np.ones(len(kept), bool)
+    members, found = [], []
     while left.any():
         best = int(np.argmax(np.where(left, density, -1)))
         usual = np.sum(np.power(found, 3)) / np.sum(np.square(found)) if found else 0.0
         if density[best] < max(LEAST_COUNT, LEAST_DENSITY * usual):
             break
-        centres.append(best)
         found.append(float(density[best]))
-        used = np.zeros_like(left)
-        used[[best, *not_far[[best]].indices]] = True
-        used &= left
-        density -= near[used].T @ count[used]
+        cosine = alike.cosines(np.array([best]), slice(None))[0]
+        members.append(_purest(here, count, np.flatnonzero(cosine > NEAR)))
+        used = left & (cosine > FAR)
+        used[best] = True
         left &= ~used
-    members = [_purest(ins, count, near[[centre]].indices) for centre in centres]
+        density[left] -= alike.near(np.flatnonzero(used), left, count)
     leading = {
         name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:])
-        for name, e in ins.items()
+        for name, e in here.items()
     }
-    present, unexplained = _present(ins, leading)
-    reads, seen = _reads(ins, leading, present(ins))
-    active = np.sum(present(everyone)[relative > _NO_EFFECT]) / len(relative)
-    return Modes(leading, reads, seen, np.asarray(found), unexplained, float(active))
+    return described(ins, effect, kept, leading, np.asarray(found))
 
 
-def _alike(
-    ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]
-) -> tuple[sparse.csr_array, sparse.csr_array]:
-    """Which examples are near each other, and which not far.
+def with_effect(effect: Float[np.ndarray, " N"]) -> np.ndarray:
+    """The examples on which the decomposed weights have an effect worth looking at."""
+    return np.flatnonzero(effect > LEAST_EFFECT * max(float(np.mean(effect)), 1e-30))
 
-    1 where the cosine of their P is large, every leaf in units of ‖W_l‖.
+
+def described(
+    ins: dict[str, Float[np.ndarray, "N b d_in"]],
+    effect: Float[np.ndarray, " N"],
+    kept: np.ndarray,
+    leading: dict[str, Float[np.ndarray, "n b d_in"]],
+    density: Float[np.ndarray, " n"],
+) -> Modes:
+    """Modes of these directions: what is blind to the other modes, and which an example has.
+
+    kept: the examples that are looked at.
     """
-    factors = []
-    for name, e in ins.items():
-        W = weights[name] / max(float(np.linalg.norm(weights[name])), 1e-30)
-        factors += [(e[:, i], e[:, i] @ W[i]) for i in range(len(W))]
-    squares = sum(np.sum(e**2, 1) * np.sum(v**2, 1) for e, v in factors)
-    length = np.sqrt(np.maximum(squares, 1e-30)).astype(np.float32)
-    N = len(length)
-    near, not_far = [], []
-    for rows in np.array_split(np.arange(N), max(1, N // 512)):
-        inner = sum((e[rows] @ e.T) * (v[rows] @ v.T) for e, v in factors)
-        cosine = inner / length[rows, None] / length[None]
-        near.append(sparse.csr_array((cosine > NEAR).astype(np.float32)))
-        not_far.append(sparse.csr_array((cosine > FAR).astype(np.float32)))
-    return sparse.csr_array(sparse.vstack(near)), sparse.csr_array(sparse.vstack(not_far))
+    here = {name: e[kept] for name, e in ins.items()}
+    present, unexplained = _present(here, leading)
+    reads, seen = _reads(here, leading, present(here))
+    counted = effect > _NO_EFFECT * max(float(np.mean(effect)), 1e-30)
+    active = np.sum(present(ins)[counted]) / len(effect)
+    return Modes(leading, reads, seen, density, unexplained, float(active))
+
+
+class _Alike:
+    """How alike examples are: the cosines of their P, every leaf in units of ‖W_l‖.
+
+    They are computed block by block where they are asked for, and none is kept.
+    """
+
+    _BLOCK = 512
+
+    def __init__(
+        self, ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]
+    ):
+        self._factors = []
+        for name, e in ins.items():
+            W = weights[name] / max(float(np.linalg.norm(weights[name])), 1e-30)
+            self._factors += [(e[:, i], e[:, i] @ W[i]) for i in range(len(W))]
+        squares = sum(np.sum(e**2, 1) * np.sum(v**2, 1) for e, v in self._factors)
+        self._length = np.sqrt(np.maximum(squares, 1e-30)).astype(np.float32)
+
+    def cosines(self, rows: np.ndarray, columns: Any) -> Float[np.ndarray, "r c"]:
+        inner = sum((e[rows] @ e[columns].T) * (v[rows] @ v[columns].T) for e, v in self._factors)
+        return inner / self._length[rows, None] / self._length[None, columns]
+
+    def density(self, count: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
+        """Of every example, those near it, counted."""
+        density = np.zeros_like(count)
+        for rows in self._blocks(np.arange(len(count))):
+            first, after = rows[0], rows[-1] + 1
+            near = (self.cosines(rows, slice(first, None)) > NEAR).astype(np.float32)
+            density[rows] += near @ count[first:]
+            density[after:] += count[rows] @ near[:, len(rows) :]
+        return density
+
+    def near(
+        self, rows: np.ndarray, columns: Bool[np.ndarray, " N"], count: Float[np.ndarray, " N"]
+    ) -> Any:
+        """Of the examples `columns`, those among `rows` that are near, counted."""
+        return sum(
+            count[some] @ (self.cosines(some, columns) > NEAR).astype(np.float32)
+            for some in self._blocks(rows)
+        )
+
+    def _blocks(self, rows: np.ndarray) -> list[np.ndarray]:
+        return np.array_split(rows, max(1, -(-len(rows) // self._BLOCK)))
 
 
 def _leading(
@@ -281,3 +324,18 @@ def dual(
     u, s, vt = np.linalg.svd(E, full_matrices=False)
     large = s > condition * s[0]
     return (u[:, large] / s[large]) @ vt[large], float(large.mean() * min(E.shape) / len(E))
+
+
+def mixed(modes: Modes, seed: int) -> dict[str, Float[np.ndarray, "n b d_in"]]:
+    """As many directions in the same span, each a mixture of all modes, the same in every leaf."""
+    n = len(modes)
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], n)
+    # Cosines of n frequencies, orthogonal, after random signs: no mode has more than its share.
+    angles = np.pi * np.outer(np.arange(n), np.arange(n) + 0.5) / n
+    mixing = np.cos(angles) * signs
+    found = {}
+    for name, e in modes.ins.items():
+        a = np.einsum("ij,jbd->ibd", mixing, e)
+        length = np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-30)
+        found[name] = (a / length).astype(np.float32)
+    return found

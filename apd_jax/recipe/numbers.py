@@ -11,9 +11,11 @@ from apd_jax.methods import registry
 from apd_jax.methods.apd import APD
 from apd_jax.methods.base import Method
 from apd_jax.recipe.scales import Scales
+from apd_jax.train.progress import seconds
 
 Recipe = Any  # a ConfigDict, whose own annotations make every field a union of all types
 
+DRAWS = 0x5EED  # sets the draws for scales and statistics apart from those of training
 STAGES = ("explore", "settle", "clean", "polish", "refine")
 GIVE_K = "set topk to the mean number of components that an example should need."
 SET_BY_RECIPE = (
@@ -26,8 +28,8 @@ SET_BY_RECIPE = (
 def default_recipe() -> config_dict.ConfigDict:
     """The numbers of the recipe. Coefficients are relative; see `apd_jax.recipe.stages`."""
     r = config_dict.ConfigDict()
-    # Components begin at modes that reproduce this share of the target's effect on their own,
-    # beside what is always on; above 1: never.
+    # Components begin at modes, or at separated codes, that reproduce this share of the target's
+    # effect by the mask that they find, beside what is always on; above 1: never.
     r.least_explained = 0.8
     r.find_always_on = True  # where num_always_on is 0: as many as hold what modes share
     r.restarts = 4  # random beginnings; that with the lowest loss after `settle` is polished
@@ -64,6 +66,8 @@ def default_recipe() -> config_dict.ConfigDict:
         faithfulness_coeff=10.0,
     )
     r.init_scale = 3.0
+    # Of time for all of it, e.g. "10min": stages then have the share of their steps that fits.
+    r.budget = ""
     return r.lock()
 
 
@@ -97,7 +101,8 @@ def as_apd(method: Any) -> APD:
 def _check_fields(recipe: Any) -> None:
     if not isinstance(recipe, config_dict.ConfigDict):
         raise InputError(f"recipe must come from apd_jax.default_recipe(); got {recipe!r}.")
-    if missing := [name for name in default_recipe() if name not in recipe]:
+    later = {"budget"}  # than the first recipes that were saved
+    if missing := [name for name in default_recipe() if name not in {*recipe, *later}]:
         raise InputError(
             f"recipe lacks {missing[0]!r}; begin with apd_jax.default_recipe() and change it."
         )
@@ -117,12 +122,14 @@ def check(method: Any, recipe: Recipe) -> None:
             f"{changed[0]} is set by the recipe, stage by stage; change it there "
             "(recipe.explore, ...), or leave the recipe out."
         )
+    if recipe.get("budget"):
+        seconds(recipe.budget)
     if recipe.restarts < 1:
         raise InputError(f"recipe.restarts must be at least 1; got {recipe.restarts}.")
     if method.topk == 0 and recipe.least_explained > 1:
         raise InputError(
-            f"topk = 0 leaves k to the modes, but recipe.least_explained = "
-            f"{recipe.least_explained} leaves them out; {GIVE_K}"
+            f"topk = 0 leaves k to the beginning, but recipe.least_explained = "
+            f"{recipe.least_explained} leaves none but a random one; {GIVE_K}"
         )
     method = with_any_k(method)
     method.check()
@@ -149,6 +156,7 @@ def stage_method(method: APD, recipe: Recipe, stage: str, scales: Scales) -> APD
     unit = (scales.minimality / method.topk) ** 0.5
     several = recipe.restarts if stage in STAGES[:2] else 1
     return method.replace(
+        loss_units="absolute",
         faithfulness_coeff=s.faithfulness_coeff / scales.faithfulness,
         minimality_coeff=recipe.minimality_coeff / scales.minimality,
         hidden_reconstruction_coeff=hidden,
@@ -171,10 +179,7 @@ def stage_method(method: APD, recipe: Recipe, stage: str, scales: Scales) -> APD
 def filled(method: APD, num_always_on: int, modes_per_example: float) -> APD:
     """The settings with what was found in the place of what they leave open."""
     method = method.replace(num_always_on=num_always_on)
-    if method.topk != 0:
-        return method
-    most = float(method.num_components - num_always_on)
-    return method.replace(topk=min(modes_per_example, most))
+    return method.replace(topk=modes_per_example) if method.topk == 0 else method
 
 
 def with_any_k(method: APD) -> APD:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -23,11 +23,10 @@ from apd_jax import components as components_lib
 from apd_jax.components import Components, Factors
 from apd_jax.gates import selection
 from apd_jax.methods.apd import APD
-from apd_jax.network import data
 from apd_jax.network.problem import Problem
 from apd_jax.recipe import places
 
-NUM_EXAMPLES = 20_000  # for the statistics, about; one batch where the data comes from the host
+NUM_EXAMPLES = 20_000  # for the statistics, about
 SCHATTEN_P = 0.5  # of the comparison: well below 1, so that one is clearly simpler than two halves
 LEAST_GAIN = 0.1  # joining must save at least this share of the two components' simplicity ...
 PARALLEL = 0.8  # or their cosine is above this: their attributions are then proportional
@@ -44,20 +43,21 @@ class Usage(NamedTuple):
     square: Float[Array, " C"]  # mean squared attribution where it matters and is kept; else 0
 
 
-def usage(
-    problem: Problem, method: APD, components: Components, threshold: float, key: PRNGKeyArray
-) -> Usage:
-    """How often components matter, alone and in pairs.
+def measure(
+    problem: Problem, method: APD, threshold: float, key: PRNGKeyArray
+) -> Callable[[Components], Usage]:
+    """How often components (of one instance) matter, alone and in pairs.
 
     Args:
-      components: of one instance.
       threshold: of the attributions, in units of the output.
     Cost: the attributions of NUM_EXAMPLES examples.
     """
     attribute = method.attribute(problem)
+    batches = problem.looks(key, max(1, NUM_EXAMPLES // method.batch_size))
 
-    def one(x: PyTree, key: PRNGKeyArray) -> Usage:
-        A = jnp.sqrt(attribute(components, problem.params, x, key))
+    @jax.jit
+    def one(components: Components, params: PyTree, x: PyTree, key: PRNGKeyArray) -> Usage:
+        A = jnp.sqrt(attribute(components, params, x, key))
         A = A.reshape(-1, components.num_components)
         matters = threshold < A
         flags = matters.astype(jnp.float32)
@@ -68,13 +68,14 @@ def usage(
             jnp.mean(A**2 * fired, axis=0),
         )
 
-    if isinstance(problem.sample_fn, data.Batches):
-        return one(problem.example_batch(), key)
-    steps = jnp.arange(max(1, NUM_EXAMPLES // method.batch_size))
-    drawn = jax.lax.map(
-        lambda step: one(problem.sample_fn(key, step), jax.random.fold_in(key, step)), steps
-    )
-    return jax.tree.map(lambda a: jnp.mean(a, axis=0), drawn)
+    def usage(components: Components) -> Usage:
+        found = [
+            one(components, problem.params, x, jax.random.fold_in(key, i))
+            for i, x in enumerate(batches)
+        ]
+        return jax.tree.map(lambda *a: jnp.mean(jnp.stack(a), axis=0), *found)
+
+    return usage
 
 
 def restructure(

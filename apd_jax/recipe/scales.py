@@ -1,28 +1,37 @@
-"""The reference points of a target, in which the recipe measures every loss.
+"""The reference points of a target, in units of which losses are measured.
 
-A coefficient then means the same on every target.
+A coefficient then means the same on every target. The recipe measures all its losses so, and so
+does a method with `loss_units` = "target".
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PRNGKeyArray, PyTree
+from jaxtyping import PyTree
 
 from apd_jax import components as components_lib
 from apd_jax import losses
+from apd_jax.components import Components
+from apd_jax.components.layout import Layout, unfold
 from apd_jax.errors import InputError
 from apd_jax.forward import positions
-from apd_jax.network import data
-from apd_jax.network.outputs import position_weights, split_result
+from apd_jax.methods.base import Method
+from apd_jax.network.outputs import outputs, position_weights, split_result
 from apd_jax.network.problem import Problem
+from apd_jax.train.progress import say
 
+FAR = 0.05  # of the decomposed weights' effect: a sum that misses more is warned of
 BATCHES = 20  # over which a loss is measured
 _DRAWS = 0x5EED  # sets these draws apart from those of training
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +51,75 @@ class Scales:
     simplicity: float
 
 
+def absolute(problem: Problem, method: Method) -> Method:
+    """The method with absolute coefficients: those in units of the target are divided by them.
+
+    The unit "components" is their number: all of them on at once cost 1.
+
+    Raises:
+      InputError: see `measure`.
+    """
+    if method.loss_units == "absolute":
+        return method
+    shapes = jax.eval_shape(lambda key: method.make_components(key, problem), jax.random.key(0))
+    units = dataclasses.asdict(measure(problem, method)) | {"components": shapes.num_components}
+    changes: dict[str, Any] = {"loss_units": "absolute"}
+    for field, unit in method.measured_in.items():
+        coeff = getattr(method, field, None)
+        if coeff is not None and coeff > 0:
+            changes[field] = coeff / units[unit]
+    return method.replace(**changes)
+
+
+def prepared(problem: Problem, method: Method) -> Method:
+    """The settings as training reads them: coefficients absolute, nothing left to the network."""
+    ready = absolute(problem, method.fitted(problem))
+    changed = [f for f in method.fields() if getattr(method, f) != getattr(ready, f)]
+    if changed := [f for f in changed if f != "loss_units"]:
+        told = ", ".join(f"{f} = {_short(getattr(ready, f))}" for f in changed)
+        units = " (coefficients in units of the target)" if method.loss_units == "target" else ""
+        say(f"Decided by this network{units}: {told}.")
+    return ready
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else repr(value)
+
+
+def warn_if_far(problem: Problem, method: Method, found: Sequence[Components]) -> None:
+    """Logs a warning if the components' sum is not the network, where it should be."""
+    if not getattr(method, "faithfulness_coeff", 0) > 0:
+        return
+    far = np.max([missing(problem, method, components) for components in found])
+    if not far <= FAR:
+        log.warning(
+            "the components' sum is not the network: it misses %.0f %% of what the decomposed "
+            "weights do to the outputs. Raise faithfulness_coeff or num_steps, or give more "
+            "components.",
+            100 * far,
+        )
+
+
+def missing(problem: Problem, method: Method, components: Components) -> float:
+    """What the components' sum misses of what the decomposed leaves do.
+
+    D(f(θ*, x), f(Σ_c P_c, x)) / D(f(θ*, x), f(0, x)) on one batch: 0 is all there, 1 as without
+    them. 0 where the leaves do nothing.
+    """
+    x = problem.example_batch()
+
+    def distance(components: Components, params: PyTree, x: PyTree, share: Any) -> jax.Array:
+        moved = components_lib.weighted_sum(components, params, share)
+        out, target = [outputs(problem.apply_fn(p, x)) for p in (moved, params)]
+        weights = position_weights(problem.valid(x))[0]
+        return losses.minimality(out, target, method.distance, weights)
+
+    of_share = jax.jit(distance)
+    ones = jnp.ones(components.num_components)
+    some, none = (of_share(components, problem.params, x, share) for share in (ones, 0 * ones))
+    return 0.0 if none == 0 else float(some) / float(none)
+
+
 def measure(problem: Problem, method: Any) -> Scales:
     """The reference points of a problem, on fresh batches.
 
@@ -51,33 +129,46 @@ def measure(problem: Problem, method: Any) -> Scales:
       InputError: the outputs, or the hidden activations where they count, do not change when the
         decomposed leaves are set to 0; or are not finite.
     """
-    whole = components_lib.from_materialized(
-        _decomposed(problem), uses=problem.uses, layouts=problem.layouts
-    )
-    nothing = components_lib.weighted_sum(whole, problem.params, jnp.zeros(1))
-    minimality, hidden = distances(problem, method, nothing)
-    zero = jax.tree.map(jnp.zeros_like, whole)
+    minimality, hidden = distances(problem, method, _without(problem))
     if not np.isfinite([minimality, hidden]).all():
         raise InputError(
             "the outputs are not finite, of the network itself or with all decomposed leaves set "
-            "to 0; look at its weights and data."
+            "to 0; look at its weights and data, or set loss_units = 'absolute'."
         )
     if minimality == 0:
         raise InputError(
             "the outputs stay the same when all decomposed leaves are set to 0; there is nothing "
             "to decompose."
         )
-    if hidden == 0 and method.hidden_reconstruction_coeff > 0:
+    if hidden == 0 and getattr(method, "hidden_reconstruction_coeff", 0) > 0:
         raise InputError(
             "hidden_reconstruction_coeff is above 0, but apply_fn returns no hidden activations "
             "that depend on the decomposed leaves."
         )
+    sites, uses = problem.sites, problem.uses or {}
+    counts = {name: float(uses.get(name, 1)) for name in sites}
+    size = sum(counts[name] * leaf.size for name, leaf in sites.items())
+    squares = {n: float(jnp.sum(losses.single(a) ** 2)) for n, a in sites.items()}
+    spectra = {n: _singular_values(problem, n) ** float(method.norm_p) for n in sites}
     return Scales(
-        faithfulness=float(losses.faithfulness(zero, problem.params)),
+        faithfulness=sum(counts[n] * squares[n] for n in sites) / size,
         minimality=minimality,
         hidden=hidden,
-        simplicity=float(losses.simplicity(whole, jnp.ones((1, 1), jnp.bool_), method.schatten_p)),
+        simplicity=sum(counts[n] * float(np.sum(spectra[n])) for n in sites) / size,
     )
+
+
+def _without(problem: Problem) -> PyTree:
+    """params with the decomposed leaves at 0."""
+    zeros = {name: jnp.zeros_like(leaf) for name, leaf in problem.sites.items()}
+    return components_lib.replace_leaves(problem.params, zeros)
+
+
+def _singular_values(problem: Problem, site: str) -> np.ndarray:
+    """Of a site's matrix; of all its matrices where layers are stacked."""
+    leaf = losses.single(jnp.asarray(problem.sites[site]))
+    matrices = unfold(leaf, problem.layouts.get(site, Layout.default(leaf.ndim)))
+    return np.linalg.svd(np.asarray(matrices), compute_uv=False)
 
 
 def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, float]:
@@ -91,32 +182,13 @@ def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, flo
             split_result(problem.apply_fn(params, x)) for params in ends
         ]
         weights = position_weights(problem.valid(x))[0]
-        distance = losses.minimality(out, target_out, method.minimality_loss, weights)
+        distance = losses.minimality(out, target_out, method.distance, weights)
         if not hidden:
             return distance, jnp.zeros(())
         of_hidden = positions.hidden_weights(problem.apply_fn, ends[0], x, weights)
         return distance, losses.hidden_reconstruction(hidden, target_hidden, of_hidden)
 
-    def of_batches(ends: tuple[PyTree, PyTree], key: PRNGKeyArray) -> tuple[jax.Array, jax.Array]:
-        drawn = jax.lax.map(
-            lambda step: of_batch(ends, problem.sample_fn(key, step)), jnp.arange(BATCHES)
-        )
-        return jax.tree.map(jnp.mean, drawn)
-
-    ends = (params, jax.tree.map(jnp.asarray, problem.params))
-    if isinstance(problem.sample_fn, data.Batches):
-        measured = jax.jit(of_batch)(ends, problem.example_batch())
-    else:
-        key = jax.random.fold_in(jax.random.key(method.seed), _DRAWS)
-        measured = jax.jit(of_batches)(ends, key)
-    outputs, hidden = map(float, measured)
-    return outputs, hidden
-
-
-def _decomposed(problem: Problem) -> PyTree:
-    """params with a leading axis of one component; None where not decomposed."""
-    names = problem.site_names
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: leaf[None] if components_lib.path_name(path) in names else None,
-        problem.params,
-    )
+    ends, measure = (params, jax.tree.map(jnp.asarray, problem.params)), jax.jit(of_batch)
+    key = jax.random.fold_in(jax.random.key(method.seed), _DRAWS)
+    distance, hidden = np.mean([measure(ends, x) for x in problem.looks(key, BATCHES)], axis=0)
+    return float(distance), float(hidden)

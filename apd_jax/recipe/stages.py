@@ -1,9 +1,10 @@
 """A recipe: training in stages, with one set of numbers for all targets (`docs/results.md`).
 
-Where examples of one kind agree on what they read (`apd_jax.recipe.modes`), and these modes explain
-the network, components begin there. Only `refine` is left to do then, or `polish` and `refine`
-where the loss says that this was not all. Where modes explain too little, components begin at
-random and go through all stages:
+Where examples of one kind agree on what they read (`apd_jax.recipe.modes`), or are mixtures of
+codes (`apd_jax.recipe.separation`), and components that begin there stand the test of
+`apd_jax.recipe.beginning`, only `refine` is left to do, or `polish` and `refine` where the loss
+says that this was not all. Where none stands it, components begin at random and go through all
+stages:
 
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a
            weak one. Mechanisms emerge one after the other, each in components of its own, several
@@ -15,10 +16,13 @@ random and go through all stages:
            mechanism.
   polish   simplicity, which shrinks what it selects, is switched off. Instead of the k·B largest
            all components are kept whose attribution exceeds a threshold, so that nothing that
-           matters is dropped: the components grow to their full length.
+           matters is dropped: the components grow to their full length. Where loss and simplicity
+           together are worse after it than before (`judge`), it is undone.
   refine   the threshold is lowered to a tenth, and the others are not dropped but times U(0, 1), so
            that they can be ablated in any combination. Steps are in proportion to √loss, which is
            how far the weights are off: what is exact already stays as it is.
+
+Where `recipe.budget` bounds the time, all stages have the same share of their steps (`budget`).
 
 Coefficients are relative: every loss is measured in units of its value at a reference point of this
 target (`apd_jax.recipe.scales`), so that one number means the same on every target. k, the mean
@@ -32,26 +36,27 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jaxtyping import PyTree
 
 from apd_jax.components import Components
 from apd_jax.errors import InputError
 from apd_jax.methods.apd import APD
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
-from apd_jax.network import data
 from apd_jax.network.problem import Problem
 from apd_jax.paths import user_path
-from apd_jax.recipe import restructure
+from apd_jax.recipe import budget, restructure
 from apd_jax.recipe import scales as scales_lib
-from apd_jax.recipe.beginning import DRAWS, Beginning, at_modes
+from apd_jax.recipe.beginning import Beginning, accepted
+from apd_jax.recipe.judge import Judge, Worth
 from apd_jax.recipe.numbers import (
+    DRAWS,
     GIVE_K,
     STAGES,
     Recipe,
@@ -66,10 +71,12 @@ from apd_jax.recipe.scales import Scales
 from apd_jax.train import loop, parallel
 from apd_jax.train.state import init_state
 from apd_jax.train.step import make_loss
+from apd_jax.train.workdir import keep_settings
 
 log = logging.getLogger(__name__)
 
 FOUND = "recipe.json"  # in a workdir: what the modes say of the network
+WORSE = 1.1  # times what loss and simplicity were together: a stage is undone above
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 
 __all__ = [
@@ -80,6 +87,7 @@ __all__ = [
     "default_recipe",
     "fit",
     "found_method",
+    "in_proportion",
     "last_method",
 ]
 
@@ -109,25 +117,33 @@ def last_method(problem: Problem, method: APD, recipe: Recipe) -> APD:
 
 
 def fit(
-    problem: Problem, method: Any, recipe: Recipe, *, workdir: epath.PathLike | None = None
+    problem: Problem,
+    method: Any,
+    recipe: Recipe,
+    *,
+    workdir: epath.PathLike | None = None,
+    on_log: loop.OnLog | None = None,
 ) -> tuple[Trained, list[dict[str, Any]], Method]:
     """Runs the stages.
 
     Each resumes from its own checkpoints in `workdir`/stages, the last from `workdir` itself.
 
     Args:
+      on_log: as in `apd_jax.decompose`: rows name their stage, and a stop ends the stage.
       method: settings of APD; what the recipe sets must stand at its default.
     Returns: components and gate, the logged rows of the last stage, and its settings.
     Raises: as `train.loop.fit`.
     """
     method = as_apd(method)
     check(method, recipe)
+    began = time.monotonic()
     reference = scales_lib.measure(problem, method)
-    stages, begin, found = STAGES, None, at_modes(problem, method, recipe, reference)
+    judge = Judge(problem, method, recipe, reference)
+    stages, begin, found = STAGES, None, accepted(problem, method, recipe, reference, judge)
     if found is None and method.topk == 0:
         raise InputError(
-            "topk = 0 leaves k to the modes, but these explain too little of this network to begin "
-            f"at them; {GIVE_K}"
+            "topk = 0 leaves k to the beginning, but neither modes nor separation explain this "
+            f"network well enough to begin there; {GIVE_K}"
         )
     if found is not None:
         begin, method = Trained(found.components), filled(method, **found.said)
@@ -135,14 +151,18 @@ def fit(
             parallel.from_primary(lambda: _keep(found, user_path(workdir)))
         refine = stage_method(method, recipe, "refine", reference)
         loss = _loss(problem, refine, begin)
-        log.info("the loss at the modes is %.2g of the reference", loss)
+        log.info("the loss at the beginning is %.2g of the reference", loss)
         stages = STAGES[-1:] if loss < recipe.nearly_exact else STAGES[-2:]
-    run = _Stages(problem, method, recipe, reference, workdir, stages)
+    recipe = budget.within(problem, method, recipe, stages, reference, workdir, began)
+    last = last_method(problem, method, recipe)
+    if workdir is not None:
+        parallel.from_primary(lambda: keep_settings(workdir, last))
+    run = _Stages(problem, method, recipe, reference, workdir, stages, judge, on_log)
     rows: list[dict[str, Any]] = []
     for stage in stages:
         begin, rows = run.one(stage, begin)
     assert begin is not None
-    return begin, rows, last_method(problem, method, recipe)
+    return begin, rows, last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +175,8 @@ class _Stages:
     reference: Scales
     workdir: epath.PathLike | None
     stages: tuple[str, ...]
+    judge: Judge
+    on_log: loop.OnLog | None = None
 
     def one(self, stage: str, begin: Trained | None) -> tuple[Trained, list[dict[str, Any]]]:
         """The stage from where the one before ended, restructured for the next."""
@@ -162,11 +184,11 @@ class _Stages:
         last, n = stage == STAGES[-1], self.method.num_instances
         several = n * self.recipe.restarts
         if begin is not None and last:
-            settings = self._in_proportion(settings, begin)
+            settings = in_proportion(self.problem, settings, begin)
         folder = None
         if self.workdir is not None:
             folder = user_path(self.workdir) / ("" if last else f"stages/{stage}")
-        spread = stage == "explore" and several > 1
+        spread, tell = stage == "explore" and several > 1, self.on_log
         state, rows = loop.advance(
             self.problem,
             settings,
@@ -174,10 +196,15 @@ class _Stages:
             settings=_spread(settings, self.recipe, n) if spread else None,
             workdir=folder,
             title=f"decomposition, {stage} ({self.stages.index(stage) + 1} of {len(self.stages)})",
+            on_log=None if tell is None else lambda row: tell({"stage": stage, **row}),
         )
         trained = loop.finished(Trained(state.components, state.gate), settings)
-        if last or stage == "polish":
+        if last:
+            self._say(trained)
             return trained, rows
+        if stage == "polish":
+            assert begin is not None
+            return self._unless_worse(begin, trained), rows
         components = trained.components
         if stage == "settle" and several > 1:
             best = _best(rows, settings, n, self.recipe.restarts)
@@ -188,13 +215,54 @@ class _Stages:
         between = _between(self.problem, settings, components, count, revive=explored)
         return Trained(between), rows
 
-    def _in_proportion(self, settings: APD, begin: Trained) -> APD:
-        """Steps in proportion to √loss. Thresholds begin at a guess, and keep their rate."""
-        rate = settings.learning_rate
-        if settings.mask == "learned":
-            settings = settings.replace(threshold_learning_rate=rate)
-        share = min(1.0, _loss(self.problem, settings, begin) ** 0.5)
-        return settings.replace(learning_rate=rate * share)
+    def _worths(self, components: Components) -> list[Worth]:
+        """Of every instance."""
+        n, on, k = self.method.num_instances, self.method.num_always_on, self.method.topk
+        each = [components]
+        if n > 1:
+            each = [jax.tree.map(lambda a, i=i: a[i], components) for i in range(n)]
+        return [self.judge.by_threshold(one, on, k) for one in each]
+
+    def _unless_worse(self, before: Trained, after: Trained) -> Trained:
+        """What a stage ended with, but what it began with where that was better."""
+
+        def compare() -> np.ndarray:
+            pairs = zip(*(self._worths(end.components) for end in (before, after)), strict=True)
+            return np.array(
+                [float(new.total > WORSE * old.total) for old, new in pairs], np.float32
+            )
+
+        n = self.method.num_instances
+        undone = parallel.from_primary(compare, like=np.zeros(n, np.float32)) > 0
+        if not undone.any():
+            return after
+        log.warning("polish made %d of %d instances worse, and is undone there.", undone.sum(), n)
+
+        def choose(old: Any, new: Any) -> Any:
+            if n == 1:
+                return old
+            return jnp.where(undone.reshape(-1, *[1] * (new.ndim - 1)), old, new)
+
+        return Trained(jax.tree.map(choose, before.components, after.components), after.gate)
+
+    def _say(self, trained: Trained) -> None:
+        """What came of it, by the mask of `polish`."""
+        for i, worth in enumerate(
+            self._worths(trained.components) if parallel.is_primary() else ()
+        ):
+            log.info(
+                "instance %d: loss %.2g, %.3g components on, simplicity %.2g of the whole's",
+                *(i, worth.loss, worth.active, worth.simplicity),
+            )
+
+
+def in_proportion(problem: Problem, settings: APD, begin: Trained) -> APD:
+    """Steps in proportion to √loss. Thresholds begin at a guess, and keep their rate."""
+    rate = settings.learning_rate
+    if settings.mask == "learned":
+        settings = settings.replace(threshold_learning_rate=rate)
+    share = min(1.0, _loss(problem, settings, begin) ** 0.5)
+    return settings.replace(learning_rate=rate * share)
 
 
 def _keep(found: Beginning, workdir: epath.Path) -> None:
@@ -212,11 +280,7 @@ def _loss(problem: Problem, method: APD, begin: Trained) -> float:
     keys = jax.random.split(
         jax.random.fold_in(jax.random.key(method.seed), DRAWS + 2), scales_lib.BATCHES
     )
-    if isinstance(problem.sample_fn, data.Batches):
-        drawn = [(keys[0], problem.example_batch())]
-    else:
-        draw = jax.jit(problem.sample_fn)
-        drawn = [(key, draw(key, jnp.zeros((), jnp.int32))) for key in keys]
+    drawn = list(zip(keys, problem.looks(keys[0], len(keys)), strict=False))
     n = method.num_instances
     each = [begin] if n == 1 else [jax.tree.map(lambda a, i=i: a[i], begin) for i in range(n)]
     losses = [
@@ -257,23 +321,26 @@ def _between(
     """Every instance restructured."""
     keys = jax.random.split(jax.random.fold_in(jax.random.key(method.seed), DRAWS), 2)
 
-    @jax.jit
-    def measure(components: Components, params: PyTree) -> restructure.Usage:
-        here = problem.with_params(params)
-        return restructure.usage(here, method, components, method.threshold, keys[0])
-
+    usage = restructure.measure(problem, method, method.threshold, keys[0])
     done = []
     for i in range(count):
         one = components if count == 1 else jax.tree.map(lambda a, i=i: a[i], components)
-        one = jax.device_get(one)
+        before = one = jax.device_get(one)
         fresh = init_state(jax.random.fold_in(keys[1], i), problem, method).components
         one, alive = restructure.restructure(
             one,
-            measure(one, problem.params),
+            usage(one),
             method.topk,
             fresh=fresh if revive else None,
             num_always_on=method.num_always_on,
         )
         log.info("instance %d: %d components alive", i, int(alive.sum()))
+        if not alive.any():
+            log.warning(
+                "instance %d: no component is alive at k = %g, so all are kept as they are; with a "
+                "k nearer to how many an example needs some may be.",
+                *(i, method.topk),
+            )
+            one = before
         done.append(one)
     return done[0] if count == 1 else jax.tree.map(lambda *a: jnp.stack(a), *done)

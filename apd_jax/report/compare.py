@@ -23,15 +23,17 @@ from apd_jax.components import Components
 from apd_jax.evaluation import matching
 from apd_jax.paths import user_path
 from apd_jax.report import drawn, html, tables
+from apd_jax.targets.scoring import alive_components
 from apd_jax.train.workdir import flat
 
 SAME_COSINE = 0.9  # the verdict counts pairs with at least this cosine
 MAX_SHOWN = 128  # pairs in the heat map of cosines
+AGREEMENT = ("of", "first in second", "second in first", "both as they began")
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a comparison reads of one workdir. Of several instances it reads the first."""
+    """What a comparison reads of one folder. Of several instances it reads the first."""
 
     folder: epath.Path
     settings: Mapping[str, Any]  # nested
@@ -39,7 +41,8 @@ class Run:
     history: Sequence[Mapping[str, Any]]
     params: PyTree  # the target's
     components: Components
-    firing_rates: Float[np.ndarray, " C"]
+    firing_rates: Float[np.ndarray, " C"] | None = None  # of a run that has been evaluated
+    initial: Components | None = None  # those that it began with, where they are known
 
     @property
     def name(self) -> str:
@@ -58,6 +61,9 @@ class Comparison:
     # by falling cosine
     pairs: list[tuple[int, int, float, float]]
     verdict: str
+    # (of what, mean largest cosine first to second, second to first, both at initialisation), where
+    # components are outer products
+    agreement: list[tuple[str, str, str, str]] = dataclasses.field(default_factory=list)
 
 
 def compare(first: Run, second: Run) -> Comparison:
@@ -85,7 +91,40 @@ def compare(first: Run, second: Run) -> Comparison:
         f"(cosine of {SAME_COSINE} or more); "
         f"the median cosine is {np.median([cos for *_, cos, _ in pairs]):.3f}."
     )
-    return Comparison(runs, settings, metrics, cosine, pairs, verdict + several)
+    return Comparison(
+        runs, settings, metrics, cosine, pairs, verdict + several, _agreement(first, second)
+    )
+
+
+def _agreement(first: Run, second: Run) -> list[tuple[str, str, str, str]]:
+    """Of alive components; at initialisation of those with the same numbers."""
+    alive = [
+        np.ones(run.components.num_components, bool)
+        if run.firing_rates is None
+        else alive_components(run.firing_rates, np.asarray(components_lib.norms(run.components)))
+        for run in (first, second)
+    ]
+
+    def both(a: Components | None, b: Components | None) -> list[dict[str, float]]:
+        if a is None or b is None:
+            return [{}, {}]
+        return [
+            matching.mean_max_cosine(a, b, (alive[0], alive[1])),
+            matching.mean_max_cosine(b, a, (alive[1], alive[0])),
+        ]
+
+    there, back = both(first.components, second.components)
+    before = both(first.initial, second.initial)
+    says = {"U": "what is read (U)", "V": "what is written (V)", "UV": "the whole piece (UV)"}
+    return [
+        (
+            says[of],
+            f"{there[of]:.3f}",
+            f"{back[of]:.3f}",
+            " and ".join(f"{one[of]:.3f}" for one in before if one) or "–",
+        )
+        for of in there
+    ]
 
 
 def _different_settings(
@@ -119,7 +158,7 @@ def _why_not_matched(first: Run, second: Run) -> str:
     ):
         return (
             "The two runs decompose different target weights, so their components cannot be "
-            "matched; start both with the same target.seed."
+            "matched; start both with the same target.seed, or with the same params."
         )
     if first.components.factors.keys() != second.components.factors.keys():
         return (
@@ -138,7 +177,7 @@ def terminal(comparison: Comparison) -> list[Table | str]:
     ) -> Table:
         made = Table(title=title)
         for i, column in enumerate((first, *names, *more)):
-            made.add_column(column, justify="left" if i == 0 else "right")
+            made.add_column(column, justify="left" if i == 0 else "right", overflow="fold")
         for row in rows:
             made.add_row(*row)
         return made
@@ -157,6 +196,13 @@ def terminal(comparison: Comparison) -> list[Table | str]:
         shown.append(
             table("Components, matched one to one", "pair", rows, ("cosine", "norm ratio"))
         )
+    if comparison.agreement:
+        made = Table(title="Agreement: mean largest cosine to a piece of the other, of alive ones")
+        for column in AGREEMENT:
+            made.add_column(column, justify="left" if column == AGREEMENT[0] else "right")
+        for row in comparison.agreement:
+            made.add_row(*row)
+        shown.append(made)
     return [*shown, comparison.verdict]
 
 
@@ -181,6 +227,7 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
         "comparison": comparison,
         "hrefs": hrefs,
         "limit": MAX_SHOWN,
+        "agreement_columns": AGREEMENT,
         "data": {
             "names": [run.name for run in runs],
             "hrefs": hrefs,
@@ -195,7 +242,8 @@ def write(path: epath.PathLike, comparison: Comparison) -> epath.Path:
 
 
 def _pair(runs: tuple[Run, Run], c: int, d: int, cosine: float, ratio: float) -> dict[str, Any]:
-    rates = [float(runs[0].firing_rates[c]), float(runs[1].firing_rates[d])]
+    found = [(run.firing_rates, i) for run, i in zip(runs, (c, d), strict=True)]
+    rates = [None if rates is None else float(rates[i]) for rates, i in found]
     return {"first": c, "second": d, "cosine": cosine, "ratio": ratio, "firing_rates": rates}
 
 

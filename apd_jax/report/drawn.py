@@ -16,7 +16,9 @@ from jaxtyping import PyTree
 
 from apd_jax.evaluation import components_view
 from apd_jax.evaluation.components_view import Behaviour, Matrix
+from apd_jax.report import words as words_lib
 from apd_jax.report.source import Source
+from apd_jax.report.words import Words
 from apd_jax.train.progress import loss_names
 
 MATRIX_BYTES = 1_200_000  # for the components' matrices, which are shown in part if they need more
@@ -72,10 +74,10 @@ def _packed(matrix: Matrix, pages: np.ndarray) -> dict[str, Any]:
     }
 
 
-def behaviour(acts: Behaviour, x: PyTree) -> dict[str, Any]:
+def behaviour(acts: Behaviour, x: PyTree, words: Words | None = None) -> dict[str, Any]:
     """Per component: the examples with its largest attributions, and the change of the outputs.
 
-    An example that several components need is embedded once.
+    An example that several components need is embedded once. words: what tokens are called.
     """
     used, index = np.unique(acts.examples, return_inverse=True)
     index = index.reshape(acts.examples.shape)
@@ -87,9 +89,12 @@ def behaviour(acts: Behaviour, x: PyTree) -> dict[str, Any]:
     positions = None
     if acts.attributions.ndim == 3:  # one mask per position
         positions = np.asarray(acts.attributions[acts.examples, :, each]).argmax(axis=-1).tolist()
+    of_outputs = words_lib.of_outputs(words, x, acts.change.shape[1])
     return {
         "kind": kind,
         "inputs": inputs,
+        "words": _named(words, inputs if kind == "tokens" else None),
+        "names": _named(of_outputs, top),
         "examples": index.tolist(),
         "attributions": strongest[acts.examples, each],
         "kept": kept[acts.examples, each].tolist(),
@@ -97,6 +102,12 @@ def behaviour(acts: Behaviour, x: PyTree) -> dict[str, Any]:
         "outputs": top.tolist(),
         "change": np.take_along_axis(acts.change, top, axis=1),
     }
+
+
+def _named(words: Words | None, numbers: np.ndarray | None) -> dict[int, str]:
+    if words is None or numbers is None:
+        return {}
+    return {number: words(number) for number in np.unique(numbers).tolist()}
 
 
 def _strongest(values: np.ndarray) -> np.ndarray:

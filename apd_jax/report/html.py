@@ -12,6 +12,7 @@ import base64
 import dataclasses
 import importlib.resources
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,12 +27,15 @@ from apd_jax.errors import InputError
 from apd_jax.evaluation import components_view
 from apd_jax.evaluation.components_view import Behaviour
 from apd_jax.paths import user_path
-from apd_jax.report import drawn, panel, tables
+from apd_jax.report import drawn, panel, tables, words
 from apd_jax.report.source import Sizes, Source
 from apd_jax.targets.base import FeatureTarget
 from apd_jax.targets.scoring import large_components
 from apd_jax.train.workdir import flat
 
+_UNITS = {"kl": "nats", "mse": "mean squared error"}
+MOST_ROWS = 2**20  # examples (positions) that run without one component, of all components
+LEAST_EXAMPLES = 6  # that a page has in any case
 LARGEST_PAGE = 5_000_000  # bytes; the live panel is left out of a page that would be larger
 
 
@@ -56,7 +60,9 @@ def write(path: epath.PathLike, source: Source) -> epath.Path:
     return save(path, text)
 
 
-def report(decomposition: Decomposition, path: epath.PathLike, x: PyTree = None) -> epath.Path:
+def report(
+    decomposition: Decomposition, path: epath.PathLike, x: PyTree = None, tokens: Any = None
+) -> epath.Path:
     """Writes one HTML file that shows every component.
 
     Its weights, the inputs that need it, and what it changes in the outputs.
@@ -65,9 +71,12 @@ def report(decomposition: Decomposition, path: epath.PathLike, x: PyTree = None)
       path: the file, e.g. "report.html".
       x: inputs [B, ...] on which this is measured. None takes one batch of the training data, if
         the decomposition has a sampler.
+      tokens: names for the numbers of integer inputs, and for outputs, of which there is then one
+        for every token: a tokenizer or a list, see `apd_jax.report.words.of`.
     Raises:
       InputError: the decomposition holds several instances; choose one by `instance`.
-    Cost: the gate on x, and a forward pass for every component.
+    Cost: the gate, and for every component a forward pass, of the first examples of x: MOST_ROWS
+    in all, or LEAST_EXAMPLES.
     """
     d, count = decomposition, decomposition.method.num_instances
     if count > 1:
@@ -80,11 +89,14 @@ def report(decomposition: Decomposition, path: epath.PathLike, x: PyTree = None)
         x = d.problem.example_batch(jax.random.key(d.method.seed))
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
     name = path.resolve().parent.name if path.stem == "report" else path.stem
-    return write(path, Source(name, d, x, settings={"apd": d.method.to_dict()}, metrics=metrics))
+    settings = {"apd": d.method.to_dict()}
+    named = words.of(tokens)
+    return write(path, Source(name, d, x, settings=settings, metrics=metrics, words=named))
 
 
 def collect(source: Source) -> dict[str, Any]:
     """All that the template shows, and under "data" what the page's scripts read."""
+    source = dataclasses.replace(source, x=_affordable(source))
     d = source.decomposition
     C, x = d.components.num_components, source.x
     sizes, acts = Sizes.of(d), _measured(source)
@@ -102,11 +114,11 @@ def collect(source: Source) -> dict[str, Any]:
         ],
         "leaves": list(sizes.target),
         "matrices": matrices,
-        "behaviour": None if acts is None else drawn.behaviour(acts, x),
+        "behaviour": None if acts is None else drawn.behaviour(acts, x, source.words),
         "map": drawn.attribution_map(source, acts, is_features),
         "losses": drawn.losses(d.history, source.instance if source.instances else None),
         "panel": None,
-        "unit": "nats" if d.method.minimality_loss == "kl" else "mean squared error",
+        "unit": _UNITS.get(str(d.method.distance), "units of the loss"),
         "output": "feature" if is_features else "output",
         "input": "feature" if is_features else "input",
     }
@@ -120,11 +132,11 @@ def collect(source: Source) -> dict[str, Any]:
         "source": source,
         "data": data,
         "no_panel": no_panel,
-        "headline": _headline(source),
-        "tiles": _tiles(source.metrics, acts, C, data["unit"]),
+        "headline": headline(source),
+        "tiles": _tiles(source, acts, C, data["unit"]),
         "metrics": tables.result_rows(source.metrics, others=True),
         "settings": sorted(flat(source.settings).items()),
-        "evidence": _evidence(source),
+        "evidence": evidence_card(source),
         "num_examples": 0 if x is None else len(jax.tree.leaves(x)[0]),
         "num_pages": len(pages),
         # whether table and map are small enough to stand side by side
@@ -135,6 +147,17 @@ def collect(source: Source) -> dict[str, Any]:
             for m in matrices
         ),
     }
+
+
+def _affordable(source: Source) -> PyTree:
+    """The first of the page's examples: what every component does is a pass of them for each."""
+    d, x = source.decomposition, source.x
+    if x is None:
+        return None
+    first = jax.tree.leaves(x)[0]
+    positions = math.prod(first.shape[1:2]) if d.method.per_position else 1
+    count = max(MOST_ROWS // (d.components.num_components * positions), LEAST_EXAMPLES)
+    return x if count >= len(first) else jax.tree.map(lambda a: a[:count], x)
 
 
 def _measured(source: Source) -> Behaviour | None:
@@ -224,7 +247,7 @@ def save(path: epath.PathLike, text: str) -> epath.Path:
 # What is said in words
 
 
-def _headline(source: Source) -> str:
+def headline(source: Source) -> str:
     """What was decomposed, and how long it was trained."""
     d = source.decomposition
     kind = f"the network {source.target.name}" if source.target else "a network"
@@ -257,11 +280,9 @@ def _training(metrics: Mapping[str, Any]) -> str:
     return ", ".join(filter(None, [steps, seed, where]))
 
 
-def _tiles(
-    metrics: Mapping[str, Any], acts: Behaviour | None, C: int, unit: str
-) -> list[tuple[str, str, str]]:
+def _tiles(source: Source, acts: Behaviour | None, C: int, unit: str) -> list[tuple[str, str, str]]:
     """The few most important numbers: (value, what it is, what a good value is)."""
-    tiles = []
+    tiles, metrics = [], source.metrics
     if "num_features_owned" in metrics:
         owned = f"{metrics['num_features_owned']:.3g} of {metrics['num_features']:.3g}"
         tiles.append((owned, "features have a component of their own", "good: all"))
@@ -279,7 +300,8 @@ def _tiles(
         "mean_active_components", None if acts is None else float(acts.firing_rates.sum())
     )
     if active is not None:
-        what = "components needed per input, on average"
+        per = "position" if source.decomposition.method.per_position else "input"
+        what = f"components needed per {per}, on average"
         tiles.append((f"{active:.2g} of {C}", what, "good: few"))
     if "num_features_owned" not in metrics and "num_alive_components" in metrics:
         alive = f"{metrics['num_alive_components']:.3g} of {C}"
@@ -287,7 +309,7 @@ def _tiles(
     return tiles
 
 
-def _evidence(source: Source) -> dict[str, Any] | None:
+def evidence_card(source: Source) -> dict[str, Any] | None:
     """The content of the evidence card, with the failed checks first, and the counts."""
     evidence = source.evidence
     if evidence is not None and "instances" in evidence:
@@ -323,4 +345,6 @@ def _serves(source: Source, acts: Behaviour | None, c: int, has_norm: bool) -> s
     largest = [o for o in np.argsort(-change) if change[o] > 0.5 * change.max()][:3]
     if not change.max() > 0:
         return ""
-    return f"output{'s' * (len(largest) > 1)} " + ", ".join(map(str, largest))
+    name = words.of_outputs(source.words, source.x, len(change)) or str
+    names = [name(int(o)) for o in largest]
+    return f"output{'s' * (len(largest) > 1)} " + ", ".join(names)

@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
+from apd_jax.report.words import Words
 from apd_jax.targets.base import Target
 
 
@@ -40,6 +41,7 @@ class Source:
     # (label, path relative to the page) of every instance, if there are several
     instances: Sequence[tuple[str, str]] = ()
     instance: int = 0
+    words: Words | None = None  # what tokens are called: integer inputs, and outputs after them
 
 
 @dataclasses.dataclass(frozen=True)

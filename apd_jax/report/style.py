@@ -5,6 +5,7 @@ Only matplotlib's object-oriented interface is used: no global state, no display
 
 from __future__ import annotations
 
+import io
 import textwrap
 from typing import Any
 
@@ -24,6 +25,15 @@ MAGNITUDE = "cividis"
 SIGNED = "RdBu_r"
 
 
+class Drawn(Figure):
+    """A figure that a notebook shows as it is, without pyplot."""
+
+    def _repr_png_(self) -> bytes:
+        content = io.BytesIO()
+        self.savefig(content, format="png")
+        return content.getvalue()
+
+
 def new_figure(width: float, height: float, caption: str) -> Figure:
     """An empty figure with a caption under it.
 
@@ -31,7 +41,7 @@ def new_figure(width: float, height: float, caption: str) -> Figure:
       width, height: in inches.
       caption: what the figure shows, and what a good decomposition looks like.
     """
-    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure = Drawn(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     figure.supxlabel(textwrap.fill(caption, int(width * 15)), fontsize=8, color="#333333")
     return figure

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
+from apd_jax.evaluation.general import Grid
 
 # metric -> (what it says, what good looks like), in the order of the table
 _RESULTS = {
@@ -66,9 +67,9 @@ def results_table(
       minutes: wall-clock time of the run.
     """
     table = Table(title=title)
-    table.add_column("metric")
-    table.add_column("value", justify="right")
-    table.add_column("good", style="dim")
+    table.add_column("metric", overflow="fold")
+    table.add_column("value", justify="right", overflow="fold")
+    table.add_column("good", style="dim", overflow="fold")
     for name, label in (labels or {}).items():
         table.add_row(label, number(metrics[name]), "")
     for row in result_rows(metrics):
@@ -99,14 +100,16 @@ def result_rows(metrics: Mapping[str, Any], *, others: bool = False) -> list[tup
     return rows
 
 
-def components_table(
+def components_tables(
     components: Components,
     firing_rates: Float[np.ndarray, " C"] | None,
     feature_of_component: Int[np.ndarray, " C"] | None,
-) -> Table:
+    width: int,
+) -> list[Table]:
     """One row per component: norm and effective rank in every leaf, firing rate, served feature.
 
     The firing rate is a share of examples. It and the feature are left out where either is None.
+    As many tables as it takes for all leaves to fit into a terminal of this width.
 
     Cost: one SVD per component and leaf.
     """
@@ -115,21 +118,37 @@ def components_table(
         for name, squares in jax.device_get(components_lib.squared_norms(components)).items()
     }
     ranks = jax.device_get(components_lib.effective_ranks(components))
-    table = Table(title=f"{components.num_components} components")
-    table.add_column("component", justify="right")
-    for name in norms:
-        table.add_column(f"{name}\nnorm (rank)", justify="right", no_wrap=True)
-    if firing_rates is not None and feature_of_component is not None:
-        table.add_column("firing rate", justify="right")
-        table.add_column("feature", justify="right")
-    for c in range(components.num_components):
-        cells = [f"{norms[name][c]:.3g} ({ranks[name][c]})" for name in norms]
-        style = None
-        if firing_rates is not None and feature_of_component is not None:
-            alive = feature_of_component[c] >= 0
-            cells += [f"{firing_rates[c]:.4f}", str(feature_of_component[c]) if alive else "dead"]
-            style = None if alive else "dim"
-        table.add_row(str(c), *cells, style=style)
+    cells = {n: [f"{x:.3g} ({r})" for x, r in zip(norms[n], ranks[n], strict=True)] for n in norms}
+    known = firing_rates is not None and feature_of_component is not None
+    widest = max([len("norm (rank)"), *(len(cell) for column in cells.values() for cell in column)])
+    room = width - len("| component |") - (len(" firing rate | feature |") if known else 0)
+    per_table = max(1, room // (widest + len(" | ")))
+    names, tables = list(norms), []
+    for first in range(0, len(names), per_table):
+        shown = names[first : first + per_table]
+        table = Table(title=f"{components.num_components} components")
+        for head in ("component", *(f"{name}\nnorm (rank)" for name in shown)):
+            table.add_column(head, justify="right", overflow="fold")
+        for head in ("firing rate", "feature") if known else ():
+            table.add_column(head, justify="right", overflow="fold")
+        for c in range(components.num_components):
+            row, style = [cells[name][c] for name in shown], None
+            if firing_rates is not None and feature_of_component is not None:
+                alive = feature_of_component[c] >= 0
+                served = str(feature_of_component[c]) if alive else "dead"
+                row, style = [*row, f"{firing_rates[c]:.4f}", served], None if alive else "dim"
+            table.add_row(str(c), *row, style=style)
+        tables.append(table)
+    return tables
+
+
+def grid_table(grid: Grid) -> Table:
+    """A table of an evaluation."""
+    table = Table(title=grid.title)
+    for i, column in enumerate(grid.columns):
+        table.add_column(column, justify="right" if i else "left")
+    for row in grid.rows:
+        table.add_row(*row)
     return table
 
 
@@ -140,10 +159,11 @@ def tree_table(tree: PyTree, *, title: str = "Leaves") -> Table:
     """
     table = Table(title=title, show_footer=True)
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    table.add_column("path", footer="total")
-    table.add_column("shape")
-    table.add_column("dtype")
-    table.add_column("entries", justify="right", footer=f"{sum(leaf.size for _, leaf in leaves):,}")
+    total = f"{sum(leaf.size for _, leaf in leaves):,}"
+    table.add_column("path", footer="total", overflow="fold")
+    table.add_column("shape", overflow="fold")
+    table.add_column("dtype", overflow="fold")
+    table.add_column("entries", justify="right", footer=total, overflow="fold")
     for path, leaf in leaves:
         table.add_row(
             components_lib.path_name(path),

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 _LOAD = """import apd_jax
 
 apply_fn = ...  # the network's function, apply_fn(params, x)
-decomposition = apd_jax.Decomposition.load("path/of/this/folder", apply_fn)
+decomposition = apd_jax.from_pretrained("{where}", apply_fn)
 decomposition.component(0)  # P_0, a pytree like the network's params
 decomposition.mask(x)  # which components each input needs
 """
@@ -25,6 +25,7 @@ def render(
     metrics: Mapping[str, Any],
     evidence: Mapping[str, Any] | None,
     version: str,
+    repo_id: str = "",
 ) -> str:
     """Markdown under a YAML front matter.
 
@@ -34,6 +35,7 @@ def render(
       metrics: {name: value}; what is not a number is left out. Without any, the last logged losses
         stand there.
       evidence: what evidence.json holds.
+      repo_id: where it lies on the hub.
     """
     history = decomposition.history
     last = {k: v for k, v in (history[-1] if history else {}).items() if k != "seconds_per_step"}
@@ -44,7 +46,7 @@ def render(
         f"# {_cell(name) or 'Decomposition'}",
         _about(decomposition, version),
         "## Load it",
-        f"```python\n{_LOAD}```",
+        f"```python\n{_LOAD.format(where=repo_id or 'path/of/this/folder')}```",
         "The function of the network is code and is not stored here; neither the data nor the code "
         "that trained it is needed.",
         "## What is decomposed",
@@ -60,7 +62,17 @@ def render(
         rows = [(key, f"{value:.6g}") for key, value in numbers.items()]
         what = "Metrics" if metrics else "Last logged losses"
         parts += [f"## {what}", _table(("name", "value"), rows)]
-    return "\n\n".join(parts + _evidence(evidence)) + "\n"
+    return "\n\n".join(parts + _evidence(evidence) + _settings(decomposition)) + "\n"
+
+
+def _settings(decomposition: Decomposition) -> list[str]:
+    """Those that are not at the method's default."""
+    method = decomposition.method
+    default = type(method)()
+    changed = [name for name in method.fields() if getattr(method, name) != getattr(default, name)]
+    rows = [(f"`{name}`", f"`{getattr(method, name)!r}`") for name in changed]
+    rest = f"The others are the defaults of method `{method.name}`."
+    return ["## Settings", _table(("setting", "value"), rows), rest]
 
 
 def _about(decomposition: Decomposition, version: str) -> str:

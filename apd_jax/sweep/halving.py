@@ -136,7 +136,7 @@ class _Sweep:
             unfinished = path.with_name(".judged.npz.unfinished")
             with unfinished.open("wb") as file:
                 np.savez(file, **judged)
-            unfinished.rename(path)
+            unfinished.replace(path)
         return judged
 
 

@@ -72,7 +72,7 @@ def criteria(
         if not all(np.isfinite(leaf).all() for leaf in arrays):
             return [np.inf] * len(CRITERIA)
         subject = make(setting, problem.params, loop.finished(one, method), x)
-        ks = length.grid(subject.k, length.choosable(subject))
+        ks = length.grid(subject.k, subject.num_choosable)
         scale = float(jnp.minimum(*baselines(subject))) or 1.0
         found = length.over_k(subject, jnp.asarray(ks, jnp.float32), BITS_PER_RANK)
         error, bits = map(np.asarray, found)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, one_of
 from apd_jax.network.problem import Problem
 from apd_jax.targets.chain import Layer
 
@@ -85,6 +85,19 @@ class Target:
     finish_fn: Callable[..., Any] | None = None
     # apply_fn's outputs as a list of layers on x [B, F]; () where it is not such a chain
     layers: tuple[Layer, ...] = ()
+    # x -> bool [B, T], which positions count; None: all
+    valid_fn: Callable[..., Any] | None = None
+    # (rng, step) -> x, the second stream of data, of methods that have one
+    elsewhere_fn: Callable[..., Any] | None = None
+    # (rng, step) -> x, data that no training sees; None: sample_fn, whose draws never come again
+    held_out_fn: Callable[..., Any] | None = None
+    # run's folder -> None: writes there what `build` is to find again, once the folder is claimed
+    keep_fn: Callable[..., Any] | None = None
+
+    @property
+    def fresh_fn(self) -> Callable[..., Any]:
+        """(rng, step) -> x, a batch for evaluations and reports."""
+        return self.held_out_fn or self.sample_fn
 
     def problem(self, params: PyTree) -> Problem:
         """The decomposition of these weights, as `apd_jax.train.fit` takes it."""
@@ -96,6 +109,8 @@ class Target:
             self.num_active_fn,
             select=self.select,
             uses=self.uses,
+            valid_fn=self.valid_fn,
+            elsewhere=self.elsewhere_fn,
         )
 
 
@@ -124,9 +139,14 @@ def num_nonzero(x: Float[Array, "B F"]) -> Int[Array, " B"]:
 
 
 def sparse_features(
-    key: PRNGKeyArray, batch_size: int, num_features: int, probability: float, *, signed: bool
+    key: PRNGKeyArray,
+    batch_size: int,
+    num_features: int,
+    probability: float | np.ndarray,
+    *,
+    signed: bool,
 ) -> Float[Array, "B F"]:
-    """Independent features: each is active with `probability` p, else 0.
+    """Independent features: each is active with `probability` p, or one for each, else 0.
 
     An active one is uniform in [0, 1], or in [-1, 1] if signed.
 
@@ -137,25 +157,77 @@ def sparse_features(
     limit = probability * 2.0**32
     bits = jax.random.bits(key, (batch_size, num_features), jnp.uint32)
     value = bits.astype(jnp.float32) / limit
-    return jnp.where(
-        bits <= jnp.uint32(math.ceil(limit) - 1), 2 * value - 1 if signed else value, 0.0
-    )
+    below = jnp.asarray(np.ceil(limit) - 1, jnp.uint32)
+    return jnp.where(bits <= below, 2 * value - 1 if signed else value, 0.0)
+
+
+VALUES = ("uniform", "binary")
 
 
 def feature_sampler(
-    batch_size: int, num_features: int, probability: float, *, signed: bool
+    batch_size: int,
+    num_features: int,
+    feature_probability: float,
+    *,
+    signed: bool,
+    value: str = "uniform",
+    num_on: int = 0,
+    frequency_ratio: float = 1.0,
 ) -> Callable[..., Float[Array, "B F"]]:
     """(rng, step) -> `sparse_features`, from `fold_in(rng, step)`.
 
+    Args:
+      value: of an active feature; "binary": 1, or ±1 if signed, instead of uniform.
+      num_on: exactly so many features are active in every example, whatever the probability;
+        0: each on its own.
+      frequency_ratio: of the most frequent feature to the rarest. Between them frequencies fall as
+        a power of the feature's rank; their mean is `feature_probability`.
     Raises:
-      InputError: a batch below 1, or a probability outside (0, 1].
+      InputError: a batch below 1, a probability outside (0, 1], or another option out of range.
     """
     at_least_one(batch_size=batch_size)
-    if not 0 < probability <= 1:
-        raise InputError(f"feature_probability must lie in (0, 1]; got {probability}.")
-    return lambda rng, step: sparse_features(
-        jax.random.fold_in(rng, step), batch_size, num_features, probability, signed=signed
-    )
+    one_of("data.value", value, VALUES)
+    if not 0 < feature_probability <= 1:
+        raise InputError(f"feature_probability must lie in (0, 1]; got {feature_probability}.")
+    if not 0 <= num_on <= num_features:
+        raise InputError(f"data.num_on must lie in [0, {num_features}]; got {num_on}.")
+    p: Any = feature_probability
+    if frequency_ratio != 1:
+        power = math.log(max(frequency_ratio, 1e-30)) / math.log(max(num_features, 2))
+        p = np.arange(1, num_features + 1)[None] ** -power
+        p = p * feature_probability / p.mean()
+        if not (frequency_ratio > 1 and p.max() <= 1):
+            raise InputError(
+                "data.frequency_ratio must be at least 1, and no feature more frequent than always;"
+                f" got {frequency_ratio} at feature_probability = {feature_probability}."
+            )
+
+    def sample(rng: PRNGKeyArray, step: Any) -> Float[Array, "B F"]:
+        key = jax.random.fold_in(rng, step)
+        x = sparse_features(key, batch_size, num_features, 1.0 if num_on else p, signed=signed)
+        if num_on:
+            order = jax.random.uniform(jax.random.fold_in(key, 1), x.shape)
+            last = jnp.sort(order, axis=1)[:, num_on - 1 : num_on]
+            x = jnp.where(order <= last, x, 0.0)
+        return jnp.sign(x) if value == "binary" else x
+
+    return sample
+
+
+def feature_data(config: Config) -> dict[str, Any]:
+    """The options of `feature_sampler` that the decomposition's data has: `config.data`.
+
+    Without one (in workdirs of earlier versions), that which the target is trained on.
+    """
+    if "data" not in config:
+        return {"feature_probability": config.feature_probability}
+    data = config.data
+    return {
+        "feature_probability": data.feature_probability,
+        "value": data.value,
+        "num_on": data.num_on,
+        "frequency_ratio": data.frequency_ratio,
+    }
 
 
 def identity(key: PRNGKeyArray, shape: tuple[int, int]) -> Float[Array, "n m"]:

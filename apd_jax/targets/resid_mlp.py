@@ -23,6 +23,7 @@ from apd_jax.targets.base import (
     Config,
     FeatureTarget,
     at_least_one,
+    feature_data,
     feature_sampler,
     identity,
     num_nonzero,
@@ -182,7 +183,7 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         attribution_fn=outputs,
         loss_fn=loss_fn,
         label_fn=labels,
-        sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=True),
+        sample_fn=feature_sampler(batch_size, F, **feature_data(config), signed=True),
         pretrain_sample_fn=feature_sampler(
             config.pretrain.batch_size, F, config.feature_probability, signed=True
         ),

@@ -24,6 +24,7 @@ from apd_jax.targets.base import (
     Config,
     FeatureTarget,
     at_least_one,
+    feature_data,
     feature_sampler,
     identity,
     num_nonzero,
@@ -120,7 +121,7 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         attribution_fn=contracted,
         loss_fn=lambda params, x: jnp.mean((apply_fn(params, x)[0] - x) ** 2),
         label_fn=lambda x: x,
-        sample_fn=feature_sampler(batch_size, F, config.feature_probability, signed=False),
+        sample_fn=feature_sampler(batch_size, F, **feature_data(config), signed=False),
         pretrain_sample_fn=feature_sampler(
             config.pretrain.batch_size, F, config.feature_probability, signed=False
         ),

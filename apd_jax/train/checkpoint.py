@@ -14,10 +14,9 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
@@ -25,13 +24,19 @@ from apd_jax.errors import InputError
 from apd_jax.paths import run_folder, user_path
 from apd_jax.train import parallel
 
+# Orbax takes a third of a second to import: what uses it imports it.
+if TYPE_CHECKING:
+    from orbax.checkpoint import CheckpointManager
+else:
+    CheckpointManager = Any
+
 log = logging.getLogger(__name__)
 log.setLevel(logging.WARNING)  # whatever level the root logger is set to
 
 
 def open_manager(
     folder: epath.PathLike, keep: int = 2, *, together: bool = False
-) -> ocp.CheckpointManager:
+) -> CheckpointManager:
     """The checkpoints of one run; the `keep` newest ones are kept.
 
     together: all processes have opened it and use it alike.
@@ -55,8 +60,10 @@ def open_manager(
     )
 
 
-def _manager(folder: epath.Path, together: bool, **options: Any) -> ocp.CheckpointManager:
+def _manager(folder: epath.Path, together: bool, **options: Any) -> CheckpointManager:
     """One that this process uses alone, whether or not there are others, or that all use."""
+    import orbax.checkpoint as ocp
+
     alone = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(), active_processes={jax.process_index()}
     )
@@ -69,24 +76,33 @@ def _manager(folder: epath.Path, together: bool, **options: Any) -> ocp.Checkpoi
     )
 
 
-def save(manager: ocp.CheckpointManager, step: int, state: PyTree) -> None:
+def steps(folder: epath.Path) -> list[int]:
+    """The steps that have a checkpoint, read or torn."""
+    if not folder.is_dir():
+        return []
+    return [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
+
+
+def save(manager: CheckpointManager, step: int, state: PyTree) -> None:
     """Starts writing `state`; returns before it is on disk.
 
     Raises:
       InputError: this or an earlier one could not be written.
     """
+    import orbax.checkpoint as ocp
+
     with _told_if_unwritten(manager):
         if step not in manager.all_steps():
             manager.save(step, args=ocp.args.StandardSave(state))
 
 
-def check(manager: ocp.CheckpointManager) -> None:
+def check(manager: CheckpointManager) -> None:
     """Raises InputError where a checkpoint that was being written could not be."""
     with _told_if_unwritten(manager):
         manager.check_for_errors()
 
 
-def wait(manager: ocp.CheckpointManager) -> None:
+def wait(manager: CheckpointManager) -> None:
     """Until all that was saved is on disk.
 
     Raises:
@@ -97,7 +113,7 @@ def wait(manager: ocp.CheckpointManager) -> None:
 
 
 @contextlib.contextmanager
-def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
+def closing(manager: CheckpointManager) -> Iterator[None]:
     """At the end waits for what was saved, and closes; after another error it only closes.
 
     Raises:
@@ -114,13 +130,13 @@ def closing(manager: ocp.CheckpointManager) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _told_if_unwritten(manager: ocp.CheckpointManager) -> Iterator[None]:
+def _told_if_unwritten(manager: CheckpointManager) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # a full disk has many types, of orbax, tensorstore and the system
         folder = epath.Path(manager.directory)
-        steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()]
-        kept = f"step {max(steps)} is kept" if steps else "none is there"
+        there = steps(folder)
+        kept = f"step {max(there)} is kept" if there else "none is there"
         raise InputError(
             f"a checkpoint cannot be written to {folder} ({_reason(error)}); {kept}; make room, "
             "and run the same again."
@@ -140,7 +156,7 @@ def _reason(error: Exception) -> str:
 
 
 def restore_latest(
-    manager: ocp.CheckpointManager, like: PyTree, *, together: bool = False
+    manager: CheckpointManager, like: PyTree, *, together: bool = False
 ) -> tuple[int, PyTree] | None:
     """The newest checkpoint that can be read, as (step, state); None where there is none at all.
 
@@ -202,16 +218,18 @@ def _abstract(like: PyTree) -> PyTree:
 
 
 def _newest_readable(
-    manager: ocp.CheckpointManager,
+    manager: CheckpointManager,
     like: PyTree,
     until: int | None = None,
     *,
     together: bool = False,
 ) -> tuple[int, Any] | None:
-    steps = sorted(
+    import orbax.checkpoint as ocp
+
+    there = sorted(
         [step for step in manager.all_steps() if until is None or step <= until], reverse=True
     )
-    for step in steps:
+    for step in there:
         state, reason = None, ""
         try:
             with _abandoned_reads_unheard():
@@ -231,9 +249,9 @@ def _newest_readable(
                 manager.directory,
                 reason,
             )
-    if steps:
+    if there:
         raise InputError(
-            f"none of the checkpoints {steps} in {manager.directory} can be read; delete that "
+            f"none of the checkpoints {there} in {manager.directory} can be read; delete that "
             "folder to start the decomposition again."
         )
     return None

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
-from apd_jax.components import named_leaves
+from apd_jax.components import named_leaves, path_name
 from apd_jax.network import data
 from apd_jax.network.outputs import outputs
 from apd_jax.network.problem import Problem
@@ -27,12 +28,7 @@ def of_problem(problem: Problem) -> dict[str, Any]:
     Cost: apply_fn on one batch.
     """
     leaves = {name: a for name, a in named_leaves(problem.params).items() if a is not None}
-    summed = jax.jit(lambda leaves: {name: _checksum(a) for name, a in leaves.items()})
-    sums = jax.device_get(summed(leaves))
-    found: dict[str, Any] = {
-        f"params {name}": [str(a.dtype), list(a.shape), int(sums[name])]
-        for name, a in leaves.items()
-    }
+    found: dict[str, Any] = {f"params {name}": sums for name, sums in _of_arrays(leaves).items()}
     found["select"] = _plain(problem.select)
     found["uses"] = _plain(problem.uses)
     shapes = data.shapes(problem.sample_fn)
@@ -43,6 +39,18 @@ def of_problem(problem: Problem) -> dict[str, Any]:
         found["data"] = [_measured(a) for a in jax.tree.leaves(x)]
         found["outputs"] = _measured(out)
     return found
+
+
+def of_tree(tree: PyTree) -> dict[str, Any]:
+    """{dotted path: [dtype, shape, checksum]} of all arrays."""
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return _of_arrays({path_name(path): jnp.asarray(leaf) for path, leaf in flat})
+
+
+def _of_arrays(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    summed = jax.jit(lambda leaves: {name: _checksum(a) for name, a in leaves.items()})
+    sums = jax.device_get(summed(dict(leaves)))
+    return {name: [str(a.dtype), list(a.shape), int(sums[name])] for name, a in leaves.items()}
 
 
 def differences(there: dict[str, Any], here: dict[str, Any]) -> list[str]:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -14,50 +12,61 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 from rich.console import Console
 
 from apd_jax.components import Components
-from apd_jax.errors import Interrupted
+from apd_jax.errors import InputError, Interrupted
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
 from apd_jax.paths import user_path
-from apd_jax.train import checkpoint, checks, parallel, placement
-from apd_jax.train.progress import MetricsLog, ProgressDisplay
+from apd_jax.train import checkpoint, checks, interrupts, parallel, placement
+from apd_jax.train.progress import MetricsLog, ProgressDisplay, begins, say
 from apd_jax.train.state import TrainState, init_state
 from apd_jax.train.step import make_step
+from apd_jax.train.workdir import stopped, stopped_at
 
 Settings = Mapping[str, np.ndarray]  # {field: [instances]}
+OnLog = Callable[[dict[str, Any]], Any]
 Placement = placement.Copies | placement.Shards
 
 
 def fit(
     problem: Problem,
     method: Any,
+    state: TrainState | None = None,
     *,
     workdir: epath.PathLike | None = None,
     components: Components | None = None,
     title: str = "decomposition",
+    on_log: OnLog | None = None,
 ) -> tuple[Trained, list[dict[str, Any]]]:
     """Trains until `method.num_steps`, from the newest checkpoint in `workdir` if there is one.
 
     Args:
       method: its settings: an object, or a config as `registry.settings` makes them.
+      state: where to begin, e.g. from `begin.begin`; its step counts.
       components: where to begin (with the leading axis of instances, if there are several) instead
         of as the method does.
       title: of the progress display.
+      on_log: told of every logged row, on process 0; see `apd_jax.decompose`.
     Returns: components and gate (with a leading axis of instances if there are several), and the
       logged rows.
     Raises: as `advance`.
     """
     method = registry.of(method)
     state, rows, placed = _advance(
-        problem, method, components=components, workdir=workdir, title=title
+        problem,
+        method,
+        state,
+        components=components,
+        workdir=workdir,
+        title=title,
+        on_log=on_log,
     )
     trained = placed.get(Trained(state.components, state.gate))
     return finished(trained, method), rows
@@ -73,6 +82,7 @@ def advance(
     until: int | None = None,
     workdir: epath.PathLike | None = None,
     title: str = "decomposition",
+    on_log: OnLog | None = None,
 ) -> tuple[TrainState, list[dict[str, Any]]]:
     """`fit` by parts, and with instances that differ in settings.
 
@@ -102,6 +112,7 @@ def advance(
         until=until,
         workdir=workdir,
         title=title,
+        on_log=on_log,
     )
     return placed.get(state), rows
 
@@ -117,6 +128,7 @@ def _advance(
     until: int | None = None,
     workdir: epath.PathLike | None,
     title: str,
+    on_log: OnLog | None,
 ) -> tuple[TrainState, list[dict[str, Any]], Placement]:
     """`advance`, with the state still on the devices."""
     method.check()
@@ -124,12 +136,12 @@ def _advance(
     checks.data_fits(problem, method)
     end = method.num_steps if until is None else until
     initial, key, step = _build(problem, method, settings, placed)
-    if components is not None:
-        initial = dataclasses.replace(initial, components=components)
     may_diverge = settings is not None
-    begin = initial if state is None else state
+    begin = initial() if state is None else state
+    if state is None and components is not None:
+        begin = dataclasses.replace(begin, components=components)
     with _resumed(workdir, method, begin, placed) as (start, reached, record):
-        if start < end:
+        if start < end and start != stopped_at(workdir, method.num_steps):
             traced = None if settings is None else _traced(settings)
             params, key, traced = placed.share(
                 (jax.tree.map(jnp.asarray, problem.params), key, traced)
@@ -140,9 +152,9 @@ def _advance(
             def run(state: PyTree, num_steps: int, batches: tuple) -> tuple[PyTree, PyTree]:
                 return program(num_steps)(state, params, key, *batches, settings=traced)
 
-            signals = _caught_signals() if workdir is not None else contextlib.nullcontext([])
+            signals = interrupts.caught() if workdir is not None else contextlib.nullcontext([])
             with signals as caught:
-                job = _Job(run, end, calls, method, record, caught, title, may_diverge)
+                job = _Job(run, end, calls, method, record, caught, title, may_diverge, on_log)
                 reached = job.train(reached, start)
         return reached, record.rows, placed
 
@@ -157,7 +169,14 @@ class _Record:
     rows: list[dict[str, Any]]
     placed: Placement
     log: MetricsLog | None = None
-    checkpoints: ocp.CheckpointManager | None = None
+    checkpoints: checkpoint.CheckpointManager | None = None
+    workdir: epath.PathLike | None = None
+
+    def stop(self, step: int, num_steps: int) -> None:
+        """Says in the workdir that `on_log` ended the run here, once that is saved."""
+        self.wait_until_saved()
+        if self.log is not None and self.workdir is not None:
+            stopped(self.workdir, step, num_steps)
 
     def add(self, row: dict[str, Any]) -> None:
         self.log.append(row) if self.log else self.rows.append(row)
@@ -205,7 +224,7 @@ def _resumed(
             state = placed.put(state)
         if parallel.is_primary():
             log = stack.enter_context(contextlib.closing(MetricsLog(workdir, int(start))))
-        yield int(start), state, _Record(log.rows if log else [], placed, log, manager)
+        yield int(start), state, _Record(log.rows if log else [], placed, log, manager, workdir)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -225,21 +244,29 @@ class _Job:
     caught: list[int]
     title: str
     may_diverge: bool
+    on_log: OnLog | None = None
+    stops: list[int] = dataclasses.field(default_factory=list)  # where `on_log` asked to stop
 
     def train(self, state: PyTree, step: int) -> PyTree:
         console = Console(stderr=True, quiet=not parallel.is_primary())
-        with ProgressDisplay(self.title, self.end, console=console) as display:
+        say(f"{self.title}: {begins(self.method, state.components, step, self.end)}")
+        with ProgressDisplay(self.title, self.end, console=console, begun=step) as display:
             upcoming = next(self.calls)
             while upcoming:
                 (length, batches), began = upcoming, time.monotonic()
                 state, metrics = self.run(state, length, batches)
-                upcoming = next(self.calls, None)  # pulled while the devices work
+                ended = None
+                try:
+                    upcoming = next(self.calls, None)  # pulled while the devices work
+                except InputError as error:  # of the data: what is trained is saved first
+                    upcoming, ended = None, error
                 metrics = jax.device_get(metrics)
                 seconds = (time.monotonic() - began) / length
                 previous, step = step, step + length
                 self._log(metrics, previous, seconds)
                 display.update(step, _shown(metrics))
-                self._save_or_stop(state, previous, step)
+                if self._save_or_stop(state, previous, step, ended):
+                    break
         return state
 
     def _log(self, metrics: Mapping[str, np.ndarray], start: int, seconds: float) -> None:
@@ -248,17 +275,31 @@ class _Job:
             kept = manager.latest_step() if manager else None
             checks.losses_finite(metrics, start, kept)
         for row in _rows(metrics, start, self.end, self.method):
-            self.record.add(row | {"seconds_per_step": seconds})
+            row |= {"seconds_per_step": seconds}
+            self.record.add(row)
+            if self.on_log is not None and parallel.is_primary():
+                answer = self.on_log(dict(row))
+                if (
+                    isinstance(answer, bool | np.bool_) and answer
+                ):  # what else it returns is its own
+                    self.stops.append(row["step"])
 
-    def _save_or_stop(self, state: PyTree, previous: int, step: int) -> None:
+    def _save_or_stop(
+        self, state: PyTree, previous: int, step: int, ended: InputError | None
+    ) -> bool:
+        """Saves where it is due; whether training is to stop here."""
         self.record.check()
         signum = parallel.largest(self.caught[0] if self.caught else 0)  # if one is told, all stop
         every = self.method.checkpoint_every_steps
-        if step // every > previous // every or signum or step == self.end:
+        stop = self.on_log is not None and parallel.largest(len(self.stops)) > 0
+        if step // every > previous // every or signum or stop or ended or step == self.end:
             self.record.save(step, state)
-        if signum:
+        if signum or ended:
             self.record.wait_until_saved()
-            raise Interrupted(step, signum)
+            raise ended or Interrupted(step, signum)
+        if stop and step < self.end:
+            self.record.stop(step, self.method.num_steps)
+        return stop
 
 
 def _shown(metrics: Mapping[str, np.ndarray]) -> dict[str, float]:
@@ -277,9 +318,17 @@ def restore_trained(
       InputError: there is none.
     """
     alone = placement.Copies(jax.local_devices()[:1])
-    like = jax.eval_shape(lambda: _build(problem, method, None, alone)[0])
+    like = jax.eval_shape(lambda: _build(problem, method, None, alone)[0]())
     _, step, state = checkpoint.read(user_path(workdir) / "checkpoints", like, until=until)
     return step, finished(Trained(state.components, state.gate), method)
+
+
+def initial_components(problem: Problem, method: Method) -> Components:
+    """Those that a run of these settings begins with: of several instances the first's."""
+    problem.site_names  # noqa: B018 - before params are traced below
+    key = _keys(jax.random.key(method.seed), jnp.zeros((), jnp.int32))[0]
+    make = jax.jit(lambda key, params: method.make_components(key, problem.with_params(params)))
+    return make(key, jax.tree.map(jnp.asarray, problem.params))
 
 
 def finished(trained: Trained, method: Method) -> Trained:
@@ -289,12 +338,12 @@ def finished(trained: Trained, method: Method) -> Trained:
 
 def _build(
     problem: Problem, method: Method, settings: Settings | None, placed: Placement
-) -> tuple[TrainState, jax.Array, Callable]:
-    """Initial state, data key and per-device step.
+) -> tuple[Callable[[], TrainState], jax.Array, Callable]:
+    """What makes the initial state, the data key and the per-device step.
 
     With a leading axis of instances if there are several, or settings of theirs.
     """
-    problem.layouts  # noqa: B018 - before params are traced below
+    problem.site_names  # noqa: B018 - before params are traced below
 
     def make_state(key: jax.Array, params: PyTree, settings: Any = None) -> TrainState:
         return init_state(key, problem.with_params(params), method, settings)
@@ -309,11 +358,13 @@ def _build(
     init_keys, data_keys = jax.vmap(_keys)(jnp.broadcast_to(roots, instances.shape), instances)
     params = jax.tree.map(jnp.asarray, problem.params)
     if method.num_instances == 1 and settings is None:
-        return placed.make(make_state, init_keys[0], params), data_keys[0], step
+        one = functools.partial(placed.make, make_state, init_keys[0], params)
+        return one, data_keys[0], step
     traced = None if settings is None else _traced(settings)
-    state = placed.make(jax.vmap(make_state, in_axes=(0, None, 0)), init_keys, params, traced)
+    each = jax.vmap(make_state, in_axes=(0, None, 0))
     axes = (0, None, 0, None) if problem.fed else (0, None, 0)
-    return state, data_keys, jax.vmap(step, in_axes=axes)
+    several = functools.partial(placed.make, each, init_keys, params, traced)
+    return several, data_keys, jax.vmap(step, in_axes=axes)
 
 
 def _keys(root: jax.Array, instance: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -342,29 +393,3 @@ def _rows(
         step = start + i + 1
         if step % config.log_every_steps == 0 or step == end:
             yield {"step": step} | {name: values[i].tolist() for name, values in metrics.items()}
-
-
-@contextlib.contextmanager
-def _caught_signals() -> Iterator[list[int]]:
-    """A list that the first SIGINT or SIGTERM is put into; a second one acts as usual.
-
-    In the main thread only.
-    """
-    caught: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield caught
-        return
-    before = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-
-    def handle(signum, frame):
-        caught.append(signum)
-        for s, handler in before.items():
-            signal.signal(s, handler)
-
-    for s in before:
-        signal.signal(s, handle)
-    try:
-        yield caught
-    finally:
-        for s, handler in before.items():
-            signal.signal(s, handler)

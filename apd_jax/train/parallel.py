@@ -16,7 +16,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
@@ -125,6 +124,8 @@ def from_primary(fn: Callable[[], Any], like: PyTree = None) -> Any:
             value = fn()
         except BaseException as caught:  # nor may the others go on waiting after a Ctrl-C
             error = caught
+    import orbax.checkpoint as ocp  # here, because it takes a third of a second
+
     # Not by a collective of the devices, which would give up waiting sooner.
     ocp.multihost.get_barrier_sync_fn()(
         key=f"apd_jax_{next(_wait_number)}", timeout_ms=1000 * _LONGEST_WAIT_S

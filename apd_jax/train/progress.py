@@ -6,10 +6,12 @@ import contextlib
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 from etils import epath
 from rich.console import Console
 from rich.progress import (
@@ -23,10 +25,14 @@ from rich.progress import (
 from tensorboardX import event_file_writer, summary
 from tensorboardX.proto import event_pb2
 
+from apd_jax.errors import InputError
 from apd_jax.paths import user_path
+from apd_jax.train import parallel
 
 log = logging.getLogger(__name__)
 _PROTO: Any = event_pb2  # its classes are made when it is imported
+_UNITS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+_PART = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h)[a-z]*\s*")
 _SECONDS_BETWEEN_LINES = 10.0  # where the output is not a terminal
 
 
@@ -36,9 +42,9 @@ class ProgressDisplay:
     Where the output is a file, plain lines now and then.
     """
 
-    def __init__(self, title: str, total: int, *, console: Console | None = None):
+    def __init__(self, title: str, total: int, *, console: Console | None = None, begun: int = 0):
         self._console = console or Console(stderr=True)
-        self._title, self._total = title, total
+        self._title, self._total, self._begun = title, total, begun
         self._last_line = self._start = time.monotonic()
         self._first_step: int | None = None
         columns = (
@@ -50,6 +56,8 @@ class ProgressDisplay:
             TimeRemainingColumn(),
             TextColumn("{task.fields[values]}"),
         )
+        # A line that changes: rich's own bar needs ipywidgets, and warns without.
+        self._cell = _notebook_cell() if self._console.is_jupyter else None
         self._bar = Progress(*columns, console=self._console, disable=not self._console.is_terminal)
         self._task = self._bar.add_task(title, total=total, rate="", values="")
 
@@ -61,25 +69,93 @@ class ProgressDisplay:
         self._bar.stop()
 
     def update(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows `step` of the total and a few named values."""
-        now = time.monotonic()
-        if self._first_step is None:  # the rate counts from the end of the first, compiling call
+        """Shows `step` of the total and a few named values.
+
+        The rate counts from the end of the first call, which compiles; that call's own time per
+        step is shown as an upper bound, at once.
+        """
+        now, first = time.monotonic(), self._first_step is None
+        if first:
+            cost, bound = (now - self._start) / max(step - self._begun, 1), "at most "
             self._first_step, self._start = step, now
-        seconds = now - self._start
-        rate = (step - self._first_step) / seconds if seconds > 0 else 0.0
+        else:
+            cost, bound = (now - self._start) / max(step - (self._first_step or 0), 1), ""
         shown = "  ".join(f"{name} {value:.3g}" for name, value in values.items())
-        speed = f"{rate:.3g} steps/s" if rate else ""
+        speed = (
+            f"{bound}{cost:.3g} s/step"
+            if cost > 0.1 or first
+            else f"{1 / max(cost, 1e-9):.3g} steps/s"
+        )
         self._bar.update(self._task, completed=step, rate=speed, values=shown)
-        due = now - self._last_line > _SECONDS_BETWEEN_LINES or step >= self._total
+        if self._cell is not None:
+            line = f"{self._title}: step {step}/{self._total}  {speed}  {shown}"
+            self._cell.update({"text/plain": line}, raw=True)
+            return
+        due = first or now - self._last_line > _SECONDS_BETWEEN_LINES or step >= self._total
         if due and not self._console.is_terminal:
             self._last_line, left = now, ""
-            if rate and step < self._total:
-                left = f", {(self._total - step) / rate:.0f} s left"
+            if step < self._total:
+                left = f", {bound}{duration((self._total - step) * cost)} left"
             self._console.print(
                 f"{self._title}: step {step}/{self._total}  {speed}{left}  {shown}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _notebook_cell() -> Any:
+    """A handle of IPython on a place below the cell."""
+    try:
+        from IPython.display import display  # type: ignore[reportMissingImports]
+    except ImportError:
+        return None
+    return display({"text/plain": ""}, raw=True, display_id=True)
+
+
+def begins(method: Any, components: Any, step: int, end: int) -> str:
+    """What is said before the first step: method, size and devices."""
+    devices = jax.devices()
+    many = f" in {method.num_instances} instances" if method.num_instances > 1 else ""
+    where = f"{len(devices)} device{'s' * (len(devices) > 1)} ({devices[0].device_kind})"
+    return (
+        f"method {method.name}, {components.num_components} components{many}, steps {step + 1:,} "
+        f"to {end:,} of {method.batch_size:,} examples on {where}; the first "
+        f"{min(method.steps_per_call, end - step)} include compiling"
+    )
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that people would say it in."""
+    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def seconds(budget: int | float | str) -> float:
+    """Seconds of 300, "300", "300s", "5min", "1h 30min".
+
+    Raises:
+      InputError: it is none of these, or not above 0.
+    """
+    text = str(budget).strip().lower()
+    if re.fullmatch(r"\d+(\.\d+)?", text):
+        found = float(text)
+    else:
+        if not re.fullmatch(f"({_PART.pattern})+", text):
+            raise InputError(
+                f"budget must be seconds or a time like 90s, 5min, 1h30min; got {budget!r}."
+            )
+        found = sum(float(number) * _UNITS[unit] for number, unit in _PART.findall(text))
+    if not 0 < found < float("inf"):
+        raise InputError(f"budget must be above 0; got {budget!r}.")
+    return found
+
+
+def say(text: str) -> None:
+    """A line beside the progress, from the first process."""
+    console = Console(stderr=True, quiet=not parallel.is_primary())
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
 class MetricsLog:
@@ -161,6 +237,27 @@ class MetricsLog:
                 self._path.parent,
                 error.strerror or error,
             )
+
+
+def log_to_wandb(**options: Any) -> Callable[[Mapping[str, Any]], None]:
+    """An `on_log` of `apd_jax.decompose` that writes every row to Weights & Biases.
+
+    Args:
+      options: of `wandb.init`, such as project, name, or id with resume="allow".
+    Raises:
+      InputError: wandb is not installed.
+    """
+    try:
+        import wandb  # type: ignore[reportMissingImports]
+    except ImportError:
+        raise InputError("wandb is not installed; pip install wandb, or apd_jax[wandb].") from None
+    run = wandb.init(**options)
+
+    def write(row: Mapping[str, Any]) -> None:
+        numbers = {k: v for k, v in row.items() if not isinstance(v, str)}
+        run.log(dict(_scalars(numbers)), step=row["step"])
+
+    return write
 
 
 def _scalars(row: Mapping[str, Any]) -> Iterator[tuple[str, float]]:

@@ -63,3 +63,35 @@ def test_other_leaves_are_refused():
     other = components_lib.init(jax.random.key(0), {"a": jnp.zeros((6, 4))}, num_components=5)
     with pytest.raises(InputError, match=r"leaf 'b': \(4, 5\) and absent"):
         matching.cosines(drawn(0), other)
+
+
+def test_mean_largest_cosine_of_pieces():
+    first, second = (
+        components_lib.init(jax.random.key(seed), PARAMS, num_components=C, rank=1)
+        for seed, C in ((0, 5), (1, 4))
+    )
+    alive = (np.array([1, 1, 0, 1, 1], bool), np.array([0, 1, 1, 1], bool))
+    found = matching.mean_max_cosine(first, second, alive)
+    best = {"U": [], "V": [], "UV": []}
+    for name in PARAMS:
+        f, g = first.factors[name], second.factors[name]
+        for j in np.flatnonzero(alive[0]):
+            u, v = np.asarray(f.U[j, :, 0]), np.asarray(f.V[j, 0])
+            of: dict = {"U": [], "V": [], "UV": []}
+            for k in np.flatnonzero(alive[1]):
+                x, y = np.asarray(g.U[k, :, 0]), np.asarray(g.V[k, 0])
+                of["U"].append(abs(u @ x) / np.linalg.norm(u) / np.linalg.norm(x))
+                of["V"].append(abs(v @ y) / np.linalg.norm(v) / np.linalg.norm(y))
+                P, Q = np.outer(u, v), np.outer(x, y)
+                of["UV"].append((P * Q).sum() / np.linalg.norm(P) / np.linalg.norm(Q))
+            for kind, values in of.items():
+                best[kind].append(max(values))
+    for kind, values in best.items():
+        assert found[kind] == pytest.approx(np.mean(values), abs=1e-6), kind
+    # The same pieces in another order, longer and with U and V both reversed, are the same.
+    order = np.array([3, 0, 4, 1, 2])
+    moved = jax.tree.map(lambda a: -2 * a[order], first)
+    everything = (np.ones(5, bool), np.ones(5, bool))
+    close(np.array([*matching.mean_max_cosine(first, moved, everything).values()]), np.ones(3))
+    assert matching.mean_max_cosine(drawn(0), drawn(1), everything) == {}  # of rank 2
+    assert matching.mean_max_cosine(first, second, (alive[0], np.zeros(4, bool))) == {}

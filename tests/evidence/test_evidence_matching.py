@@ -60,6 +60,11 @@ def test_agreement_of_the_same_in_another_order_among_more():
         agreement(as_components(first), as_components({"a": first["a"]}))
 
 
+def audited(subject):
+    found, failed = audit.audited(subject)
+    return audit.correlations(found), failed
+
+
 def test_audit_by_leaf():
     weights, rng = drawn(0), np.random.default_rng(2)
     params = {name: jnp.asarray(P.sum(axis=0)) for name, P in weights.items()}
@@ -71,15 +76,16 @@ def test_audit_by_leaf():
     method = make_method(num_components=4, topk=2.0)
     setting = Setting(make_problem(apply_fn, params, None), method)
     subject = make(setting, params, Trained(as_components(weights)), x)
-    found, failed = audit.correlations(subject, "b")
-    assert not failed and set(found) == set(audit.KINDS)
+    leaves = audit.by_leaf(subject, {})
+    found = leaves["b"]
+    assert set(found) == set(audit.kinds(subject))
     # The outputs are linear in b, so ablating its part alone moves them by tanh(x a) P_cb, which is
     # exactly what the gradient says.
     assert found["gradient_forward"] == pytest.approx(1)
     assert found["gradient_reverse"] == pytest.approx(1)
     # In a: true ablation by numpy, gradients by the method's own forward mode on the whole network
     # with b held.
-    found, _ = audit.correlations(subject, "a")
+    found = leaves["a"]
     a, b = weights["a"], weights["b"].sum(axis=0)
     whole = np.tanh(x @ a.sum(axis=0)) @ b
     true = np.stack(
@@ -113,9 +119,14 @@ def test_audit_of_sites_with_numbers_of_their_own():
         for components in (Components(own, 8), as_components(padded))
     ]
     np.testing.assert_allclose(subjects[0].scores, subjects[1].scores, rtol=1e-4, atol=1e-6)
-    for leaf in ("", "b"):
-        (found, failed), (expected, _) = (audit.correlations(s, leaf) for s in subjects)
-        assert not failed and found == pytest.approx(expected, abs=1e-4)
+    (found, failed), (expected, _) = map(audited, subjects)
+    assert not failed and found == pytest.approx(expected, abs=1e-4)
+    # They are apart already; a leaf's correlations are those of its own, not of others' zeros.
+    assert audit.apart(subjects[0].components) is subjects[0].components
+    together = audit.audited(subjects[0])[0]
+    assert audit.by_leaf(subjects[0], together)["b"] == pytest.approx(
+        audit.correlations({kind: a[:, 4:] for kind, a in together.items()})
+    )
 
 
 def test_purity():
@@ -156,7 +167,7 @@ def test_audit_sees_where_first_order_breaks():
     problem = make_problem(lambda p, x: jax.nn.softmax(x @ p["W"]), {"W": W}, None)
     setting = Setting(problem, make_method(num_components=1, topk=1.0))
     trained = Trained(as_components({"W": W[None]}))
-    found, _ = audit.correlations(make(setting, {"W": W}, trained, x))
+    found, _ = audited(make(setting, {"W": W}, trained, x))
     assert found["gradient_forward"] == pytest.approx(-1, abs=0.01)
     assert found["gradient_reverse"] == pytest.approx(-1, abs=0.01)
     assert found["integrated_gradient"] > 0.99

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from rich.console import Console
 
 from apd_jax import targets
-from apd_jax.commands import experiment
+from apd_jax.commands import experiment, runs
 from apd_jax.commands.evidence import write
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
@@ -148,7 +148,7 @@ def test_the_command(workdir):
     checks = {check["name"]: check for check in written["checks"]}
     # Both instances of six steps are compared with each other, and instance 1 with the other run's
     # first.
-    first, second = (one.components for one in experiment.restore(workdir).instances)
+    first, second = (one.components for one in runs.restore(workdir).instances)
     expected = agreement(second, first)
     assert checks["seeds"]["values"]["num_seeds"] == 2
     assert checks["seeds"]["values"]["other_mean_cosine"] == pytest.approx(

@@ -162,7 +162,6 @@ ROWS = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
         (lambda rng, step: jnp.ones((B, 5)), "apply_fn fails on params and a batch"),
         ([], "has no batch at all"),
         ([np.array(["a"] * B)], "give arrays of numbers"),
-        (iter([np.ones((B, 4), np.float32)] * 2), "cannot be begun again"),
     ],
 )
 def test_data_that_does_not_fit(data, sentence):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close
+from draws import draw
 from jax import lax
 from networks import NETWORKS
 from test_links import Transformer
@@ -19,10 +20,6 @@ from apd_jax.errors import InputError
 from apd_jax.forward import capture, sparse
 
 B = 4
-
-
-def draw(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape) * 0.7
 
 
 def captured(fn, params, sites, x, **options):

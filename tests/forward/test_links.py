@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from conftest import close
+from draws import draw
 from jax import lax
 
 from apd_jax import components
@@ -16,10 +17,6 @@ from apd_jax.errors import InputError
 from apd_jax.forward import positions, sparse
 
 B, C = 2, 3
-
-
-def draw(i, *shape):
-    return jax.random.normal(jax.random.key(i), shape) * 0.7
 
 
 def check(fn, by_hand, params, x, T, select=None, tolerance=2e-5):

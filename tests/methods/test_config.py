@@ -52,7 +52,7 @@ TOPK = "topk must be above 0 and at most 10, the number of components to choose 
             "Did you mean 'batch_topk'?",
         ),
         ({"attributions_at": "sum"}, "unknown attributions_at 'sum'; known: target, components."),
-        ({"minimality_loss": "mae"}, "unknown minimality_loss 'mae'; known: mse, kl."),
+        ({"minimality_loss": "mae"}, "unknown minimality_loss 'mae'; known: mse, kl, next_token."),
         (
             {"optimizer": "adamW"},
             "unknown optimizer 'adamW'; known: adam, adamw, sgd. Did you mean 'adam",

@@ -83,7 +83,7 @@ def pass_keys(number, x):
 
 
 def test_spd_by_hand():
-    method = SPD(**SMALL, **LITTLE, importance_p=0.7, importance_coeff=0.1)
+    method = SPD(**SMALL, **LITTLE, importance_p=0.7, importance_coeff=0.1, dropped_coeff=0.5)
     state, activity, x, metrics = first_step(method)
     c, g = state.components, activity.values
     # Every site has numbers of its own: 6 for v, the first in the tree, and 6 for w.
@@ -100,6 +100,7 @@ def test_spd_by_hand():
         "faithfulness": losses.faithfulness(c, PARAMS),
         "stochastic": distance(drawn[0], ("v", "w")),
         "layerwise": (distance(drawn[1], ["v"]) + distance(drawn[1], ["w"])) / 2,
+        "dropped": distance(g, ("v", "w")),
         "importance": jnp.sum(jnp.mean((activity.upper + 1e-12) ** 0.7, axis=0)),
         "mean_active": jnp.sum(activity.active) / B,
     }
@@ -107,7 +108,7 @@ def test_spd_by_hand():
     for name, value in expected.items():
         close(metrics[name], value, err_msg=name)
     total = sum(metrics[name] for name in ("faithfulness", "stochastic", "layerwise"))
-    close(metrics["total"], total + 0.1 * metrics["importance"])
+    close(metrics["total"], total + 0.1 * metrics["importance"] + 0.5 * metrics["dropped"])
 
 
 def test_smooth_l0_in_place_of_a_power():
@@ -162,7 +163,9 @@ EVERY = {
     "vpd, shared": VPD(**SMALL, **LITTLE, **GENTLE, adversary="fresh", adversary_shared="batch"),
     "vpd, positions": VPD(**SMALL, **LITTLE, **GENTLE, mask_per="position"),
     "whole": Whole(**SMALL, **LITTLE, **GENTLE, **NESTED, adversary="pooled"),
-    "targeted": Targeted(**SMALL, **LITTLE, **GENTLE, unmasked_coeff=0.5, frequency_coeff=0.1),
+    "targeted": Targeted(
+        **SMALL, **LITTLE, **GENTLE, unmasked_coeff=0.5, dropped_coeff=0.5, frequency_coeff=0.1
+    ),
 }
 
 
@@ -210,7 +213,8 @@ def test_two_streams_of_data():
     method = EVERY["targeted"]
     steps = jax.jit(scan_steps(make_step(TWO_STREAMS, method), 1))
     _, metrics = steps(begun(TWO_STREAMS, method), PARAMS, KEY)
-    assert {"elsewhere", "unmasked", "importance_elsewhere"} <= set(metrics)
+    own = {"elsewhere", "unmasked", "dropped", "dropped_elsewhere", "importance_elsewhere"}
+    assert own <= set(metrics)
     with pytest.raises(InputError, match="needs a second stream of data; give elsewhere"):
         loop.fit(PROBLEM, method)
 

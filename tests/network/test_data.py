@@ -14,6 +14,7 @@ from conftest import make_method
 
 import apd_jax
 from apd_jax.errors import InputError, Interrupted
+from apd_jax.network import batches as batches_lib
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
 from apd_jax.train import checkpoint, progress
@@ -258,7 +259,7 @@ def test_the_library_call_takes_them():
         )
 
 
-ragged = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
+narrow = [BATCHES[0], BATCHES[1], BATCHES[2][:5, :3]]
 
 
 @pytest.mark.parametrize(
@@ -271,9 +272,9 @@ ragged = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
             r"leading sizes \['8', 'None'\], but batch_size is 8",
         ),
         (
-            ragged,
-            r"batch 2, leaf itself is float32\[5, 4\], but the first one was float32\[8, 4\]; .* "
-            "drop what is left over",
+            narrow,
+            r"batch 2, leaf itself is float32\[5, 3\], but the first one was float32\[8, 4\]; .* "
+            "ragged = 'drop' or 'join'",
         ),
         (
             [{"x": BATCHES[0]}, {"x": BATCHES[0].astype(int)}],
@@ -285,7 +286,6 @@ ragged = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
         ),
         ([np.full((8, 4), None)], "batch 0, leaf itself has dtype object; give arrays of numbers"),
         ([{"x": np.full(8, "a")}], "batch 0, leaf 'x' has dtype <U1"),
-        (iter(BATCHES[:7]), "the data ended before step 8 and cannot be begun again"),
         (None, "there is no data to train on"),
         (lambda rng: BATCHES[0], r"function \(rng, step\) -> batch: called so, too many"),
         (
@@ -299,6 +299,65 @@ def test_data_that_does_not_fit_is_refused(sample_fn, message):
     with pytest.raises(InputError, match=message) as error:
         factors(sample_fn, lambda params, x: apply_fn(params, x["x"] if isinstance(x, dict) else x))
     assert "\n" not in str(error.value)
+
+
+RAGGED = [BATCHES[0], BATCHES[1], BATCHES[2][:5]]
+
+
+def test_a_last_batch_with_fewer_examples(caplog):
+    """By choice left out, joined with what comes next, or refused before the first step."""
+    dropped = data.source(RAGGED).since(2)
+    np.testing.assert_array_equal(next(dropped), BATCHES[0])
+    assert "5 instead of 8" in caplog.text
+    joined = data.source([b[:5] for b in BATCHES[:4]], "join", 8)
+    whole = np.concatenate([b[:5] for b in BATCHES[:4]])
+    assert joined.shapes.shape == (8, 4)
+    for batch, first in zip(joined.since(0), (0, 8, 0), strict=False):
+        np.testing.assert_array_equal(batch, whole[first : first + 8])
+    refused = data.source(RAGGED, "refuse")
+    with pytest.raises(InputError, match=r"batch 2, leaf itself is float32\[5, 4\]"):
+        refused.shapes  # noqa: B018
+    with pytest.raises(InputError, match="unknown ragged 'pad'"):
+        data.source(RAGGED, "pad")
+
+
+def test_an_iterator_that_ends_is_gone_through_again(monkeypatch):
+    got = stream(iter(BATCHES[:3]), 2, 3)
+    np.testing.assert_array_equal(got, BATCHES[[2, 0, 1]])
+    joined = data.source(iter(BATCHES[:3]), "join", 6).since(3)
+    np.testing.assert_array_equal(next(joined), BATCHES[:3].reshape(-1, 4)[18:24])
+    monkeypatch.setattr(batches_lib, "MAX_KEPT_BYTES", 2 * BATCHES[0].nbytes)
+    with pytest.raises(InputError, match="ended before step 4 and cannot be begun again"):
+        stream(iter(BATCHES[:3]), 2, 3)
+
+
+def test_data_that_ends_in_mid_training_loses_no_step(tmp_path, monkeypatch):
+    monkeypatch.setattr(batches_lib, "MAX_KEPT_BYTES", 0)
+    problem = Problem(apply_fn, PARAMS, iter(BATCHES[:12]))
+    with pytest.raises(InputError, match="the data ended before step 13"):
+        train.fit(problem, method_of(), workdir=tmp_path)
+    again = Problem(apply_fn, PARAMS, list(BATCHES))
+    assert train.restore_trained(again, method_of(), tmp_path)[0] == 10
+
+
+def test_what_is_looked_at_before_training():
+    """Of a list one pass, the same twice; of an iterator the first batch, kept for training."""
+    key = jax.random.key(0)
+    ragged = [*BATCHES[:2], BATCHES[2][:3], BATCHES[3]]
+    for given, count, expected in (
+        (ragged, 2, BATCHES[:2]),
+        (ragged, 9, BATCHES[[0, 1, 3]]),
+        (iter(BATCHES), 3, BATCHES[:1]),
+    ):
+        problem = Problem(apply_fn, PARAMS, given)
+        looked = problem.looks(key, count)
+        for _ in range(2):
+            np.testing.assert_array_equal(np.stack(list(looked)), expected)
+        np.testing.assert_array_equal(next(problem.sample_fn.since(0)), BATCHES[0])
+    drawn = Problem(apply_fn, PARAMS, lambda rng, step: jax.random.normal(rng, (8, 4)) + step)
+    once, again = (np.stack(list(drawn.looks(key, 3))) for _ in range(2))
+    np.testing.assert_array_equal(once, again)
+    np.testing.assert_array_equal(once[2], drawn.example_batch(key, 2))
 
 
 def test_an_iterator_cannot_serve_two_runs():

@@ -1,13 +1,16 @@
-"""Where the recipe begins: at modes, if these explain the network."""
+"""Where the recipe begins: at modes or separated codes, if these stand the test."""
 
+import dataclasses
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import get_config
 from toys import (
     features_of_their_own,
+    mixtures_of_three,
     one_feature_at_a_time,
     six_features_that_share_a_layer,
     three_features,
@@ -15,11 +18,13 @@ from toys import (
 )
 
 import apd_jax
-from apd_jax import targets
+from apd_jax import components, targets
 from apd_jax.errors import InputError
 from apd_jax.methods import registry
-from apd_jax.recipe import modes, scales, stages
-from apd_jax.recipe.beginning import at_modes
+from apd_jax.methods.optimizers import Trained
+from apd_jax.recipe import beginning, modes, scales, stages
+from apd_jax.recipe.beginning import accepted
+from apd_jax.recipe.judge import Judge
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +33,7 @@ def fewer_examples(monkeypatch):
 
 
 def begun(problem, method, r):
-    return at_modes(problem, method, r, scales.measure(problem, method))
+    return accepted(problem, method, r, scales.measure(problem, method))
 
 
 def test_components_begin_at_the_modes_and_are_only_refined(tmp_path):
@@ -48,6 +53,50 @@ def test_where_modes_are_not_all_components_are_polished_first(tmp_path):
     r.nearly_exact = 0.0
     stages.fit(problem, method, r, workdir=tmp_path)
     assert [path.name for path in (tmp_path / "stages").iterdir()] == ["polish"]
+
+
+def test_mixtures_are_separated():
+    """Three of sixteen features are on in every example, so none is ever alone."""
+    problem, method, r = mixtures_of_three()
+    found = begun(problem, method, r)
+    assert found.active == pytest.approx(3, abs=0.5)
+    f = found.components.factors["W"]
+    P, W = np.asarray(f.U @ f.V), np.asarray(problem.params["W"])
+    order = np.abs(P).sum(2)[:16].argmax(1)
+    assert sorted(order) == list(range(16)) and np.abs(P[16:]).max() < 1e-3
+    np.testing.assert_allclose(P[:16], np.eye(16)[order][:, :, None] * W[None], atol=0.05)
+
+
+def test_examples_in_place_of_modes_are_refused(monkeypatch, caplog):
+    """Eight examples span all that is read, and components at them sum to the network."""
+
+    def drawn(e):
+        kept = modes.with_effect(e.effect)
+        directions = {name: a[kept[:8]] for name, a in e.ins.items()}
+        return modes.described(e.ins, e.effect, kept, directions, np.ones(8))
+
+    monkeypatch.setattr(beginning, "KINDS", {"examples": drawn})
+    assert begun(*mixtures_of_three()) is None
+    assert "components begin at random: examples" in caplog.text
+
+
+def test_a_stage_that_leaves_one_component_of_three_is_undone():
+    problem, method, r = three_features()
+    reference = scales.measure(problem, method)
+    judge = Judge(problem, method, r, reference)
+    found = accepted(problem, method, r, reference, judge)
+    assert found is not None
+    apart = Trained(found.components)
+    f = apart.components.factors["W"]
+    P = np.asarray(f.U @ f.V)
+    u, s, vt = np.linalg.svd(P.sum(0))
+    U, V = np.zeros_like(f.U), np.zeros_like(f.V)
+    U[0], V[0] = u[:, :2] * s[:2], vt[:2]  # rank 2 of 3: all that one component has room for
+    one = dataclasses.replace(f, U=jnp.asarray(U), V=jnp.asarray(V))
+    whole = Trained(components.map_sites(lambda _: one, apart.components))
+    run = stages._Stages(problem, method, r, reference, None, stages.STAGES[-2:], judge)
+    jax.tree.map(np.testing.assert_array_equal, run._unless_worse(apart, whole), apart)
+    jax.tree.map(np.testing.assert_array_equal, run._unless_worse(whole, apart), apart)
 
 
 def test_a_topk_far_from_what_the_modes_say_is_worth_a_warning(caplog):
@@ -96,11 +145,13 @@ def test_k_that_nobody_says():
         apd_jax.decompose(*args, **options)
 
     for least, why in (
-        (2.0, "recipe.least_explained = 2.0 leaves them out"),
-        (0.8, "explain too little of this network"),
+        (2.0, "recipe.least_explained = 2.0 leaves none but a random one"),
+        (0.8, "neither modes nor separation explain this network"),
     ):
         r.least_explained = least
-        with pytest.raises(InputError, match=f"topk = 0 leaves k to the modes.*{why}.*{wanted}"):
+        with pytest.raises(
+            InputError, match=f"topk = 0 leaves k to the beginning.*{why}.*{wanted}"
+        ):
             decompose(recipe=r)
     with pytest.raises(InputError, match="topk must be above 0"):
         decompose()

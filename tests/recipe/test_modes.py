@@ -211,10 +211,19 @@ def test_a_site_with_several_pieces_of_one_number_is_filled_piece_by_piece():
     assert not np.any(C.factors["W"].V[1]) and np.any(C.factors["W"].U[1])  # so its rank can grow
 
 
-def test_batches_from_the_host_give_the_modes_of_one_batch():
-    x = np.asarray(mixtures(jax.random.key(3), 0))
-    problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, [x])
-    assert len(modes.find(problem, 512, jax.random.key(0))) == 4
+def test_batches_from_the_host_are_looked_at_as_a_samplers():
+    """As many as are needed, not the first alone, of one pass."""
+    params, key = {"w": jnp.asarray(W)}, jax.random.key(0)
+    rows = [np.asarray(mixtures(key, step, batch=64)) for step in range(40)]
+    of_list = Problem(lambda p, x: x @ p["w"], params, rows)
+    of_sampler = Problem(of_list.apply_fn, params, lambda rng, step: mixtures(rng, step, batch=64))
+    (ins, effect), (expected, same) = (
+        modes.examples(problem, problem.looks(key, 40)) for problem in (of_list, of_sampler)
+    )
+    np.testing.assert_allclose(ins["w"], expected["w"], atol=1e-6)
+    np.testing.assert_allclose(effect, same, rtol=1e-6)
+    found = modes.find(of_list, 64, key)  # asks for 64 batches of the 40
+    assert len(found) == 4 and rows_of(found.ins["w"][:, 0])[1].min() > 0.99
 
 
 def test_scattered_examples_have_no_modes():

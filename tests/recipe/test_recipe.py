@@ -12,13 +12,14 @@ from toys import DIAGONAL, linear_problem, small, three_features
 
 import apd_jax
 from apd_jax import targets
-from apd_jax.commands import experiment
+from apd_jax.commands import experiment, runs
 from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import modes, numbers, scales, stages
-from apd_jax.recipe.beginning import at_modes
+from apd_jax.recipe import budget, modes, numbers, scales, stages
+from apd_jax.recipe.beginning import accepted
+from apd_jax.recipe.numbers import STAGES
 from apd_jax.train import checkpoint, loop
 
 
@@ -72,6 +73,7 @@ def test_outputs_that_do_not_depend_on_the_weights():
         lambda p, x: x + 0 * p["W"].sum(),
         {"W": jnp.asarray(DIAGONAL)},
         lambda key, step: jnp.ones((1000, 2)),
+        select=["W"],
     )
     with pytest.raises(InputError, match="nothing to decompose"):
         scales.measure(problem, small()[0])
@@ -114,6 +116,46 @@ def test_stages_run_and_resume_bit_for_bit(tmp_path):
     again, _, _ = stages.fit(linear_problem(), method, r, workdir=run)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_a_budget_cuts_all_stages_by_one_share_that_is_kept(tmp_path, monkeypatch):
+    """Of 4 h that are needed the budget leaves 1; a resumed run is not timed again."""
+    problem, method, r = three_features()  # begins at modes: `refine` alone is left
+    r.budget, r.refine.num_steps, r.polish.num_steps = "1h", 60, 60
+    monkeypatch.setattr(budget, "_needed", lambda *_: 4 * 3600.0)
+    run = tmp_path / "run"
+    whole, rows, last = stages.fit(problem, method, r, workdir=run)
+    assert last.num_steps == 15 and rows[-1]["step"] == last.num_steps
+    assert r.refine.num_steps == 60
+    for same in (budget.kept(r, run), budget.as_trained(r, last.num_steps)):
+        assert same.refine.num_steps == same.polish.num_steps == last.num_steps and not same.budget
+    shutil.rmtree(run / "checkpoints")
+    monkeypatch.setattr(budget, "_needed", None)
+    again, _, same = stages.fit(problem, method, r, workdir=run)
+    assert same == last
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
+    (run / budget.SHARE).write_text("{")
+    with pytest.raises(InputError, match=r"steps\.json, .* is torn"):
+        budget.within(problem, method, r, ["refine"], scales.Scales(1.0, 1.0, 1.0, 1.0), run, 0.0)
+    r.budget = "soon"
+    with pytest.raises(InputError, match="a time like 90s"):
+        stages.check(method, r)
+
+
+def test_what_stages_need_is_counted_by_the_size_of_their_steps(monkeypatch):
+    """Two restarts: 0.4 s a step in the first two stages, 0.1 s in the others."""
+    method, r = small()
+    timed = []
+
+    def advance(problem, method, *, until, title):
+        timed.append((method.num_instances, until))
+        row = {"seconds_per_step": 0.4 if method.num_instances == 2 else 0.1}
+        return None, [{"seconds_per_step": 9.0}, row]
+
+    monkeypatch.setattr(loop, "advance", advance)
+    needed = budget._needed(linear_problem(), method, r, STAGES, scales.Scales(1.0, 1.0, 1.0, 1.0))
+    assert needed == pytest.approx(12 * 0.4 + 18 * 0.1) and timed == [(2, 6), (1, 6)]
 
 
 def test_sites_that_hold_some_components_only_go_through_all_stages():
@@ -211,7 +253,7 @@ def test_learned_masks(tmp_path, monkeypatch):
     assert refine.importance_coeff == pytest.approx(
         r.minimality_coeff * (r.threshold * r.refine.threshold) ** 2, rel=0.05
     )
-    begun = Trained(at_modes(problem, method, r, reference).components)
+    begun = Trained(accepted(problem, method, r, reference).components)
     assert stages._loss(problem, refine, begun) < 1e-8
     used, advance = [], loop.advance
     monkeypatch.setattr(
@@ -241,7 +283,7 @@ def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
     problem, method, r = three_features()
     reference = scales.measure(problem, method)
     settings = numbers.stage_method(method, r, "refine", reference)
-    begun = Trained(at_modes(problem, method, r, reference).components)
+    begun = Trained(accepted(problem, method, r, reference).components)
     assert stages._loss(problem, settings, begun) < 1e-8
     # The sum is θ*/2: a quarter of the faithfulness loss of nothing.
     half = jax.tree.map(lambda a: a * 0.5**0.5, begun)
@@ -286,6 +328,32 @@ def test_configs_take_only_sizes_from_the_target(arg):
     assert registry.of(config.apd).name == "apd"
 
 
+def test_what_is_made_of_a_targets_field_follows_it():
+    """k that is told, C, and the data; data may differ from what the target is trained on."""
+    config = get_config("recipe", "tms,40-10,told")
+    config.target.feature_probability = 0.1
+    assert config.target.data.feature_probability == 0.1 and config.apd.topk == pytest.approx(4)
+    config.update_from_flattened_dict({"target.data.feature_probability": 0.2})
+    config.target.num_features = 20
+    assert config.apd.topk == pytest.approx(4) and config.apd.num_components == 40
+    assert config.target.feature_probability == 0.1
+    config.target.data.update(num_on=3, value="binary")
+    target = targets.build(config.target, 64)
+    x = target.sample_fn(jax.random.key(0), 0)
+    assert set(np.unique(x)) == {0, 1} and (x.sum(1) == 3).all()
+    trained_on = target.pretrain_sample_fn(jax.random.key(0), 0)
+    assert np.mean(trained_on != 0) == pytest.approx(0.1, abs=0.01)
+    config.target.data.update(num_on=0, frequency_ratio=4.0, feature_probability=0.1)
+    x = targets.build(config.target, 20_000).sample_fn(jax.random.key(0), 0)
+    often = np.mean(np.asarray(x) != 0, axis=0)
+    assert often.mean() == pytest.approx(0.1, abs=2e-3)
+    assert often[0] / often[-1] == pytest.approx(4, abs=0.5)
+    for wrong, sentence in ({"num_on": 21}, "num_on must lie in"), ({"value": "x"}, "data.value"):
+        with pytest.raises(InputError, match=sentence):
+            config.target.data.update(wrong)
+            targets.build(config.target, 8)
+
+
 def test_unknown_recipe_targets_are_refused():
     with pytest.raises(InputError, match="recipe target"):
         get_config("recipe", "nonsense")
@@ -296,7 +364,7 @@ def test_a_run_comes_back_as_its_last_stage_left_it(tmp_path, monkeypatch):
     reported = []
     monkeypatch.setattr(experiment, "_report", lambda run, *_: reported.append(run))
     experiment.run(get_config("recipe", "tms,5-2,id,smoke"), tmp_path, Console())
-    restored, [run] = experiment.restore(tmp_path), reported
+    restored, [run] = runs.restore(tmp_path), reported
     assert restored.config == run.config and restored.method == run.method
     assert restored.method.num_always_on == 1 and restored.method.topk > 0
     assert restored.step == 10

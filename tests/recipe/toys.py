@@ -7,6 +7,7 @@ import numpy as np
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
 from apd_jax.recipe.numbers import STAGES, default_recipe
+from apd_jax.targets.base import feature_sampler
 
 DIAGONAL = np.diag([3.0, 2.0]).astype(np.float32)
 
@@ -69,6 +70,15 @@ def features_of_their_own(F=5, p=0.2):
     W = jnp.diag(jnp.linspace(1.0, 2.0, F))
     problem = Problem(lambda params, x: x @ params["W"], {"W": W}, sample)
     return problem, method.replace(batch_size=256, topk=0.0), r
+
+
+def mixtures_of_three():
+    """f(x) = x W, exactly three of sixteen features on, so that no example has one alone."""
+    _, method, r = one_feature_at_a_time(np.eye(2))
+    W = np.random.default_rng(0).normal(size=(16, 16)).astype(np.float32)
+    sample = feature_sampler(256, 16, 0.1, signed=False, num_on=3)
+    problem = Problem(lambda params, x: x @ params["W"], {"W": jnp.asarray(W)}, sample)
+    return problem, method.replace(num_components=18, batch_size=256, topk=0.0), r
 
 
 def twelve_dimensions():

@@ -13,7 +13,8 @@ from conftest import close, load_golden, make_method, make_problem
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
-from apd_jax.report import drawn, html
+from apd_jax.report import drawn, html, words
+from apd_jax.report.source import Source
 
 HOSTILE = "</script><script>window.hacked=1</script>"
 
@@ -117,6 +118,34 @@ def test_inputs_are_shown_as_what_they_are(kind, tmp_path):
         close(used, np.asarray(INPUTS["image"])[: len(used), ..., 0])
 
 
+class Tokenizer:
+    """As `tokenizers` has it: decode leaves special tokens out."""
+
+    def decode(self, numbers):
+        return "" if numbers == [0] else f" w{numbers[0]}"
+
+    def id_to_token(self, number):
+        return "[PAD]"
+
+
+@pytest.mark.parametrize(
+    ("tokens", "first"),
+    [(Tokenizer(), "[PAD]"), (["<0>", "b"], "<0>"), ({0: "null"}, "null")],
+)
+def test_tokens_have_names(tokens, first):
+    word = words.of(tokens)
+    assert word(0) == first and word(999) in ("999", " w999")
+    assert words.of(["c\n"])(0) == "c⏎"
+    x = np.array([[0, 2], [1, 0]])
+    assert words.of_outputs(word, x, 3) is word and words.of_outputs(word, x, 2) is None
+
+
+def test_what_cannot_name_tokens_is_refused():
+    for wrong in (7, "a string", object()):
+        with pytest.raises(InputError, match="tokens must be a list of names"):
+            words.of(wrong)
+
+
 def test_positions_are_pointed_at(tmp_path):
     d = small(
         lambda p, tokens: jnp.tanh(p["in"][tokens].cumsum(1)) @ p["out"],
@@ -124,7 +153,9 @@ def test_positions_are_pointed_at(tmp_path):
         attribution_mode="reverse",
     )
     tokens = jax.random.randint(jax.random.key(3), (8, 5), 0, 6)
-    behaviour = embedded(d.report(tmp_path / "report.html", tokens))["behaviour"]
+    page = d.report(tmp_path / "report.html", tokens, [f"w{i}" for i in range(6)])
+    behaviour = embedded(page)["behaviour"]
+    assert behaviour["words"]["5"] == "w5" and behaviour["names"] == {}  # 3 outputs are no tokens
     attributions = np.asarray(d.attributions(tokens))  # [8, 5, 7]
     for c in (0, 6):
         best = np.unravel_index(attributions[..., c].argmax(), (8, 5))
@@ -244,3 +275,15 @@ def test_encode():
     packed = html.encode({"a": np.arange(6).reshape(2, 3), "b": [float("nan"), 1.5, None, "text"]})
     close(array(packed["a"]), np.arange(6).reshape(2, 3))
     assert packed["b"] == [None, 1.5, None, "text"]
+
+
+def test_many_components_are_measured_on_fewer_examples(monkeypatch, x):
+    """7 components: of 56 rows in all 8 each, and of 7 rows the least that a page has."""
+    d = small()
+    monkeypatch.setattr(html, "MOST_ROWS", 56)
+    page = html.collect(Source("few", d, x))
+    assert page["num_examples"] == 8
+    close(page["data"]["components"][3]["firing_rate"], d.mask(x[:8]).mean(axis=0)[3])
+    monkeypatch.setattr(html, "MOST_ROWS", 7)
+    assert html.collect(Source("fewer", d, x))["num_examples"] == html.LEAST_EXAMPLES
+    assert html.collect(Source("none", d, None))["num_examples"] == 0

@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from rich.console import Console
 
 from apd_jax import components as components_lib
@@ -38,10 +39,27 @@ def test_components_table():
     # Component 0 is diag(3, 4) on W: norm 5, rank 2. Component 1 is zero.
     W = jnp.zeros((2, 2, 2)).at[0].set(jnp.diag(jnp.array([3.0, 4.0])))
     components = components_lib.from_materialized({"W": W, "b": None})
-    text = render(tables.components_table(components, np.array([0.25, 0.0]), np.array([7, -1])))
+    found = tables.components_tables(components, np.array([0.25, 0.0]), np.array([7, -1]), 200)
+    (text,) = map(render, found)
     assert "norm (rank)" in text and "W" in text
     assert row(text, "0.2500").replace("│", " ").split() == ["0", "5", "(2)", "0.2500", "7"]
     assert row(text, "dead").replace("│", " ").split() == ["1", "0", "(0)", "0.0000", "dead"]
+
+
+@pytest.mark.parametrize("width", [60, 100])
+def test_nothing_is_cut_however_narrow_the_terminal(width):
+    names = [f"params.layer_{i}.attention.out.kernel" for i in range(9)]
+    W = jnp.ones((2, 2, 2)) * 1234.0
+    components = components_lib.from_materialized(dict.fromkeys(names, W))
+    text = ""
+    found = tables.components_tables(components, np.array([0.25, 0.0]), np.array([7, -1]), width)
+    for table in (*found, tables.tree_table(components.tree)):
+        console = Console(width=width)
+        with console.capture() as capture:
+            console.print(table)
+        text += capture.get()
+    assert "…" not in text and max(map(len, text.splitlines())) <= width
+    assert text.count("2.47e+03 (1)") == 2 * 9  # ‖P_c‖ = 2 · 1234
 
 
 def test_tree_table():

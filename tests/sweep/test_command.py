@@ -134,7 +134,10 @@ def test_the_commands_that_are_written_down_span_a_grid():
     spec = importlib.util.spec_from_file_location("tms", ROOT / "configs" / "tms.py")
     tms = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tms)
-    texts = [(ROOT / path).read_text() for path in ("README.md", "apd_jax/sweep/__main__.py")]
+    texts = [
+        (ROOT / path).read_text()
+        for path in ("docs/howto/commands.md", "apd_jax/sweep/__main__.py")
+    ]
     axes = [found for text in texts for found in re.findall(r"--sweep='([^']*)'", text)]
     assert len(axes) >= 3
     for text in axes:

@@ -29,7 +29,10 @@ apd.componentPage = (place, number) => {
 apd.input = (values, kind, position) => {
   const element = apd.element;
   if (kind === "image") return apd.pixels(values, { signed: d3.min(values, (row) => d3.min(row)) < 0, width: 96, height: (96 * values.length) / values[0].length, label: "input" });
-  if (kind === "tokens") return element("span", {}, ...Array.from(values).flatMap((token, t) => [t === position ? element("mark", {}, String(token)) : String(token), " "]));
+  if (kind === "tokens") {
+    const words = apd.data.behaviour.words, word = (token) => (token in words ? element("span", { class: "word", title: `token ${token}` }, words[token]) : String(token));
+    return element("span", {}, ...Array.from(values).flatMap((token, t) => [t === position ? element("mark", {}, word(token)) : word(token), " "]));
+  }
   const active = Array.from(values, (value, i) => [i, value]).filter(([, value]) => value !== 0).sort((a, b) => Math.abs(b[1]) - Math.abs(a[1]));
   const chips = active.slice(0, 8).map(([i, value]) => element("span", { class: "chip" }, `${i}: ${apd.number(value)}`));
   return element("span", {}, ...chips, active.length > 8 ? `and ${active.length - 8} more` : active.length ? "" : "all zero");
@@ -47,7 +50,7 @@ const needs = (number) => {
 
 const changes = (number) => {
   const { behaviour, output } = apd.data, element = apd.element;
-  const bars = behaviour.outputs[number].map((o, i) => ({ name: `${output} ${o}`, value: behaviour.change[number][i] }));
+  const bars = behaviour.outputs[number].map((o, i) => ({ name: behaviour.names[o] ?? `${output} ${o}`, value: behaviour.change[number][i] }));
   return element("section", {}, element("h2", {}, "What it changes"),
     element("p", { class: "caption" }, "What it adds to each output on those inputs, on average: outputs of the sum less those of the sum without it. Good: few bars."),
     element("div", { class: "chart" }, apd.bars(bars, { xlabel: "change of the output", signed: true, width: Math.min(460, apd.width()) })));

@@ -14,6 +14,11 @@ apd.width = () => document.documentElement.clientWidth - 40;
     const k = d3.maxIndex(matrices, (m, i) => apd.largest(m.values[row.page]) / limits[i]);
     return apd.pixels(matrices[k].values[row.page], { limit: limits[k], label: `weights of component ${row.number} in ${matrices[k].name}` });
   };
+  const shares = (row) => {
+    const k = d3.maxIndex(row.norms);
+    return element("span", { class: "shares" }, apd.pixels([row.norms], { limit: largestShare, signed: false, width: Math.min(160, 10 * leaves.length), height: 12, label: leaves.map((leaf, i) => `${leaf} ${apd.number(row.norms[i], 2)}`).join(", ") }), element("span", { class: "small", title: leaves[k] }, ` ${apd.number(row.norms[k], 2)} ${leaves[k].split(".").slice(-3).join(".")}`));
+  };
+  const largestShare = d3.max(components, (one) => d3.max(one.norms)) || 1;
   const rows = components.map((one, number) => ({ ...one, number }));
   const most = d3.max(rows, (row) => row.damage) || 1;
   const measured = "damage" in rows[0];
@@ -26,7 +31,8 @@ apd.width = () => document.documentElement.clientWidth - 40;
       { name: "firing", label: "firing rate", num: true, value: (d) => d.firing_rate, cell: (d) => `${apd.number(100 * d.firing_rate, 2)} %` },
     ] : []),
     { name: "rank", label: "rank", num: true, says: "effective rank, over all leaves", value: (d) => d.rank, cell: (d) => (leaves.length > 1 && leaves.length < 5 ? `${d.rank} (${d.ranks.join(" + ")})` : String(d.rank)) },
-    ...leaves.map((leaf, i) => ({ name: `norm-${i}`, label: `share of ${leaf}`, num: true, value: (d) => d.norms[i], cell: (d) => apd.number(d.norms[i], 2) })),
+    ...(leaves.length > 6 ? [{ name: "norm-0", label: `shares of ${leaves.length} weights`, says: "one cell for every weight, in order; the largest share", value: (d) => d3.max(d.norms), cell: shares }] : []),
+    ...(leaves.length > 6 ? [] : leaves).map((leaf, i) => ({ name: `norm-${i}`, label: `share of ${leaf}`, num: true, value: (d) => d.norms[i], cell: (d) => apd.number(d.norms[i], 2) })),
   ], rows, { by: measured ? "damage" : "norm-0", rowClass: (d) => (d.serves || !measured ? "" : "dead") });
 
   const drawOverview = () => {

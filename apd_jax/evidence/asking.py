@@ -1,0 +1,115 @@
+"""Which checks are asked, in which order, and what is seen meanwhile."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from apd_jax.errors import InputError
+from apd_jax.evidence.budget import Clock
+from apd_jax.evidence.card import NEEDED
+from apd_jax.evidence.check import Case, Check, Question
+from apd_jax.train import parallel
+from apd_jax.train.progress import duration
+
+
+def chosen(
+    questions: Sequence[Question], asked: Sequence[int | str] | None
+) -> tuple[Question, ...]:
+    """Those of these numbers and names; all for None. A part of a name will do if one has it.
+
+    Raises:
+      InputError: a number or name that no check has, or a part that several have.
+    """
+    if asked is None:
+        return tuple(questions)
+    numbers = {number for one in asked for number in _meant(questions, one)}
+    return tuple(question for question in questions if question.number in numbers)
+
+
+def _meant(questions: Sequence[Question], one: int | str) -> list[int]:
+    text = str(one).strip().lower().replace(" ", "_").replace("-", "_")
+    exact = [q.number for q in questions if text in (str(q.number), q.name)]
+    found = exact or [q.number for q in questions if text and text in q.name]
+    if len(found) == 1:
+        return found
+    known = ", ".join(f"{q.name} ({q.number})" for q in questions)
+    raise InputError(
+        f"{one!r} names {'no check' if not found else 'several checks'}; known: {known}."
+    )
+
+
+def answers(
+    case: Case, questions: Sequence[Question], display: Display, clock: Clock | None = None
+) -> list[Check]:
+    """Asks them. Within a budget, what the verdict rests on comes first; what does not fit says so.
+
+    Returns: the checks in the order of their numbers.
+    """
+    order = list(questions)
+    if clock is not None:
+        order.sort(key=lambda question: question.number not in NEEDED)
+        display.says("timing small pieces")
+    found = {}
+    for question in order:
+        expected, left = 0.0, 0.0
+        if clock is not None:
+            expected, left = clock.expects(question.cost(case)), clock.left
+        if clock is not None and expected > left:
+            why = f"not run: it would take about {duration(expected)}, and of the budget of "
+            why += f"{duration(clock.budget)} {duration(left) if left else 'nothing'} is left"
+            found[question.number] = question.answer(Check(why=why))
+        else:
+            about = f", about {duration(expected)}" if expected >= 1 else ""
+            display.says(f"{question.title} ({question.number}){about}")
+            found[question.number] = question(case)
+        display.advance()
+    return [found[question.number] for question in questions]
+
+
+class Display:
+    """Which check is asked, and since when: bars, or a line each where there is no terminal."""
+
+    def __init__(self, console: Console | None, total: int):
+        self._console = console or Console(stderr=True, quiet=not parallel.is_primary())
+        self._total, self._done, self._began = total, 0, time.monotonic()
+        columns = (
+            BarColumn(bar_width=24),
+            TimeElapsedColumn(),
+            TextColumn("{task.description}"),
+        )
+        self._bars = Progress(
+            *columns,
+            console=self._console,
+            disable=not self._console.is_terminal,
+            transient=True,
+        )
+        self._all = self._bars.add_task(f"evidence, {total} checks", total=total)
+        self._now: TaskID | None = None
+
+    def __enter__(self) -> Display:
+        self._bars.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._bars.stop()
+
+    def says(self, what: str) -> None:
+        if self._now is not None:
+            self._bars.remove_task(self._now)
+        self._now = self._bars.add_task(what, total=None)
+        if not self._console.is_terminal:
+            spent = duration(time.monotonic() - self._began)
+            self._console.print(
+                f"evidence: {self._done}/{self._total} checks after {spent}; now {what}",
+                highlight=False,
+                markup=False,
+                soft_wrap=True,
+            )
+
+    def advance(self) -> None:
+        self._done += 1
+        self._bars.update(self._all, completed=self._done)

@@ -1,0 +1,199 @@
+r"""Directions of mechanisms where examples are mixtures: independent component analysis of reads.
+
+Where a layer reads a sum of what mechanisms bring,
+
+  x = Σ_i s_i(x) a_i,   with codes s_i that are independent and mostly near 0,
+
+no example need have one mechanism alone. But every projection of x onto another direction than the
+dual ones is a sum of several codes, and so nearer to a Gaussian: the a_i and s_i are found as the
+projections that are the least Gaussian (FastICA, Hyvärinen 1999). Two that it left halfway, as
+(s_i ± s_j)/√2, are turned back, and it goes on from there. Then codes near 0 are taken as 0, and
+the a_i fitted anew, by turns. Examples that have one mechanism alone are a special case, and rare
+mechanisms are no harder than others, since every code has unit variance here.
+
+What a leaf reads is its input; where it reads several rows of one example, e(x) (`directions`)
+times √effect, which has no sign of its own and is given the one that fits.
+
+The codes are found in the one leaf where they are sparsest, and are those of all sites: what
+mechanism i reads in another leaf is the regression of what it reads on the codes. So a mechanism is
+one number across layers. At most as many are found as dimensions are read in that leaf.
+
+Shapes: N examples, n mechanisms, b matrices of a leaf (1 unless stacked).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Iterable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from apd_jax.errors import InputError
+from apd_jax.forward import capture
+from apd_jax.network.problem import Problem
+from apd_jax.recipe.directions import matrices
+from apd_jax.recipe.modes import Modes, described, with_effect
+
+MOST_EXAMPLES = 32_768  # that codes are found on
+_UNREAD = 1e-4  # of the largest variance among directions: what varies less is not read
+MOST_TURNED = 4096  # and pairs of them compared on
+_SPARSER = 0.98  # E|s| of a pair that is turned, of what it was
+_ITERATIONS = 200
+_SIGNS = 5  # turns in which directions and signs are
+_ABSENT = 0.3  # of a code's deviation: what is less is taken as 0
+_TURNS = 20  # in which codes and directions are fitted to each other
+_GAUSSIAN = (2 / np.pi) ** 0.5  # E|s| of a code that is Gaussian, of unit variance
+
+
+def find(
+    problem: Problem,
+    batches: Iterable[PyTree],
+    key: PRNGKeyArray,
+    ins: dict[str, Float[np.ndarray, "N b d_in"]],
+    effect: Float[np.ndarray, " N"],
+) -> Modes | None:
+    """The modes of examples, by the codes that they are mixtures of; None where there are none.
+
+    Args:
+      batches, ins, effect: of `modes.examples`, and what it gave. key: of the first guess.
+    Cost: a forward pass of every example; for every matrix of d read dimensions, a few dozen
+      products of N · d².
+    """
+    N = min(len(effect), MOST_EXAMPLES)
+    weight = np.sqrt(effect[:N] / max(float(np.mean(effect)), 1e-30)).astype(np.float32)
+    read = {name: _Read(e[:N] * weight[:, None, None], False) for name, e in ins.items()}
+    inputs = _inputs(problem, batches)
+    read |= {name: _Read(x[:N], True) for name, x in inputs.items()}
+    seed = int(jax.random.bits(key, dtype=jnp.uint32))
+    found = [r.codes(i, seed) for r in read.values() for i in range(r.x.shape[1])]
+    codes = found[int(np.argmax([np.sum(_GAUSSIAN - _length(s)) for s in found]))]
+    if not codes.shape[1]:
+        return None
+    directions = {
+        name: np.stack([r.regressed(i, codes) for i in range(r.x.shape[1])], 1)
+        for name, r in read.items()
+    }
+    weights = np.sum(np.abs(codes), 0)
+    order = np.argsort(-weights, kind="stable")
+    directions = {name: a[order] for name, a in directions.items()}
+    return described(ins, effect, with_effect(effect), directions, weights[order])
+
+
+def _inputs(
+    problem: Problem, batches: Iterable[PyTree]
+) -> dict[str, Float[np.ndarray, "N b d_in"]]:
+    """What leaves read that read one row of an example."""
+    shapes = {name: W.shape for name, W in matrices(problem).items()}
+
+    def of(params: PyTree, x: PyTree) -> dict[str, Array]:
+        try:
+            read = capture.inputs(problem.apply_fn, params, problem.site_names, x)[1]
+        except InputError:  # it cannot be told
+            return {}
+        rows = {
+            name: r.rows
+            for name, r in read.items()
+            if r.side == "in" and jnp.issubdtype(r.rows.dtype, jnp.floating)
+        }
+        return {
+            name: a.reshape(len(a), *shapes[name][:2]).astype(jnp.float32)
+            for name, a in rows.items()
+            if math.prod(a.shape[1:]) == math.prod(shapes[name][:2])
+        }
+
+    of_batch = jax.jit(of)
+    drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
+    return jax.tree.map(lambda *a: np.concatenate(a), *drawn)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Read:
+    """What examples read in a leaf. signed: with the sign that it has there."""
+
+    x: Float[np.ndarray, "N b d_in"]
+    signed: bool
+
+    def codes(self, i: int, seed: int) -> Float[np.ndarray, "N n"]:
+        """The codes of matrix i, in units of their deviation, 0 where they are near it."""
+        from sklearn.decomposition import FastICA  # here, because it takes a second
+
+        x = self.x[:, i] * self._signs(i)[:, None]
+        variance, basis = np.linalg.eigh(np.atleast_2d(np.cov(x, rowvar=False)))
+        x = x @ basis[:, variance > _UNREAD * max(variance[-1], 1e-30)]
+        if x.shape[1] < 2 or len(x) <= x.shape[1]:
+            return np.zeros((len(x), 0), np.float32)
+        unmixing, start = np.eye(x.shape[1]), None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it did not converge: what it found is judged
+            for _ in range(2):  # again from where pairs have been turned
+                settings = {"max_iter": _ITERATIONS, "random_state": seed, "w_init": start}
+                ica = FastICA(whiten="unit-variance", **settings).fit(x)
+                unmixing = _turned(x, ica.components_)
+                start = unmixing @ np.linalg.pinv(ica.whitening_)
+        return _purified(x, np.linalg.pinv(unmixing).T)
+
+    def regressed(self, i: int, codes: Float[np.ndarray, "N n"]) -> Float[np.ndarray, "n d_in"]:
+        """a_i, of unit length, of x ≈ Σ_i s_i a_i."""
+        x, sign = self.x[:, i], self._signs(i)
+        gram = np.linalg.pinv(codes.T @ codes)
+        a = gram @ (codes.T @ (x * sign[:, None]))
+        for _ in range(0 if self.signed else _SIGNS):
+            sign = np.where(np.sum(x * (codes @ a), 1) < 0, -1, 1)
+            a = gram @ (codes.T @ (x * sign[:, None]))
+        return (a / np.maximum(np.linalg.norm(a, axis=1, keepdims=True), 1e-30)).astype(np.float32)
+
+    def _signs(self, i: int) -> Float[np.ndarray, " N"]:
+        """One sign for what all have in common."""
+        x = self.x[:, i]
+        if self.signed:
+            return np.ones(len(x), np.float32)
+        leading = np.linalg.eigh(x.T @ x)[1][:, -1]
+        return np.where(x @ leading < 0, -1, 1).astype(np.float32)
+
+
+def _length(codes: Float[np.ndarray, "N n"]) -> Float[np.ndarray, " n"]:
+    """E|s| of codes, in units of √E s²: small where they are sparse."""
+    return np.mean(np.abs(codes), 0) / np.maximum(np.mean(codes**2, 0) ** 0.5, 1e-30)
+
+
+def _turned(
+    x: Float[np.ndarray, "N d"], unmixing: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "n d"]:
+    """The unmixing with pairs turned by 45° where that makes their codes sparser.
+
+    Halfway between two codes is where FastICA comes to rest without being at its goal.
+    """
+    few = x[:MOST_TURNED]
+    unmixing = unmixing.copy()
+    for i in range(len(unmixing)):
+        for _ in range(len(unmixing)):
+            codes = few @ unmixing.T
+            one, others = codes[:, [i]], codes[:, i + 1 :]
+            if not others.shape[1]:
+                break
+            apart = _length(one) + _length(others)
+            halfway = _length(one + others) + _length(one - others)
+            j = int(np.argmin(halfway - apart))
+            if halfway[j] > _SPARSER * apart[j]:
+                break
+            a, b = unmixing[i].copy(), unmixing[i + 1 + j].copy()
+            unmixing[i], unmixing[i + 1 + j] = (a + b) / 2**0.5, (a - b) / 2**0.5
+    return unmixing
+
+
+def _purified(
+    x: Float[np.ndarray, "N d"], directions: Float[np.ndarray, "n d"]
+) -> Float[np.ndarray, "N n"]:
+    """Codes that are 0 where they are near it, and directions fitted to them, by turns."""
+    codes = x
+    for _ in range(_TURNS):
+        codes = x @ np.linalg.pinv(directions)
+        codes = codes / np.maximum(codes.std(0), 1e-30)
+        codes = np.where(np.abs(codes) > _ABSENT, codes, 0.0).astype(np.float32)
+        directions = np.linalg.pinv(codes.T @ codes) @ (codes.T @ x)
+    return codes

@@ -1,0 +1,188 @@
+"""The page of a language model: planted components in a real browser, and what is refused."""
+
+import json
+import math
+import re
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from planted import SIZES, TEXT, WORDS, A, B, C, G, Letters, V, decomposition
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
+from test_browser import browser, open_page, pytestmark, shows  # noqa: F401
+from test_html import embedded
+
+from apd_jax.errors import InputError
+from apd_jax.interpretation.effects import effects
+from apd_jax.interpretation.harvest import harvest
+from apd_jax.interpretation.reading import quantised
+from apd_jax.language.tokens import Tokens
+from apd_jax.report import text, words
+from apd_jax.report.source import Source
+
+
+@pytest.fixture(scope="module")
+def planted():
+    return decomposition()
+
+
+@pytest.fixture(scope="module")
+def found(planted):
+    return harvest(planted, TEXT, sizes=SIZES)
+
+
+@pytest.fixture(scope="module")
+def made(planted, found):
+    return effects(planted, found)
+
+
+@pytest.fixture(scope="module")
+def page(planted, found, made, tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "planted.html"
+    return planted.report(path, TEXT[0], WORDS, found, made)
+
+
+def ink(g):
+    """From the faintest orange that is seen to the house's own, (230, 159, 0), at 1."""
+    return tuple(math.floor(255 + (to - 255) * (0.15 + 0.85 * g) + 0.5) for to in (230, 159, 0))
+
+
+def colour(element):
+    value = element.value_of_css_property("background-color")
+    return tuple(float(part) for part in value.strip("rgba()").split(","))[:3]
+
+
+def at(browser, hash):  # noqa: F811
+    browser.execute_script(f"location.hash = '{hash}'")
+
+
+def loaded(browser, page, hash=""):  # noqa: F811
+    open_page(browser, page, hash)
+    ready = (By.CSS_SELECTOR, "body[data-ready]")
+    WebDriverWait(browser, 10).until(lambda b: b.find_elements(*ready))
+
+
+def test_opens_from_disk_alone_and_without_errors(browser, page):  # noqa: F811
+    loaded(browser, page)
+    assert browser.find_element(By.ID, "count").text == "4 of 4 components, 3 ever on"
+    rows = browser.find_elements(By.CSS_SELECTOR, "#table tbody tr")
+    assert len(rows) == C and "4 parameter components" in browser.page_source
+    assert browser.get_log("browser") == []
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if "WillBeSent" in e["method"]]
+    asked = [url for url in asked if not url.startswith(("data:", "about:", "blob:"))]
+    assert asked == [f"file://{page}"]
+    # Strongest first; what is never on comes last.
+    first = [row.text.split()[0] for row in rows]
+    assert first[0] == "0" and first[-1] == "2"
+
+
+def test_the_search_finds_words_and_numbers(browser, page):  # noqa: F811
+    loaded(browser, page)
+    box = browser.find_element(By.ID, "search")
+    for asked, count in (("nothing such", "0 of 4 components, 0 ever on"), ("2", "1 of 4")):
+        box.clear()
+        box.send_keys(asked)
+        assert browser.find_element(By.ID, "count").text.startswith(count), asked
+    box.clear()
+    box.send_keys(WORDS[11])  # the hostile one is text, never markup
+    assert browser.find_element(By.ID, "count").text.startswith("3 of 4")
+    browser.find_element(By.CSS_SELECTOR, "th[data-column=rate] button").click()
+    rates = browser.find_elements(By.CSS_SELECTOR, "#table tbody td:nth-child(3)")
+    assert rates[0].text == "100 %"
+
+
+def test_the_planted_component_is_shown(browser, page, found):  # noqa: F811
+    loaded(browser, page, "#component-0")
+    lead = browser.find_element(By.CSS_SELECTOR, "#component-page .lead").text
+    assert "".join(lead.split()).startswith(f"Fireson{WORDS[A]}andpushesup{WORDS[B]}")
+    pushes = browser.find_elements(By.CSS_SELECTOR, "#component-page .list tbody tr")[0].text
+    assert pushes.split() == [WORDS[B], "5.5"]  # 6 less the mean, 6 / 12
+    for c in (0, 1):
+        at(browser, f"#component-{c}")
+        shows(browser, "#component-page h1", f"Component {c}")
+        for kind, tokens, activity in (
+            ("top", found.top_tokens, found.top_activity),
+            ("random", found.random_tokens, found.random_activity),
+        ):
+            lines = browser.find_elements(By.CSS_SELECTOR, f"#component-page .{kind} li")
+            assert len(lines) == tokens.shape[1]
+            line, there = lines[0], tokens[c, 0] >= 0
+            spans = line.find_elements(By.CSS_SELECTOR, ".tok")
+            assert [s.text for s in spans] == [WORDS[v] for v in tokens[c, 0][there]]
+            for span, g in zip(spans, quantised(activity[c, 0])[there] / 255, strict=True):
+                assert colour(span) == (ink(g) if g else (0, 0, 0))  # (0, 0, 0, 0): none
+    assert browser.get_log("browser") == []
+
+
+def test_text_is_read_with_a_chosen_component(browser, page):  # noqa: F811
+    loaded(browser, page, "#component-1")
+    browser.find_element(By.CSS_SELECTOR, "#component-page button").click()
+    shows(browser, ".controls span", "passage 1 of 4")
+    spans = browser.find_elements(By.CSS_SELECTOR, "#passage .tok")
+    assert [span.text for span in spans] == [WORDS[v] for v in TEXT[0, 0]]
+    # The last word of a row predicts nothing: no component is on there.
+    levels = quantised(np.append(G[TEXT[0, 0][:-1], 1], 0)) / 255
+    assert [colour(s) for s in spans] == [ink(g) if g else (0, 0, 0) for g in levels]
+    assert (levels > 0).any()
+    browser.find_element(By.ID, "later").click()
+    shows(browser, ".controls span", "passage 2 of 4")
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#passage .tok")) == 5  # then padding
+    first = browser.find_elements(By.CSS_SELECTOR, "#passage .tok")[0]
+    first.click()
+    on = np.flatnonzero(G[TEXT[0, 1, 0]])
+    listed = browser.find_elements(By.CSS_SELECTOR, "#here button")
+    assert sorted(int(b.text) for b in listed) == on.tolist()
+
+
+def test_labels_are_shown_and_found(browser, planted, found, made, tmp_path):  # noqa: F811
+    source = Source("labelled", planted, words=words.of(WORDS))
+    labels = {0: "a planted bigram", 3: "everywhere <i>"}
+    given = text.TextSource(source, found, made, labels, "rules")
+    loaded(browser, text.write(tmp_path / "labelled.html", given))
+    assert "Labels are by rules." in browser.find_element(By.ID, "components").text
+    browser.find_element(By.ID, "search").send_keys("planted bi")
+    shows(browser, "#count", "1 of 4 components, 1 ever on")
+    shows(browser, "#table tbody td:nth-child(5)", "a planted bigram")
+    at(browser, "#component-3")
+    shows(browser, "#component-page .lead strong", "everywhere <i>")
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_says_what_it_left_out(planted, found, made, tmp_path, monkeypatch):
+    whole = embedded(planted.report(tmp_path / "a.html", TEXT[0], WORDS, found, made))
+    assert whole["top"]["tokens"]["shape"] == [C, 5, 5]
+    monkeypatch.setattr(text, "SHOWN", ((16, 8), (2, 1)))
+    monkeypatch.setattr(text, "LARGEST_PAGE", 0)
+    path = planted.report(tmp_path / "b.html", TEXT[0], WORDS, found, made)
+    assert embedded(path)["top"]["tokens"]["shape"] == [C, 2, 5]
+    assert "each has 2 of its 5 strongest contexts" in path.read_text()
+
+
+def test_what_does_not_belong_is_refused(planted, found, made, tmp_path):
+    with pytest.raises(InputError, match="of another decomposition"):
+        decomposition(scale=2.0).report(tmp_path / "report.html", TEXT[0], WORDS, harvest=found)
+    with pytest.raises(InputError, match="passages are tokens"):
+        planted.report(tmp_path / "report.html", np.ones((2, 3)), WORDS, found, made)
+
+
+def test_without_names_and_passages_words_are_numbers(planted, found, tmp_path):
+    data = embedded(planted.report(tmp_path / "report.html", harvest=found))
+    assert data["passages"] is None and data["words"] == ["", *map(str, range(V))]
+
+
+def test_the_example_of_the_docs_runs(planted, found, tmp_path, monkeypatch):
+    blocks = re.findall(r"```py\n(.*?)```", (ROOT / "docs" / "language.md").read_text(), re.DOTALL)
+    (example,) = [block for block in blocks if "harvest.harvest(" in block]
+    documents = [row[row >= 0] for row in TEXT.reshape(-1, TEXT.shape[-1])]
+    starts = np.cumsum([0, *map(len, documents)])
+    held_out = np.arange(len(documents)) < 4
+    tokens = Tokens(np.concatenate(documents), starts, held_out, Letters())
+    monkeypatch.chdir(tmp_path)
+    space = {"found": planted, "tokens": tokens, "model": SimpleNamespace(tokenizer=Letters())}
+    exec(example, space)
+    batches = [tokens.rows(8).batch(4, seed=0, step=step) for step in range(5)]
+    assert space["seen"].num_tokens == sum((batch[:, 1:] >= 0).sum() for batch in batches)
+    assert embedded(tmp_path / "text.html")["num_components"] == C
