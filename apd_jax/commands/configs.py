@@ -19,8 +19,9 @@ from apd_jax.errors import InputError, UnknownName, one_of
 from apd_jax.methods.registry import default_config
 
 TARGETS = ("tms", "tms_coactive", "resid_mlp", "gated", "induction", "digits", "linear")
-# In a checkout a link to the folder beside the package.
-SHIPPED = Path(__file__).parents[1] / "configs"
+# A wheel has them in the package; in a checkout they are the folder beside it.
+_PACKAGE = Path(__file__).parents[1]
+SHIPPED = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir())
 
 
 def found(path: str) -> str:
