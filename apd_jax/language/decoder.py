@@ -28,7 +28,7 @@ from jaxtyping import Array, Float, Int
 from apd_jax.errors import InputError
 
 SOWN = "intermediates"  # kept of a pass that asks for it: hidden_{i}, keys_{i}, values_{i}
-Past = tuple[Any, Any] | None  # keys and values [B, S, K, d] of the positions before
+Past = tuple[Any, Any] | None  # keys and values [B, S, K, d] of other positions
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -155,22 +155,26 @@ class Decoder(nn.Module):
                 "shorter ones."
             )
         embed = self._weight("embed")
-        x = jnp.take(embed, tokens, axis=0, mode="clip").astype(self.dtype)
-        if not c.rotary:
-            places = jnp.broadcast_to(jnp.arange(T)[None], tokens.shape)
-            x += jnp.take(self._weight("positions"), places, axis=0).astype(self.dtype)
+        x = self._embedded(embed, tokens, jnp.arange(T)[None])
         block = nn.remat(Decoder._block, static_argnums=(2,)) if self.remat else Decoder._block
         for i in range(c.num_layers):
             self.sow(SOWN, f"hidden_{i}", x)
             x = block(self, x, i)
         return self._logits(x, embed if c.tied else self._weight("unembed"))
 
+    def _embedded(self, embed: Array, tokens: Array, places: Array) -> Array:
+        x = jnp.take(embed, tokens, axis=0, mode="clip").astype(self.dtype)
+        if self.config.rotary:
+            return x
+        places = jnp.broadcast_to(places, tokens.shape)
+        return x + jnp.take(self._weight("positions"), places, axis=0).astype(self.dtype)
+
     def _logits(self, x: Array, unembed: Array) -> Array:
         x = self._norm(x, "norm_out").astype(self.dtype)
         return (x @ unembed.astype(self.dtype).T).astype(jnp.float32)
 
-    def _block(self, x: Array, i: int, past: Past = None) -> Array:
-        attended = x + self._attend(self._norm(x, "norm_attention", i), i, past)
+    def _block(self, x: Array, i: int, past: Past = None, at: Array | None = None) -> Array:
+        attended = x + self._attend(self._norm(x, "norm_attention", i), i, past, at)
         if self.config.parallel:
             return attended + self._mlp(self._norm(x, "norm_mlp", i), i)
         return attended + self._mlp(self._norm(attended, "norm_mlp", i), i)
@@ -183,7 +187,8 @@ class Decoder(nn.Module):
             hidden = act(self._linear(x, "up", i))
         return self._linear(hidden, "down", i)
 
-    def _attend(self, x: Array, i: int, past: Past) -> Array:
+    def _attend(self, x: Array, i: int, past: Past, at: Array | None) -> Array:
+        """past: of the S positions before x; with at [B], of all S, where x is the one at `at`."""
         c, (B, T) = self.config, x.shape[:2]
         S = 0 if past is None else past[0].shape[1]
         q, k, v = self._heads(x, i)
@@ -191,14 +196,21 @@ class Decoder(nn.Module):
             q = self._scaled(rms(q, c.norm_eps), "norm_q", i)
             k = self._scaled(rms(k, c.norm_eps), "norm_k", i)
         if c.rotary:
-            q, k = (rotate(a, c.rotary, c.rope_base, c.rope_pairs, S) for a in (q, k))
+            where = (S, None) if at is None else (at, S)
+            q, k = (rotate(a, c.rotary, c.rope_base, c.rope_pairs, *where) for a in (q, k))
+        if past is not None and at is not None:
+            rows = jnp.arange(B)
+            k, v = (a.at[rows, at].set(b[:, 0]) for a, b in zip(past, (k, v), strict=True))
         self.sow(SOWN, f"keys_{i}", k)
         self.sow(SOWN, f"values_{i}", v)
-        if past is not None:
+        if at is not None:
+            causal = jnp.arange(S)[None, None, None, None] <= at[:, None, None, None, None]
+        else:
+            causal = jnp.tril(jnp.ones((1, 1, 1, T, S + T), bool), S)
+        if past is not None and at is None:
             k, v = (jnp.concatenate(pair, axis=1) for pair in zip(past, (k, v), strict=True))
         q = q.reshape(B, T, c.num_kv_heads, -1, c.d_head)
         scores = jnp.einsum("btkgd,bskd->bkgts", q, k).astype(jnp.float32) / math.sqrt(c.d_head)
-        causal = jnp.tril(jnp.ones((1, 1, 1, T, S + T), bool), S)
         pattern = jax.nn.softmax(jnp.where(causal, scores, jnp.finfo(jnp.float32).min))
         mixed = jnp.einsum("bkgts,bskd->btkgd", pattern.astype(self.dtype), v)
         return self._linear(mixed.reshape(B, T, -1), "o", i)
@@ -252,13 +264,25 @@ def rms(x: Array, eps: float) -> Array:
 
 
 def rotate(
-    x: Float[Array, "B T H d"], count: int, base: float, pairs: str, start: int = 0
+    x: Float[Array, "B T H d"],
+    count: int,
+    base: float,
+    pairs: str,
+    start: int | Int[Array, " B"] = 0,
+    limit: int | None = None,
 ) -> Array:
-    """Rotary embedding of the first `count` entries at positions from `start`; others stay."""
-    angles = np.outer(start + np.arange(x.shape[1]), base ** (-np.arange(0, count, 2) / count))
-    cos, sin = (
-        jnp.asarray(f(angles), jnp.float32)[None, :, None].astype(x.dtype) for f in (np.cos, np.sin)
-    )
+    """Rotary embedding of the first `count` entries; others stay.
+
+    Args:
+      start: the position of the first. With `limit`, of the only one of every row, each below it.
+    """
+    places = start + np.arange(x.shape[1]) if limit is None else np.arange(limit)
+    angles = np.outer(places, base ** (-np.arange(0, count, 2) / count))
+    cos, sin = (jnp.asarray(f(angles), jnp.float32).astype(x.dtype) for f in (np.cos, np.sin))
+    if limit is None:
+        cos, sin = cos[None, :, None], sin[None, :, None]
+    else:
+        cos, sin = cos[start][:, None, None], sin[start][:, None, None]
     turned, rest = x[..., :count], x[..., count:]
     if pairs == "halves":
         a, b = jnp.split(turned, 2, axis=-1)

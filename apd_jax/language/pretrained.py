@@ -23,6 +23,7 @@ from apd_jax.errors import InputError, one_of
 from apd_jax.language import families, files, last_token, sampling
 from apd_jax.language.decoder import Decoder, DecoderConfig
 from apd_jax.language.interventions import Intervention
+from apd_jax.language.stepwise import Stepwise
 from apd_jax.language.tokenizer import Tokenizer
 from apd_jax.paths import user_path
 from apd_jax.storage import arrays as arrays_lib
@@ -64,6 +65,11 @@ class LanguageModel:
 
         return apply
 
+    @functools.cached_property
+    def steps(self) -> Stepwise:
+        """The same a token at a time, with keys and values kept, for `language.generate`."""
+        return Stepwise(Decoder(self.config, DTYPES[self.dtype]))
+
     def matrices(self, which: str = "all", layers: Any = None) -> list[str]:
         """Names of the matrices in layers, for `select`: all, "attention" or "mlp"."""
         return self.config.matrices(which, layers)
@@ -97,6 +103,8 @@ class LanguageModel:
 
         Args:
           params: edited weights, or what `steer` and `swap` return; None: the model's own.
+        Cost: keys and values are kept, but where a change is at chosen positions only: `where` may
+          look at all tokens, so each new one then costs a pass over all.
         Raises:
           InputError: no tokenizer, no text, or more tokens than the context.
         """
@@ -104,9 +112,10 @@ class LanguageModel:
         if not len(tokens) and start is None:
             raise InputError("the text is empty; give the beginning that is to be gone on with.")
         tokens = tokens if len(tokens) else np.asarray([start], np.int32)
-        run, weights = self.apply_fn, self.params if params is None else params
+        run, weights = self.steps, self.params if params is None else params
         if isinstance(params, Intervention):
-            run, weights = params.apply_fn, params.params
+            weights = params.params
+            run = self.steps if weights is params.weights else params.apply_fn
         length = sampling.buffer_length(len(tokens) + num_tokens, self.config.context)
         found = sampling.generate(
             run,
