@@ -1,8 +1,8 @@
 """How weights are parametrised: components by number, sites that hold pieces of them.
 
-`factors` what a component pytree is, `initial` where components come from, `algebra` their sums,
-norms, ranks and numbers, `layout` which axes of a weight are inputs and which outputs, `tables`
-which leaves are looked up or added.
+`factors` what a component pytree is, `initial` where components come from, `draws` of many arrays
+at once, `algebra` their sums, norms, ranks and numbers, `layout` which axes of a weight are inputs
+and which outputs, `tables` which leaves are looked up or added.
 """
 
 from apd_jax.components.algebra import (
@@ -26,6 +26,7 @@ from apd_jax.components.algebra import (
     total,
     weighted_sum,
 )
+from apd_jax.components.draws import normals
 from apd_jax.components.factors import (
     Components,
     Factors,
@@ -76,6 +77,7 @@ __all__ = [
     "merge",
     "named_leaves",
     "normalize_U",
+    "normals",
     "norms",
     "path_name",
     "project_U_gradient",

@@ -15,6 +15,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
+from apd_jax.components import draws
 from apd_jax.components.factors import Components, Factors, Ids, is_slot, named_leaves
 from apd_jax.components.layout import Layout, matrix_shape, path_name, unfold
 from apd_jax.errors import InputError, first_line
@@ -202,28 +203,32 @@ def init(
             f"uses names {sorted(unknown)}, which are not decomposed leaves; these are {chosen}."
         )
 
-    def make(path: tuple[Any, ...], leaf: Any) -> Factors | None:
-        name = path_name(path)
-        if name not in chosen:
-            return None
+    sides, made = {}, {}
+    for name, own_keys in zip(chosen, draws.pairs_of_keys(rng, len(chosen)), strict=True):
+        leaf = every[name]
         layout = layouts.get(name, Layout.default(leaf.ndim))
         options = {"rank": rank, "components": ids.get(name)} | _options(select, name, every)
         own, m = _pieces(name, options, num_components, min(matrix_shape(leaf.shape, layout)))
         n = num_components if own is None else len(own)
-        keys = jax.random.split(jax.random.fold_in(rng, chosen.index(name)))
         stds = _stds(leaf, layout, n if like_target else num_components, m, like_target)
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)  # half has no room for small steps
         batch = tuple(leaf.shape[axis] for axis in layout.batch)
         d_in, d_out = matrix_shape(leaf.shape, layout)
-        scales = (init_scale, 1.0 if like_target else init_scale)
-        U, V = (
-            scale * std * jax.random.normal(key, (n, *batch, *shape), dtype)
-            for key, std, scale, shape in zip(
-                keys, stds, scales, ((d_in, m), (m, d_out)), strict=True
-            )
-        )
+        for side, key, shape in zip("UV", own_keys, ((d_in, m), (m, d_out)), strict=True):
+            sides[name, side] = (key, (n, *batch, *shape), dtype)
         kept = None if layout == Layout.default(leaf.ndim) else layout
-        return Factors(U, V, tuple(leaf.shape), uses.get(name, 1), kept, ids=own)
+        made[name] = (stds, (tuple(leaf.shape), uses.get(name, 1), kept, own))
+    drawn, scales = draws.normals(sides), (init_scale, 1.0 if like_target else init_scale)
+
+    def make(path: tuple[Any, ...], _: Any) -> Factors | None:
+        if (name := path_name(path)) not in made:
+            return None
+        stds, (shape, times, kept, own) = made[name]
+        U, V = (
+            scale * std * drawn[name, side]
+            for side, std, scale in zip("UV", stds, scales, strict=True)
+        )
+        return Factors(U, V, shape, times, kept, ids=own)
 
     tree = jax.tree_util.tree_map_with_path(make, params)
     # The count is part of the tree's structure: said only where no site says it.

@@ -49,7 +49,8 @@ def init(rng: PRNGKeyArray, spec: Spec, components: Components) -> PyTree:
     sites = components.factors
     keys = dict(zip(sites, jax.random.split(rng, len(sites)), strict=True))
     if spec.kind == "pieces":
-        return {n: piece_mlp.init(keys[n], f.num_pieces, spec.width) for n, f in sites.items()}
+        counts = {name: f.num_pieces for name, f in sites.items()}
+        return piece_mlp.init(keys, counts, spec.width)
     widths = {name: _read_width(f) for name, f in sites.items()}
     if spec.kind == "inputs":
         return {

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from apd_jax import components as components_lib
 
 
 @jax.tree_util.register_dataclass
@@ -35,19 +37,37 @@ class PieceMLP:
     b_out: Array  # [C]
 
 
-def init(rng: PRNGKeyArray, num_components: int, d_hidden: int) -> PieceMLP:
-    """Kaiming normal as in the released SPD: w_in ~ N(0, 2), w_out ~ N(0, 1/d), biases 0.
+def init(
+    keys: Mapping[str, PRNGKeyArray], num_components: Mapping[str, int], d_hidden: int
+) -> dict[str, PieceMLP]:
+    """Of every site. Kaiming normal as in the released SPD: w_in ~ N(0, 2), w_out ~ N(0, 1/d).
 
-    The variances are gain²/fan-in: gain √2 (of a ReLU) and fan-in 1, then gain 1 and fan-in d.
+    Biases are 0. The variances are gain²/fan-in: gain √2 (of a ReLU) and fan-in 1, then gain 1 and
+    fan-in d.
     """
-    key_in, key_out = jax.random.split(rng)
-    shape = (num_components, d_hidden)
-    return PieceMLP(
-        w_in=math.sqrt(2) * jax.random.normal(key_in, shape),
-        b_in=jnp.zeros(shape),
-        w_out=jax.random.normal(key_out, shape) / math.sqrt(d_hidden),
-        b_out=jnp.zeros(num_components),
+    shapes = {name: (C, d_hidden) for name, C in num_components.items()}
+    halves = _halves(jnp.stack([keys[name] for name in shapes]))
+    drawn = components_lib.normals(
+        {
+            (name, which): (key, shapes[name], jnp.float32)
+            for name, own in zip(shapes, halves, strict=True)
+            for which, key in zip(("in", "out"), own, strict=True)
+        }
     )
+    return {
+        name: PieceMLP(
+            w_in=math.sqrt(2) * drawn[name, "in"],
+            b_in=jnp.zeros(shape),
+            w_out=drawn[name, "out"] / math.sqrt(d_hidden),
+            b_out=jnp.zeros(shape[0]),
+        )
+        for name, shape in shapes.items()
+    }
+
+
+@jax.jit
+def _halves(keys: Array) -> Array:
+    return lax.map(jax.random.split, keys)
 
 
 def apply(mlp: PieceMLP, h: Float[Array, "*B C"]) -> Float[Array, "*B C"]:

@@ -26,7 +26,7 @@ EXAMPLES = 2048  # of a batch of anything else
 
 # What every method is given for sequences of tokens, those with learned gates, with an adversary
 # among these, and each of its own.
-_TOKENS: dict[str, Any] = {"mask_per": "position", "minimality_loss": "kl", "steps_per_call": 20}
+_TOKENS: dict[str, Any] = {"mask_per": "position", "minimality_loss": "kl", "steps_per_call": 5}
 _LEARNED: dict[str, Any] = {
     "num_components": 0,
     "loss_units": "target",

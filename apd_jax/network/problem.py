@@ -302,13 +302,18 @@ def check_params(problem: Problem) -> None:
     Raises:
       InputError: a leaf holds NaN or an infinity.
     """
-    finite = jax.jit(lambda sites: {name: jnp.isfinite(a).all() for name, a in sites.items()})
-    for name, fine in jax.device_get(finite(problem.sites)).items():
+    finite = {name: _all_finite(leaf) for name, leaf in problem.sites.items()}
+    for name, fine in jax.device_get(finite).items():
         if not fine:
             raise InputError(
                 f"params leaf {name!r} holds NaN or an infinity; give a network's finite weights, "
                 "or leave that leaf out of `select`."
             )
+
+
+@jax.jit  # once for every shape, however many leaves and looks there are
+def _all_finite(leaf: Any) -> Array:
+    return jnp.isfinite(leaf).all()
 
 
 def check_examples(problem: Problem, kind: Any = "mse") -> None:
@@ -319,28 +324,31 @@ def check_examples(problem: Problem, kind: Any = "mse") -> None:
     Raises:
       InputError: outputs are not finite where they count; apply_fn cannot take one example, or
         mixes examples (batch statistics, dropout, attention over the batch).
-    Cost: apply_fn on one batch.
+    Cost: apply_fn on two batches.
     """
     x = problem.example_batch()
     apply_fn = jax.jit(problem.apply_fn)
     whole = jax.device_get(apply_fn(problem.params, x))
-    valid = jax.device_get(jax.jit(problem.valid)(x))
+    valid = None if problem.valid_fn is None else jax.device_get(jax.jit(problem.valid)(x))
     _check_finite(split_result(whole)[0], x, valid, kind)
+    one = jax.tree.map(lambda a: a[:1], x)
     try:
-        alone = apply_fn(problem.params, jax.tree.map(lambda a: a[:1], x))
+        jax.eval_shape(problem.apply_fn, problem.params, one)
     except Exception as error:
         raise InputError(
             "apply_fn must take any number of examples; with a batch of one it fails: "
             f"{first_line(error)}"
         ) from error
-    for there, here in zip(jax.tree.leaves(whole), jax.tree.leaves(alone), strict=True):
+    # The first example in every place: the program of the whole batch, so that none is compiled.
+    alike = apply_fn(problem.params, jax.tree.map(lambda a, b: jnp.repeat(b, len(a), 0), x, one))
+    for there, here in zip(jax.tree.leaves(whole), jax.tree.leaves(alike), strict=True):
         there, here = np.asarray(there, np.float32), np.asarray(here, np.float32)
         size = np.abs(there, where=np.isfinite(there), out=np.zeros_like(there)).max(initial=0.0)
-        if not np.allclose(there[0], here[0], rtol=1e-2, atol=1e-2 * size, equal_nan=True):
+        if not np.allclose(there[:1], here, rtol=1e-2, atol=1e-2 * size, equal_nan=True):
             raise InputError(
-                "apply_fn gives the first example another output without the others in its batch; "
-                "it must treat examples one by one: use the inference mode of batch normalisation "
-                "and dropout."
+                "apply_fn gives the first example another output in another place or among other "
+                "examples; it must treat examples one by one: use the inference mode of batch "
+                "normalisation and dropout."
             )
 
 

@@ -62,12 +62,12 @@ def absolute(problem: Problem, method: Method) -> Method:
     if method.loss_units == "absolute":
         return method
     shapes = jax.eval_shape(lambda key: method.make_components(key, problem), jax.random.key(0))
-    units = dataclasses.asdict(measure(problem, method)) | {"components": shapes.num_components}
+    asked = {f: u for f, u in method.measured_in.items() if (getattr(method, f, None) or 0) > 0}
+    found = measure(problem, method, with_simplicity="simplicity" in asked.values())
+    units = dataclasses.asdict(found) | {"components": shapes.num_components}
     changes: dict[str, Any] = {"loss_units": "absolute"}
-    for field, unit in method.measured_in.items():
-        coeff = getattr(method, field, None)
-        if coeff is not None and coeff > 0:
-            changes[field] = coeff / units[unit]
+    for field, unit in asked.items():
+        changes[field] = getattr(method, field) / units[unit]
     return method.replace(**changes)
 
 
@@ -120,10 +120,12 @@ def missing(problem: Problem, method: Method, components: Components) -> float:
     return 0.0 if none == 0 else float(some) / float(none)
 
 
-def measure(problem: Problem, method: Any) -> Scales:
+def measure(problem: Problem, method: Any, with_simplicity: bool = True) -> Scales:
     """The reference points of a problem, on fresh batches.
 
-    Cost: two passes of the network over BATCHES batches.
+    Args:
+      with_simplicity: else that is NaN, and no singular values are taken.
+    Cost: two passes of the network over BATCHES batches, the singular values of every matrix.
 
     Raises:
       InputError: the outputs, or the hidden activations where they count, do not change when the
@@ -148,14 +150,22 @@ def measure(problem: Problem, method: Any) -> Scales:
     sites, uses = problem.sites, problem.uses or {}
     counts = {name: float(uses.get(name, 1)) for name in sites}
     size = sum(counts[name] * leaf.size for name, leaf in sites.items())
-    squares = {n: float(jnp.sum(losses.single(a) ** 2)) for n, a in sites.items()}
-    spectra = {n: _singular_values(problem, n) ** float(method.norm_p) for n in sites}
+    squares = {n: float(_sum_of_squares(a)) for n, a in sites.items()}
+    simplicity = np.nan
+    if with_simplicity:
+        spectra = {n: _singular_values(problem, n) ** float(method.norm_p) for n in sites}
+        simplicity = sum(counts[n] * float(np.sum(spectra[n])) for n in sites) / size
     return Scales(
         faithfulness=sum(counts[n] * squares[n] for n in sites) / size,
         minimality=minimality,
         hidden=hidden,
-        simplicity=sum(counts[n] * float(np.sum(spectra[n])) for n in sites) / size,
+        simplicity=simplicity,
     )
+
+
+@jax.jit
+def _sum_of_squares(leaf: jax.Array) -> jax.Array:
+    return jnp.sum(losses.single(leaf) ** 2)
 
 
 def _without(problem: Problem) -> PyTree:

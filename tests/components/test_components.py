@@ -110,6 +110,15 @@ def test_initial_scale_counts_the_component_axis():
     assert jnp.array_equal(again.factors["w"].U, factors.U)
 
 
+def test_drawn_together_is_as_drawn_alone():
+    shapes = {"a": (3, 4), "b": (2, 6), "c": (5,), "d": (3, 4)}  # a, b and d in one loop
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    asked = {n: (k, shapes[n], jnp.float32) for n, k in zip(shapes, keys, strict=True)}
+    found = lib.normals(asked)
+    for name, one in asked.items():
+        np.testing.assert_array_equal(found[name], jax.random.normal(*one))
+
+
 def test_leaves_draw_independently():
     factors = lib.init(
         jax.random.key(0), {"a": jnp.zeros((3, 3)), "b": jnp.zeros((3, 3))}, num_components=2

@@ -47,7 +47,7 @@ def formula(mlp, h, g):
 def draw(B, C, d, seed=0):
     """An MLP with all biases away from 0, h, and a cotangent."""
     keys = jax.random.split(jax.random.key(seed), 5)
-    mlp = piece_mlp.init(keys[0], C, d)
+    mlp = piece_mlp.init({"site": keys[0]}, {"site": C}, d)["site"]
     mlp = PieceMLP(
         w_in=mlp.w_in,
         b_in=jax.random.normal(keys[1], (C, d)),
@@ -206,7 +206,7 @@ def test_the_compiled_program_has_none_either():
 
 def test_init():
     # 40,000 draws: the variance is known to 2 · √(2/40000) = 1.4 %.
-    mlp = piece_mlp.init(jax.random.key(0), 2000, 20)
+    mlp = piece_mlp.init({"site": jax.random.key(0)}, {"site": 2000}, 20)["site"]
     assert [getattr(mlp, field).shape for field in FIELDS] == [(2000, 20)] * 3 + [(2000,)]
     assert jnp.var(mlp.w_in) == pytest.approx(2, rel=0.03)
     assert jnp.var(mlp.w_out) == pytest.approx(1 / 20, rel=0.03)

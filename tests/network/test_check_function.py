@@ -47,6 +47,13 @@ def sample(rng, step):
             "must treat examples one by one",
         ),
         (
+            lambda params, x: linear(
+                params, x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape)
+            ),
+            "W",
+            "must treat examples one by one",
+        ),
+        (
             lambda params, x: linear(params, x.reshape(2, 2, 3).reshape(4, 3)),
             "W",
             "with a batch of one it fails",
