@@ -136,12 +136,16 @@ def _on_batches(
             "fired": jnp.mean(fires, axis=range(fires.ndim - 1), dtype=jnp.float32),
             "simplicity": losses.simplicity(trained.components, activity.active, method.norm_p),
         }
-        for name, mask in chosen_masks(activity, jax.random.fold_in(key, step)).items():
+
+        def minimality(mask: Array) -> Array:
             result = sparse.apply(problem.apply_fn, params, trained.components, mask, x)
-            found[f"minimality_{name}"] = losses.minimality(
-                outputs(result), target_out, method.distance, weights
-            )
-        return found
+            return losses.minimality(outputs(result), target_out, method.distance, weights)
+
+        masks_of = chosen_masks(activity, jax.random.fold_in(key, step))
+        dtype = bool if activity.hard else activity.values.dtype
+        stacked = jnp.stack([mask.astype(dtype) for mask in masks_of.values()])
+        values = jax.lax.map(minimality, stacked)  # compiled once for all masks
+        return found | {f"minimality_{n}": v for n, v in zip(masks_of, values, strict=True)}
 
     @jax.jit
     def measure(trained: Trained, params: PyTree) -> dict[str, Array]:

@@ -56,11 +56,21 @@ def at_random(
     own = [np.unique(f.ids) for f in components.factors.values() if f.ids is not None]
     if len(own) < len(components.factors) or sum(map(len, own)) > components.num_components:
         own = [np.arange(components.num_components)]
-    found = jnp.zeros_like(mask)
+    alike: dict[int, list[int]] = {}
     for i, numbers in enumerate(own):
-        here = mask[..., numbers]
+        alike.setdefault(len(numbers), []).append(i)
+
+    def drawn(site: tuple[Array, Array]) -> Array:
+        i, here = site
         place = jax.random.uniform(jax.random.fold_in(key, i), here.shape).argsort().argsort()
-        found = found.at[..., numbers].set(place < here.sum(-1, keepdims=True))
+        return place < here.sum(-1, keepdims=True)
+
+    found = jnp.zeros_like(mask)
+    for which in alike.values():  # in one loop: a program of many sorts takes long to compile
+        numbers = np.stack([own[i] for i in which])
+        here = jnp.moveaxis(mask[..., numbers], -2, 0)
+        on = jax.lax.map(drawn, (jnp.asarray(which), here))
+        found = found.at[..., numbers].set(jnp.moveaxis(on, 0, -2))
     return found
 
 

@@ -164,6 +164,12 @@ def test_norms_and_ranks_against_numpy():
         close(squares, (P[name] ** 2).sum((1, 2)))
     for name, values in lib.singular_values(components).items():
         close(values, np.linalg.svd(P[name], compute_uv=False))
+    for rank in (1, 2):  # by their factors, without the matrices
+        few = init(rank=rank)
+        for name, values in lib.singular_values(few).items():
+            f = few.factors[name]
+            expected = np.linalg.svd(np.asarray(f.U @ f.V, np.float64), compute_uv=False)
+            close(values, expected[:, :rank], 1e-5)
 
 
 def test_effective_rank_is_relative_to_the_leaf_over_all_components():

@@ -167,16 +167,16 @@ def test_controls_have_as_many_on_in_other_places():
     assert (others != on).any() and sorted(map(tuple, others[~kept])) == sorted(
         map(tuple, on[~kept])
     )
-    params = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}
-    apart = components_lib.init(
-        *(jax.random.key(1), params),
-        num_components=9,
-        ids={"a": range(4), "b": range(4, 9)},
-        rank=1,
-    )
+    params = {name: jnp.ones((2, 2)) for name in "abc"}
+    sites = {"a": range(4), "b": range(4, 8), "c": range(8, 9)}  # a and b are drawn in one loop
+    apart = components_lib.init(jax.random.key(1), params, num_components=9, ids=sites, rank=1)
     random = np.asarray(masks.at_random(mask, apart, jax.random.key(2)))
-    assert (random[..., :4].sum(-1) == on[..., :4].sum(-1)).all() and (random != on).any()
-    assert (random[..., 4:].sum(-1) == on[..., 4:].sum(-1)).all()
+    for i, ids in enumerate(sites.values()):
+        here = on[..., ids.start : ids.stop]
+        drawn = jax.random.uniform(jax.random.fold_in(jax.random.key(2), i), here.shape)
+        first = np.argsort(np.argsort(drawn, axis=-1), axis=-1) < here.sum(-1, keepdims=True)
+        np.testing.assert_array_equal(random[..., ids.start : ids.stop], first)
+    assert (random != on).any()
     whole = components_lib.init(jax.random.key(1), params, num_components=9, rank=1)
     random = np.asarray(masks.at_random(mask, whole, jax.random.key(2)))
     assert (random.sum(-1) == on.sum(-1)).all()
