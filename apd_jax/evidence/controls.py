@@ -67,22 +67,21 @@ def controls(case: Case) -> Check:
     }
     if case.full:
         judged[TRAINED] = make(s.setting, other, retrain.again(case, params=other)[0], s.x)
-    values, fooled = {}, []
+    values, fooled, counted = {}, [], []
     for name, subject in judged.items():
         checks = [ask(case.about(subject)) for ask in (OF_TRAINED if name == TRAINED else ASKED)]
-        failed = {check.number for check in checks if check.passed is False}
+        missed = [check for check in checks if check.passed is False]
+        failed, told = {check.number for check in missed}, name.replace("_", " ")
+        which = ", ".join(f"{check.title.lower()} ({check.number})" for check in missed)
+        counted.append(f"{told} {len(failed)} of {len(checks)}" + (f": {which}" if missed else ""))
         values |= {
             f"{name}_bars_failed": len(failed),
             f"{name}_sparse_error": checks[1].values["trained"],
         }
         if name != TRAINED and not {1, 3} <= failed:
-            fooled.append(name.replace("_", " "))
-    counted = ", ".join(
-        f"{name.replace('_', ' ')} {values[f'{name}_bars_failed']} of "
-        f"{len(OF_TRAINED if name == TRAINED else ASKED)}"
-        for name in judged
-    )
-    text = f"Bars failed, as they should be: {counted}."
+            kept = sorted({1, 3} - failed)
+            fooled.append(f"{told} (check{'s' * (len(kept) > 1)} {' and '.join(map(str, kept))})")
+    text = f"Bars failed, as they should be: {'; '.join(counted)}."
     if fooled:
         text = (
             f"WARNING: the control {' and the control '.join(fooled)} passes bars that it must "

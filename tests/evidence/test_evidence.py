@@ -248,6 +248,7 @@ def test_a_cancelling_pair_is_only_found_by_the_attack(judge, pentagon):
 def test_untrained_components_and_other_networks_fail(judge, truth, pentagon):
     values = truth["controls"].values
     assert truth["controls"].passed
+    assert "parameter faithfulness (1)" in truth["controls"].text
     assert all(
         values[f"{name}_bars_failed"] >= 2
         for name in ("untrained", "random_network", "shuffled_network")
@@ -272,7 +273,7 @@ def test_controls_that_pass_are_told_loudly(judge, pentagon, monkeypatch):
         monkeypatch.setattr(module, "ERROR_BAR", 1e9)
     found = judge(pentagon.weights["W"], 16)
     assert found["controls"].passed is False
-    assert "WARNING: the control untrained and the control random network" in found.verdict
+    assert "WARNING: the control untrained (checks 1 and 3) and the control" in found.verdict
 
 
 def test_a_network_without_a_target(pentagon):
