@@ -178,6 +178,17 @@ def test_next_token_and_a_function_as_loss():
     weights = jnp.broadcast_to(jnp.asarray(counts / counts.mean(), jnp.float32), (B, T))
     found = losses.minimality(logits, logits, "next_token", weights, x)
     np.testing.assert_allclose(found, each[:, :2].mean(), rtol=1e-6)
+    # On devices with unequal padding: the mean of what they say is that of the whole batch.
+    valid = jnp.asarray(np.arange(T) < np.arange(B)[:, None] % (T - 1) + 2)
+    whole = losses.minimality(logits, logits, "next_token", valid / valid.mean(), x)
+    by_device = jax.vmap(
+        lambda logits, weights, x: losses.minimality(
+            *(logits[None], logits[None], "next_token", weights[None], x[None], "data")
+        ),
+        axis_name="data",
+    )(logits, valid / valid.mean(), x)
+    assert len({int(row.sum()) for row in valid}) > 1
+    np.testing.assert_allclose(by_device.mean(), whole, rtol=1e-6)
     other = logits.at[:, 3].set(jnp.nan)
     found = losses.minimality(other, 0 * logits, far, weights)
     np.testing.assert_allclose(found, jnp.abs(logits)[:, :3].sum(-1).mean(), rtol=1e-6)

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from apd_jax import components as components_lib
 from apd_jax.components import Components, path_name
 from apd_jax.errors import InputError
+from apd_jax.network.outputs import position_weights
 
 DISTANCES = ("mse", "kl", "next_token")
 Distance = str | Callable[[Array, Array], Array]
@@ -58,6 +59,7 @@ def minimality(
     kind: Distance = "mse",
     weights: Float[Array, "B T"] | None = None,
     x: PyTree = None,
+    axis_name: str | None = None,
 ) -> Float[Array, ""]:
     r"""D(f(θ*, x), f(κ(x), x)), averaged over the batch  (APD eq. 6).
 
@@ -73,6 +75,8 @@ def minimality(
       weights: of each position of outputs [B, T, ...], with mean 1: 0 for padding, where a function
         is given outputs of 0.
       x: the batch; for next_token.
+      axis_name: the mapped axis over which the batch is split, over which `weights` have mean 1;
+        the mean over devices is then that of the whole batch.
     Raises:
       InputError: unknown kind; of a function, values that do not fit.
     """
@@ -86,7 +90,7 @@ def minimality(
     if callable(kind):
         return _mean_of(kind(sparse_out, target_out), sparse_out, weights)
     if kind == "next_token":
-        return _next_token(sparse_out, next_tokens(x, sparse_out.shape), weights)
+        return _next_token(sparse_out, next_tokens(x, sparse_out.shape), weights, axis_name)
     if kind == "mse":
         return jnp.mean(weighted((sparse_out - target_out) ** 2, weights))
     log_p, log_q = jax.nn.log_softmax(target_out), jax.nn.log_softmax(sparse_out)
@@ -115,14 +119,17 @@ def _mean_of(values: Any, out: Array, weights: Array | None) -> Float[Array, ""]
 
 
 def _next_token(
-    logits: Float[Array, "B T V"], tokens: Array, weights: Float[Array, "B T"] | None
+    logits: Float[Array, "B T V"],
+    tokens: Array,
+    weights: Float[Array, "B T"] | None,
+    axis_name: str | None,
 ) -> Float[Array, ""]:
     log_q = jax.nn.log_softmax(logits[:, :-1])
     loss = -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1)[..., 0]
     if weights is None:
         return jnp.mean(loss)
     counts = (weights[:, :-1] > 0) & (weights[:, 1:] > 0)
-    return jnp.sum(jnp.where(counts, loss, 0)) / jnp.maximum(jnp.sum(counts), 1)
+    return jnp.mean(weighted(loss, position_weights(counts, axis_name)[0]))
 
 
 def next_tokens(x: PyTree, shape: tuple[int, ...]) -> Any:

@@ -29,7 +29,8 @@ def reconstruction(name: str, kind: losses.Distance) -> Score:
 
     def score(run: Run) -> Float[Array, ""]:
         scene, outs = run.scene_of(name), run.forward(name)
-        found = [losses.minimality(out, scene.out, kind, scene.weights, scene.x) for out, _ in outs]
+        target = (scene.out, kind, scene.weights, scene.x, run.axis_name)
+        found = [losses.minimality(out, *target) for out, _ in outs]
         return jnp.asarray(sum(found)) / len(found)
 
     return score

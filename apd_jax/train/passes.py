@@ -75,8 +75,9 @@ class PassRunner:
 
         def distance(sources: Sources) -> Array:
             scene, kind = self.scene, self.method.minimality_loss
+            target = (scene.out, kind, scene.weights, scene.x, self._axis_name)
             outs = self.run(components, activity, sources)
-            found = [minimality(out, scene.out, kind, scene.weights, scene.x) for out, _ in outs]
+            found = [minimality(out, *target) for out, _ in outs]
             return jnp.asarray(sum(found)) / len(found)
 
         return self.spec.ablation.ascend(kept, sources, jax.grad(distance))
