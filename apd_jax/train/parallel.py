@@ -172,7 +172,7 @@ def pmap_steps(step: Callable, num_steps: int, devices: Devices) -> Callable:
         state: PyTree, params: PyTree, key: jax.Array, *batches: PyTree, settings: PyTree = None
     ):
         state, metrics = program(state, params, key, batches, settings)
-        return state, jax.tree.map(lambda a: a[0], metrics)
+        return state, jax.tree.map(lambda a: _own(a).reshape(a.shape[1:]), metrics)
 
     return run
 
@@ -197,16 +197,27 @@ def pmap_program(step: Callable, num_steps: int, devices: Devices) -> Any:
 def replicate(tree: PyTree, devices: Devices) -> PyTree:
     """A copy per device along a new leading axis, as `jax.pmap` takes them.
 
-    Of those `devices` that are this process's own.
+    Of those `devices` that are this process's own. By way of the host, so that no array's shape
+    needs a program of its own.
     """
     local = [device for device in devices if device.process_index == jax.process_index()]
     mesh = jax.sharding.Mesh(local, (AXIS,))
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(AXIS))
-    return jax.tree.map(
-        lambda a: jax.device_put(jnp.broadcast_to(a[None], (len(local), *a.shape)), sharding), tree
-    )
+
+    def copies(a: Any) -> jax.Array:
+        row = np.asarray(a)[None]
+        each = [jax.device_put(row, device, may_alias=False) for device in local]
+        shape = (len(local), *row.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, each)
+
+    return jax.tree.map(copies, tree)
 
 
 def unreplicate(tree: PyTree) -> PyTree:
     """The first device's copy, on the host."""
-    return jax.device_get(jax.tree.map(lambda a: a[0], tree))
+    return jax.tree.map(lambda a: a[0], jax.device_get(jax.tree.map(_own, tree)))
+
+
+def _own(a: jax.Array) -> jax.Array:
+    """This process's first part of an array that is split over devices."""
+    return a.addressable_data(0)
