@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
-from scipy import stats
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
@@ -59,6 +58,8 @@ def kinds(subject: Subject) -> dict[str, tuple[str, str]]:
 
 def spearman(a: np.ndarray, b: np.ndarray) -> float:
     """Rank correlation over all entries; NaN where one of the two is constant."""
+    from scipy import stats  # here, because it takes a second
+
     a, b = np.asarray(a, np.float32), np.asarray(b, np.float32)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return float("nan")

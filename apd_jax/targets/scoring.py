@@ -10,7 +10,6 @@ from __future__ import annotations
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, PyTree
-from scipy.stats import rankdata
 
 from apd_jax import attributions
 from apd_jax import components as components_lib
@@ -62,6 +61,8 @@ def rank_correlations(
     Returns:
       {"attribution_rank_correlation_{kind}": value} for every kind but "ablation".
     """
+    from scipy.stats import rankdata  # here, because it takes a second
+
     method, problem = decomposition.method, decomposition.problem
 
     def ranks(kind: str) -> np.ndarray:
