@@ -43,6 +43,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # No Python lines in programs: an eighth of the time of tracing and lowering.
 os.environ["JAX_TRACEBACK_IN_LOCATIONS_LIMIT"] = "0"
 os.environ["MPLBACKEND"] = "agg"
+# Threads that wait for each other's turn double what linear algebra in numpy and sklearn costs.
+os.environ["OPENBLAS_NUM_THREADS"] = os.environ["OMP_NUM_THREADS"] = "1"
 # Every test process and every command it starts share their compiled programs, for this session.
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="apd_jax_tests_")
@@ -58,7 +60,6 @@ import gc
 import importlib
 import inspect
 import math
-import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -67,6 +68,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import processes
 import pytest
 from absl import flags
 from ml_collections import ConfigDict
@@ -325,26 +327,23 @@ class Finished:
 
 
 @pytest.fixture(scope="session")
-def start_cli() -> Callable[..., subprocess.Popen]:
-    """Starts `python -m apd_jax.main ...` in its own process, by default with one device."""
+def start_cli(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., processes.Command]:
+    """Starts `python -m module ...` in a process of its own with one device."""
+    env = {"XLA_FLAGS": f"{XLA_FLAGS} --xla_force_host_platform_device_count=1"}
 
-    def start(*args: str, devices: int = 1) -> subprocess.Popen:
-        flags = f"{XLA_FLAGS} --xla_force_host_platform_device_count={devices}"
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": flags}
-        command = [sys.executable, "-m", "apd_jax.main", *map(str, args)]
-        return subprocess.Popen(
-            command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-        )
+    def start(*args: str, module: str = "apd_jax.main") -> processes.Command:
+        printed = tmp_path_factory.mktemp("printed")
+        return processes.Command(module, *args, root=ROOT, env=env, printed=printed)
 
     return start
 
 
 @pytest.fixture(scope="session")
-def cli(start_cli: Callable[..., subprocess.Popen]) -> Callable[..., Finished]:
+def cli(start_cli: Callable[..., processes.Command]) -> Callable[..., Finished]:
     """Runs it to its end."""
 
-    def run(*args: str, devices: int = 1) -> Finished:
-        process = start_cli(*args, devices=devices)
+    def run(*args: str, module: str = "apd_jax.main") -> Finished:
+        process = start_cli(*args, module=module)
         stdout, stderr = process.communicate(timeout=300)
         return Finished(process.returncode, stdout, stderr)
 

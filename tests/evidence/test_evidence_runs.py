@@ -1,15 +1,12 @@
 """What trains again, and the command on a workdir, from its own process."""
 
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import PRETRAIN, ROOT, TMS, make_method
+from conftest import PRETRAIN, TMS, make_method
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -114,25 +111,9 @@ def workdir(tmp_path_factory):
     return folder
 
 
-def command(*args):
-    env = {
-        **os.environ,
-        "PYTHONPATH": str(ROOT),
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("count=4", "count=1"),
-    }
-    return subprocess.run(
-        [sys.executable, "-m", "apd_jax.evidence", *map(str, args)],
-        cwd=ROOT,
-        env=env,
-        text=True,
-        capture_output=True,
-    )
-
-
-def test_the_command(workdir):
-    done = command(
-        f"--workdir={workdir}", "--instance=1", f"--other={workdir}", "--num_examples=64"
-    )
+def test_the_command(workdir, cli):
+    options = ("--instance=1", f"--other={workdir}", "--num_examples=64")
+    done = cli(f"--workdir={workdir}", *options, module="apd_jax.evidence")
     assert done.returncode == 0, done.stderr
     assert (
         "Traceback" not in done.stderr
@@ -170,8 +151,8 @@ def test_the_command(workdir):
     } <= figures
 
 
-def test_a_users_mistake_is_one_sentence(workdir, tmp_path):
-    done = command(f"--workdir={tmp_path / 'nothing'}")
+def test_a_users_mistake_is_one_sentence(workdir, tmp_path, cli):
+    done = cli(f"--workdir={tmp_path / 'nothing'}", module="apd_jax.evidence")
     assert (
         done.returncode == 2
         and "holds no config.json" in done.stderr

@@ -18,6 +18,7 @@ import numpy as np
 import psutil
 import pytest
 from conftest import ROOT, close
+from processes import Command
 
 from apd_jax import masks
 from apd_jax.errors import InputError, Interrupted
@@ -30,31 +31,31 @@ ENV = os.environ | {"PYTHONPATH": str(ROOT)}  # with the conftest's flags for fa
 
 
 def run_two_processes(
-    workdir, *, num_steps=NUM_STEPS, signalled=-1, at_step=0, num_component_shards=1
+    tmp_path, *, num_steps=NUM_STEPS, signalled=-1, at_step=0, num_component_shards=1
 ):
     """Two workers with 2 devices each: the arrays that each saved, and the exit codes."""
+    workdir = tmp_path / "w"
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = ENV | {
+    env = {
         "XLA_FLAGS": f"{ENV['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
         "JAX_NUM_PROCESSES": "2",
     }
     given = [workdir, num_steps, signalled, at_step, num_component_shards]
-    command = [sys.executable, worker.__file__, *given]
-    processes = [
-        subprocess.Popen(
-            [*map(str, command)],
-            cwd=ROOT,
-            env=env | {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_PROCESS_ID": str(i)},
-        )
-        for i in range(2)
-    ]
+    processes = []
+    for i in range(2):
+        (printed := tmp_path / f"printed_{i}").mkdir()
+        own = env | {"JAX_PROCESS_ID": str(i)}
+        processes.append(Command(worker.__name__, *given, root=ROOT, env=own, printed=printed))
     try:
-        codes = [process.wait(timeout=WAIT_S) for process in processes]
+        for process in processes:
+            process.communicate(timeout=WAIT_S)
     finally:
         for process in processes:
             process.kill()
+    codes = [process.returncode for process in processes]
     return [dict(np.load(f"{workdir}.{i}.npz")) for i in range(2)], codes
 
 
@@ -104,7 +105,7 @@ def uninterrupted(tmp_path_factory):
 def test_stopped_with_two_processes_and_resumed_with_one(tmp_path, monkeypatch, uninterrupted):
     # Process 1 alone is told to stop, after step 12.
     # Both do, there, with a checkpoint and the code of SIGTERM.
-    (first, second), codes = run_two_processes(tmp_path / "w", signalled=1, at_step=12)
+    (first, second), codes = run_two_processes(tmp_path, signalled=1, at_step=12)
     assert codes == [128 + signal.SIGTERM] * 2
     assert first["stopped_at"] == second["stopped_at"] == 12 and first["num_devices"] == 4
     assert first["from_primary"] == second["from_primary"] == 7
@@ -127,7 +128,7 @@ def test_stopped_with_two_processes_and_resumed_with_one(tmp_path, monkeypatch, 
 def test_stopped_with_one_process_and_resumed_with_two(tmp_path, monkeypatch, uninterrupted):
     with pytest.raises(Interrupted, match="interrupted at step 8"):
         run_here(monkeypatch, tmp_path / "w", 1, signal_at=8)
-    (first, second), codes = run_two_processes(tmp_path / "w")
+    (first, second), codes = run_two_processes(tmp_path)
     assert codes == [0, 0]
     factors, history = uninterrupted
     check_rows(tmp_path / "w", history)
@@ -144,7 +145,7 @@ def test_components_split_over_two_processes(tmp_path, monkeypatch, uninterrupte
     workdir = tmp_path / "w"
     with pytest.raises(Interrupted, match="interrupted at step 8"):
         run_here(monkeypatch, workdir, 4, signal_at=8, num_component_shards=2)
-    (first, second), codes = run_two_processes(workdir, num_component_shards=4)
+    (first, second), codes = run_two_processes(tmp_path, num_component_shards=4)
     assert codes == [0, 0]
     factors, history = uninterrupted
     check_rows(workdir, history)

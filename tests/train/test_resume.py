@@ -50,7 +50,7 @@ def assert_same_end(one, other):
     assert rows_of(one) == rows_of(other)
 
 
-SMALL = {"num_components": 3, "num_steps": 17, "batch_size": 8, "learning_rate": 1e-2}
+SMALL = {"num_components": 3, "num_steps": 18, "batch_size": 8, "learning_rate": 1e-2}
 SMALL |= {"steps_per_call": 3, "log_every_steps": 2, "checkpoint_every_steps": 6}
 APD = make_method(**SMALL, init_scale=3.0)
 LEARNED = APD.replace(
@@ -96,7 +96,7 @@ def test_interrupted_twice_ends_the_same(tmp_path, monkeypatch, signum, method):
         assert checkpoint.read(tmp_path / "stopped" / "checkpoints")[1] == expected
     train.fit(PROBLEM, method, workdir=tmp_path / "stopped")
     assert_same_end(tmp_path / "whole", tmp_path / "stopped")
-    assert [row["step"] for row in rows_of(tmp_path / "stopped")] == [*range(2, 17, 2), 17]
+    assert [row["step"] for row in rows_of(tmp_path / "stopped")] == [*range(2, 19, 2)]
 
 
 def test_signals_act_as_usual_again_afterwards(tmp_path):
@@ -131,7 +131,7 @@ def test_a_torn_newest_checkpoint_still_ends_the_same(tmp_path):
 
 COMMAND = (
     "--config=configs/tms.py:5-2,smoke",
-    "--config.apd.num_steps=3000",
+    "--config.apd.num_steps=1200",
     "--config.apd.steps_per_call=50",
 )
 EVERY = ("--config.apd.log_every_steps=50", "--config.apd.checkpoint_every_steps=50")
@@ -155,7 +155,7 @@ def test_killed_at_random_moments_ends_the_same(tmp_path, cli, start_cli):
     uninterrupted = start_cli(*COMMAND, *EVERY, f"--workdir={whole}")
     draw = random.Random(0)
     # The first dies while it imports, makes its folder or trains its target.
-    # Each other one after 1 to 6 of its 60 calls more than the last checkpoint, at any moment of a
+    # Each other one after 1 to 6 of its 24 calls more than the last checkpoint, at any moment of a
     # step, a log line or a checkpoint being written.
     for kill in range(4):
         there, now, more = checkpoint_step(killed) // 50, time.time(), draw.randint(1, 6)
