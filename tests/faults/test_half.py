@@ -9,6 +9,7 @@ from small import SETTINGS
 
 import apd_jax
 from apd_jax.evidence.audit import spearman
+from apd_jax.recipe import modes
 from apd_jax.targets import weights
 
 HALF = (jnp.bfloat16, jnp.float16)
@@ -22,8 +23,9 @@ def sparse_rows(rng, step):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_the_recipe(dtype):
+def test_the_recipe(dtype, monkeypatch):
     """Begins at modes, whose matrices are decomposed in single precision."""
+    monkeypatch.setattr(modes, "NUM_EXAMPLES", 2048)
 
     def fn(params, x):
         return jax.nn.relu(x.astype(dtype) @ params["w"] @ params["w"].T)

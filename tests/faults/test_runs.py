@@ -46,14 +46,21 @@ OTHERS = {
 }
 
 
-@pytest.mark.parametrize(("changes", "named"), OTHERS.values(), ids=OTHERS)
-def test_a_workdir_belongs_to_one_network(tmp_path, changes, named):
-    asked = {"apply_fn": two_layers, "params": TWO, "select": ["w"], "workdir": tmp_path}
+@pytest.fixture(scope="module")
+def owned(tmp_path_factory):
+    """What is asked of a workdir that is in use, and what it answers."""
+    workdir = tmp_path_factory.mktemp("owned")
+    asked = {"apply_fn": two_layers, "params": TWO, "select": ["w"], "workdir": workdir}
     first = decompose(**asked)
-    with pytest.raises(InputError, match=rf"belongs to another .*{named}"):
-        decompose(**asked | changes)
-    again = decompose(**asked)
+    yield asked
+    again = decompose(**asked)  # whoever was refused in between
     np.testing.assert_array_equal(*(d.components.factors["w"].U for d in (first, again)))
+
+
+@pytest.mark.parametrize(("changes", "named"), OTHERS.values(), ids=OTHERS)
+def test_a_workdir_belongs_to_one_network(owned, changes, named):
+    with pytest.raises(InputError, match=rf"belongs to another .*{named}"):
+        decompose(**owned | changes)
 
 
 @pytest.mark.parametrize("dtype", ["float8_e4m3fn", "bfloat16", "float32", "int8", "bool"])

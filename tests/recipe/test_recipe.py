@@ -104,16 +104,26 @@ def test_relative_coefficients_become_absolute():
 
 
 def test_stages_run_and_resume_bit_for_bit(tmp_path):
+    """Of five components W has four, and the second site two. Their numbers stay what they are."""
     method, r = small()
-    method = method.replace(num_instances=2)
+    method = method.replace(num_instances=2, num_components=5)
+    problem = Problem(
+        lambda p, x: x @ p["W"] @ p["V"],
+        {"W": jnp.asarray(DIAGONAL), "V": jnp.eye(2)},
+        linear_problem().sample_fn,
+        select={"W": {"components": range(4)}, "V": {"components": [1, 4]}},
+    )
     run = tmp_path / "run"
-    whole, rows, last = stages.fit(linear_problem(), method, r, workdir=run)
+    whole, rows, last = stages.fit(problem, method, r, workdir=run)
     assert rows[-1]["step"] == 6 and last.num_instances == 2
-    assert whole.components.factors["W"].U.shape == (2, 4, 2, 2)
+    factors = whole.components.factors
+    assert factors["W"].U.shape == (2, 4, 2, 2)
+    assert {name: f.ids for name, f in factors.items()} == {"W": range(0, 4), "V": (1, 4)}
+    assert whole.components.num_components == last.num_components == 5
     shutil.rmtree(run / "checkpoints")  # as if it had been stopped in the middle of the third stage
     shutil.rmtree(run / "stages" / "clean" / "checkpoints" / "6")
     (run / "metrics.jsonl").unlink()
-    again, _, _ = stages.fit(linear_problem(), method, r, workdir=run)
+    again, _, _ = stages.fit(problem, method, r, workdir=run)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -156,21 +166,6 @@ def test_what_stages_need_is_counted_by_the_size_of_their_steps(monkeypatch):
     monkeypatch.setattr(loop, "advance", advance)
     needed = budget._needed(linear_problem(), method, r, STAGES, scales.Scales(1.0, 1.0, 1.0, 1.0))
     assert needed == pytest.approx(12 * 0.4 + 18 * 0.1) and timed == [(2, 6), (1, 6)]
-
-
-def test_sites_that_hold_some_components_only_go_through_all_stages():
-    """Of five components W has four, and the second site two. Their numbers stay what they are."""
-    method, r = small()
-    problem = Problem(
-        lambda p, x: x @ p["W"] @ p["V"],
-        {"W": jnp.asarray(DIAGONAL), "V": jnp.eye(2)},
-        linear_problem().sample_fn,
-        select={"W": {"components": range(4)}, "V": {"components": [1, 4]}},
-    )
-    trained, _, last = stages.fit(problem, method.replace(num_components=5), r)
-    factors = trained.components.factors
-    assert {name: f.ids for name, f in factors.items()} == {"W": range(0, 4), "V": (1, 4)}
-    assert trained.components.num_components == last.num_components == 5
 
 
 def test_restarts_differ_in_seed_and_in_how_many_components_they_keep():
