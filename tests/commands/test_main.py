@@ -4,11 +4,13 @@ And every bad input in one sentence with exit code 2.
 """
 
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
 import pytest
-from conftest import Finished, load_golden
+from conftest import ROOT, Finished, load_golden
 
 from apd_jax.targets import weights
 
@@ -65,6 +67,9 @@ def run(request, tmp_path_factory, cli):
     result = cli(command, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     return workdir, result, command, figures, metrics
+
+
+ONE = pytest.mark.parametrize("run", ["tms"], indirect=True)  # nothing of it is the target's own
 
 
 def test_a_run_from_start_to_end(run):
@@ -134,6 +139,7 @@ def test_evaluate_gives_the_same_numbers(run, cli):
     assert (workdir / "figures" / "losses.png").exists()
 
 
+@ONE
 def test_the_report_again_with_evidence(run, main_here):
     workdir = run[0]
     (workdir / "report.html").unlink()
@@ -159,6 +165,7 @@ def test_a_run_compared_with_itself(run, main_here):
     assert "None: all settings are the same." in (workdir / "compare.html").read_text()
 
 
+@ONE
 def test_the_same_command_again_finishes_at_once(run, main_here):
     workdir, _, command, *_ = run
     before = (
@@ -220,12 +227,19 @@ def test_config_errors(args, needles, tmp_path, main_here):
     [
         (TMS, "--config.apd.topkk=1"),
         ("--config=configs/tms.py:5-2,smokee",),
-        (TMS, "--config.apd.topk=many"),
     ],
     ids=str,
 )
 def test_config_errors_in_a_process_of_their_own(args, tmp_path, cli):
     refused(cli(*args, f"--workdir={tmp_path}"))
+
+
+def test_a_process_that_nothing_was_imported_for(tmp_path):
+    command = [sys.executable, "-m", "apd_jax.main", TMS, "--config.apd.topk=many"]
+    done = subprocess.run(
+        [*command, f"--workdir={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    refused(Finished(done.returncode, done.stdout, done.stderr))
 
 
 @pytest.mark.parametrize(
@@ -305,7 +319,7 @@ def test_weights_of_another_shape(tmp_path, main_here):
     refused(result, str(path), "'W'", "(6, 3)", "(5, 2)")
 
 
-def test_given_weights_are_taken(tmp_path, main_here):
+def test_given_weights_are_taken_and_a_placeholder_may_be_none(tmp_path, main_here):
     path = tmp_path / "weights.npz"
     golden = load_golden("tms_5_2")
     weights.save(path, golden.params)
@@ -313,9 +327,11 @@ def test_given_weights_are_taken(tmp_path, main_here):
         TMS,
         f"--config.target.weights_path={path}",
         "--config.apd.num_steps=4",
+        "--config.apd.rank=None",
         f"--workdir={tmp_path / 'run'}",
     )
     assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["apd"]["rank"] is None
     like = jax.tree.map(jax.typeof, golden.params)
     there = weights.load(tmp_path / "run" / "target" / "params.npz", like)
     np.testing.assert_array_equal(there["W"], golden.params["W"])
@@ -358,12 +374,7 @@ def test_not_finite_in_pretraining(tmp_path, main_here):
     assert not (tmp_path / "target" / "params.npz").exists()
 
 
-def test_several_instances(tmp_path, main_here):
-    result = main_here(
-        TMS, "--config.apd.num_instances=2", "--config.apd.num_steps=4", f"--workdir={tmp_path}"
-    )
-    assert result.returncode == 0, result.stderr
-    evaluation = json.loads((tmp_path / "evaluation.json").read_text())
+def check_two_instances(tmp_path, evaluation):
     assert len(evaluation["instances"]) == 2
     np.testing.assert_allclose(
         evaluation["mmcs"], np.mean([one["mmcs"] for one in evaluation["instances"]])
@@ -378,7 +389,6 @@ def test_several_instances(tmp_path, main_here):
             f'<strong aria-current="page">{here}</strong>' in page
             and f'<a href="{there}">{1 - here}</a>' in page
         )
-    assert main_here("--mode=inspect", f"--workdir={tmp_path}").returncode == 0
 
 
 @pytest.mark.parametrize("num_instances", [1, 2])
@@ -393,6 +403,8 @@ def test_a_method_with_a_learned_gate_and_numbers_of_sites(num_instances, tmp_pa
     assert evaluation["num_components"] == 6  # three of W and of W_out
     assert {"minimality_stochastic", "minimality_gates"} <= set(evaluation)
     assert (tmp_path / "report.html").exists()
+    if num_instances == 2:
+        check_two_instances(tmp_path, evaluation)
     looked = main_here("--mode=inspect", f"--workdir={tmp_path}")
     assert looked.returncode == 0, looked.stderr
     for word in ("components.tree.W.U", "gate.", "firing rate"):

@@ -1,6 +1,5 @@
 """Sixty mistakes at the command line: one sentence each, exit status 2, and nothing written."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -126,14 +125,6 @@ ARGUMENTS = {
 def test_arguments_that_do_not_fit(main_here, tmp_path, args, words):
     refused(main_here(*(arg.format(run=tmp_path / "run") for arg in args)), words)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
-
-
-def test_a_placeholder_may_be_none(main_here, tmp_path):
-    done = main_here(
-        TMS, f"--workdir={tmp_path / 'run'}", "--config.apd.rank=None", "--config.apd.num_steps=1"
-    )
-    assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "run" / "config.json").read_text())["apd"]["rank"] is None
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"apd": {}}', '{"target": 3, "apd": 4}'])
