@@ -135,7 +135,7 @@ def singular_values(components: Components) -> dict[str, Float[Array, "C r"]]:
 
     def one(f: Factors) -> Float[Array, "C r"]:
         f = _no_number_twice(f, C)
-        s = _singular_values_of_product(f.U, f.V)
+        s = _singular_values_of_product(jnp.asarray(f.U), jnp.asarray(f.V))
         return f.sums(s.reshape(s.shape[0], -1), C)
 
     return {name: one(f) for name, f in components.factors.items()}
