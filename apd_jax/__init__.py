@@ -18,6 +18,7 @@ from apd_jax.methods.targeted import Targeted
 from apd_jax.methods.vpd import VPD
 from apd_jax.methods.whole import Whole
 from apd_jax.network import data
+from apd_jax.network.headed import Headed
 from apd_jax.recipe.numbers import default_recipe
 from apd_jax.train.progress import log_to_wandb
 
@@ -55,6 +56,7 @@ __all__ = [
     "VPD",
     "Components",
     "Decomposition",
+    "Headed",
     "Targeted",
     "Whole",
     "attributions",

@@ -172,12 +172,13 @@ class _Measure:
     def _observed(
         self, params: PyTree, trained: Trained, tokens: Array
     ) -> tuple[Array, Activity, dict[str, Array]]:
-        """The target's logits, what the gate says, and what is counted of both."""
-        out = outputs(self.problem.apply_fn(params, tokens))
+        """The target's outputs, what the gate says, and what is counted of both."""
+        out = outputs(self.problem.body(params, tokens))
         activity = observe.activity(self.method, self.problem, trained, params, tokens)
         counts = counted(self.problem, tokens)
         total = jnp.sum(counts, dtype=jnp.float32)
-        found = {"tokens": total, "ce_target": cross_entropy(out, tokens, counts) * total}
+        ce = cross_entropy(out, tokens, counts, self.problem.head(params))
+        found = {"tokens": total, "ce_target": ce * total}
         rows = counts if activity.values.ndim == 3 else jnp.any(counts, axis=1)
         # What is kept per sequence counts once for each of its predicted tokens.
         shares = jnp.ones(()) if activity.values.ndim == 3 else jnp.sum(counts, axis=1)
@@ -200,8 +201,8 @@ class _Measure:
         self, params: PyTree, components: Components, mask: Array, tokens: Array, out: Array
     ) -> tuple[Array, Array]:
         """Cross-entropy and distance to the target of a pass."""
-        here = sparse.apply(self.problem.apply_fn, params, components, mask, tokens)
-        return self._sums(outputs(here), tokens, out)
+        here = sparse.apply(self.problem.body, params, components, mask, tokens)
+        return self._sums(params, outputs(here), tokens, out)
 
     def _adversaries(
         self,
@@ -255,20 +256,21 @@ class _Measure:
 
         def run(sources: Any) -> Array:
             weights = site_weights(components, activity, sources, delta="masked")
-            return outputs(sparse.run(self.problem.apply_fn, params, components, weights, tokens))
+            return outputs(sparse.run(self.problem.body, params, components, weights, tokens))
 
         def distance(sources: Any) -> Array:
-            return self._sums(run(sources), tokens, out)[1] / jnp.asarray(tokens.size, jnp.float32)
+            kl = self._sums(params, run(sources), tokens, out)[1]
+            return kl / jnp.asarray(tokens.size, jnp.float32)
 
         adversary = Adversary(steps=STEPS, step_size=STEP_SIZE)
         _, sources = adversary.ascend((), sources, jax.grad(distance))
-        return *self._sums(run(sources), tokens, out), sources
+        return *self._sums(params, run(sources), tokens, out), sources
 
-    def _sums(self, here: Array, tokens: Array, out: Array) -> tuple[Array, Array]:
-        counts = counted(self.problem, tokens)
+    def _sums(self, params: PyTree, here: Array, tokens: Array, out: Array) -> tuple[Array, Array]:
+        counts, head = counted(self.problem, tokens), self.problem.head(params)
         total = jnp.sum(counts, dtype=jnp.float32)
-        kl = losses.minimality(here, out, "kl", position_weights(counts)[0])
-        return cross_entropy(here, tokens, counts) * total, kl * total
+        kl = losses.minimality(here, out, "kl", position_weights(counts)[0], head=head)
+        return cross_entropy(here, tokens, counts, head) * total, kl * total
 
 
 def counted(problem: Problem, tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:

@@ -137,6 +137,7 @@ class Decoder(nn.Module):
     Attributes:
       dtype: of products and activations; norms, softmax and logits are float32 whatever it is.
       remat: compute the activations of a layer again in the backward pass, instead of keeping them.
+      body: without the last product, x W_U: what it reads, [B, T, D], in place of logits.
     Raises:
       InputError: more positions than the context.
     Cost: B·T·(weights of layers and W_U) multiply-adds; scores [B, H, T, T].
@@ -145,9 +146,10 @@ class Decoder(nn.Module):
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: bool = False
+    body: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T _"]:
         c, T = self.config, tokens.shape[1]
         if c.context < T:
             raise InputError(
@@ -160,6 +162,8 @@ class Decoder(nn.Module):
         for i in range(c.num_layers):
             self.sow(SOWN, f"hidden_{i}", x)
             x = block(self, x, i)
+        if self.body:
+            return self._norm(x, "norm_out")
         return self._logits(x, embed if c.tied else self._weight("unembed"))
 
     def _embedded(self, embed: Array, tokens: Array, places: Array) -> Array:
@@ -170,8 +174,7 @@ class Decoder(nn.Module):
         return x + jnp.take(self._weight("positions"), places, axis=0).astype(self.dtype)
 
     def _logits(self, x: Array, unembed: Array) -> Array:
-        x = self._norm(x, "norm_out").astype(self.dtype)
-        return (x @ unembed.astype(self.dtype).T).astype(jnp.float32)
+        return logits(self._norm(x, "norm_out"), unembed, self.dtype)
 
     def _block(self, x: Array, i: int, past: Past = None, at: Array | None = None) -> Array:
         attended = x + self._attend(self._norm(x, "norm_attention", i), i, past, at)
@@ -255,6 +258,13 @@ class Decoder(nn.Module):
 
     def _parameter(self, name: str, init: Any) -> Array:
         return self.param(name, init, self.config.shapes()[name], jnp.float32)
+
+
+def logits(
+    x: Float[Array, "*n D"], unembed: Float[Array, "V D"], dtype: Any
+) -> Float[Array, "*n V"]:
+    """x W_U, in float32."""
+    return (x.astype(dtype) @ unembed.astype(dtype).T).astype(jnp.float32)
 
 
 def rms(x: Array, eps: float) -> Array:

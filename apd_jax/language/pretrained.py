@@ -21,10 +21,11 @@ from jaxtyping import Array, PyTree
 
 from apd_jax.errors import InputError, one_of
 from apd_jax.language import families, files, last_token, sampling
-from apd_jax.language.decoder import Decoder, DecoderConfig
+from apd_jax.language.decoder import Decoder, DecoderConfig, logits
 from apd_jax.language.interventions import Intervention
 from apd_jax.language.stepwise import Stepwise
 from apd_jax.language.tokenizer import Tokenizer
+from apd_jax.network.headed import Headed
 from apd_jax.paths import user_path
 from apd_jax.storage import arrays as arrays_lib
 
@@ -57,13 +58,17 @@ class LanguageModel:
 
     @functools.cached_property
     def apply_fn(self) -> Any:
-        """(params, tokens [B, T]) -> logits [B, T, V]."""
-        module = self.module
+        """(params, tokens [B, T]) -> logits [B, T, V]; of a wide vocabulary scored in chunks."""
+        module = Decoder(self.config, DTYPES[self.dtype], self.remat, body=True)
+        unembed = self.config.name("embed" if self.config.tied else "unembed")
 
-        def apply(params: PyTree, tokens: Any) -> Any:
+        def body(params: PyTree, tokens: Any) -> Any:
             return module.apply({"params": params}, jnp.asarray(tokens))
 
-        return apply
+        def head(params: PyTree, x: Any) -> Any:
+            return logits(x, params[unembed], module.dtype)
+
+        return Headed(body, head)
 
     @functools.cached_property
     def steps(self) -> Stepwise:

@@ -28,6 +28,7 @@ from apd_jax.errors import InputError, first_line
 from apd_jax.language.files import read_json
 from apd_jax.language.tokenizer import Tokenizer
 from apd_jax.network import data
+from apd_jax.network.headed import Head, by_rows
 from apd_jax.paths import user_path
 
 PAD = -1  # no token: what stands behind the end of a document
@@ -254,11 +255,18 @@ def predicting(tokens: Int[Array, "B T"]) -> Bool[Array, "B T"]:
 
 
 def cross_entropy(
-    logits: Float[Array, "B T V"], tokens: Int[Array, "B T"], counts: Any = None
+    logits: Float[Array, "B T V"],
+    tokens: Int[Array, "B T"],
+    counts: Any = None,
+    head: Head | None = None,
 ) -> Float[Array, ""]:
-    """Nats per predicted token, the mean over the positions that count, as `predicting` has it."""
+    """Nats per predicted token, the mean over the positions that count, as `predicting` has it.
+
+    Args:
+      head: logits are what it makes of [B, T, D], in chunks of positions.
+    """
     counts = (predicting(tokens) if counts is None else counts)[:, :-1]
-    each = optax.softmax_cross_entropy_with_integer_labels(
-        logits[:, :-1], jnp.maximum(tokens[:, 1:], 0)
-    )
+    score = optax.softmax_cross_entropy_with_integer_labels
+    before, after = logits[:, :-1], jnp.maximum(tokens[:, 1:], 0)
+    each = score(before, after) if head is None else by_rows(head, score, before, after)
     return jnp.sum(each, where=counts) / jnp.maximum(jnp.sum(counts), 1)

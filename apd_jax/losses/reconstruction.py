@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, PyTree
 from apd_jax import components as components_lib
 from apd_jax.components import Components, path_name
 from apd_jax.errors import InputError
+from apd_jax.network.headed import Head, by_rows
 from apd_jax.network.outputs import position_weights
 
 DISTANCES = ("mse", "kl", "next_token")
@@ -60,6 +61,7 @@ def minimality(
     weights: Float[Array, "B T"] | None = None,
     x: PyTree = None,
     axis_name: str | None = None,
+    head: Head | None = None,
 ) -> Float[Array, ""]:
     r"""D(f(θ*, x), f(κ(x), x)), averaged over the batch  (APD eq. 6).
 
@@ -77,6 +79,7 @@ def minimality(
       x: the batch; for next_token.
       axis_name: the mapped axis over which the batch is split, over which `weights` have mean 1;
         the mean over devices is then that of the whole batch.
+      head: outputs are what it makes of the two, in chunks of positions; a function gets them all.
     Raises:
       InputError: unknown kind; of a function, values that do not fit.
     """
@@ -85,18 +88,33 @@ def minimality(
             f"unknown minimality loss {kind!r}; choose one of {', '.join(DISTANCES)}, or give a "
             "function (of a loaded decomposition by load(..., minimality_loss=))."
         )
+    if callable(kind) and head is not None:
+        sparse_out, target_out = head(sparse_out), head(target_out)
     sparse_out = counted(single(sparse_out), weights)
     target_out = counted(single(target_out), weights)
     if callable(kind):
         return _mean_of(kind(sparse_out, target_out), sparse_out, weights)
     if kind == "next_token":
-        return _next_token(sparse_out, next_tokens(x, sparse_out.shape), weights, axis_name)
-    if kind == "mse":
+        tokens = next_tokens(x, sparse_out.shape)
+        return _next_token(sparse_out, tokens, weights, axis_name, head)
+    if kind == "mse" and head is None:
         return jnp.mean(weighted((sparse_out - target_out) ** 2, weights))
-    log_p, log_q = jax.nn.log_softmax(target_out), jax.nn.log_softmax(sparse_out)
+    each = _mean_square if kind == "mse" else _kl
+    if head is None:
+        return jnp.mean(weighted(each(sparse_out, target_out), weights))
+    score = lambda out, target: each(single(out), single(head(target)))  # noqa: E731
+    return jnp.mean(weighted(by_rows(head, score, sparse_out, target_out), weights))
+
+
+def _mean_square(sparse: Float[Array, "*n V"], target: Float[Array, "*n V"]) -> Float[Array, "*n"]:
+    return jnp.mean((sparse - target) ** 2, axis=-1)
+
+
+def _kl(sparse: Float[Array, "*n V"], target: Float[Array, "*n V"]) -> Float[Array, "*n"]:
+    log_p, log_q = jax.nn.log_softmax(target), jax.nn.log_softmax(sparse)
     impossible = jnp.isneginf(log_p)  # p = 0: its term is 0, whatever q is
     ratio = jnp.where(impossible, 0.0, log_p) - jnp.where(impossible, 0.0, log_q)
-    return jnp.mean(weighted(jnp.sum(jnp.exp(log_p) * ratio, axis=-1), weights))
+    return jnp.sum(jnp.exp(log_p) * ratio, axis=-1)
 
 
 def _mean_of(values: Any, out: Array, weights: Array | None) -> Float[Array, ""]:
@@ -119,13 +137,18 @@ def _mean_of(values: Any, out: Array, weights: Array | None) -> Float[Array, ""]
 
 
 def _next_token(
-    logits: Float[Array, "B T V"],
+    out: Float[Array, "B T _"],
     tokens: Array,
     weights: Float[Array, "B T"] | None,
     axis_name: str | None,
+    head: Head | None,
 ) -> Float[Array, ""]:
-    log_q = jax.nn.log_softmax(logits[:, :-1])
-    loss = -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1)[..., 0]
+    if head is None:
+        log_q = jax.nn.log_softmax(out[:, :-1])
+        loss = -jnp.take_along_axis(log_q, tokens[:, 1:, None], axis=-1)[..., 0]
+    else:
+        score = lambda logits, token: -jax.nn.log_softmax(single(logits))[token]  # noqa: E731
+        loss = by_rows(head, score, out[:, :-1], tokens[:, 1:])
     if weights is None:
         return jnp.mean(loss)
     counts = (weights[:, :-1] > 0) & (weights[:, 1:] > 0)

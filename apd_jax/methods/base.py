@@ -9,10 +9,11 @@ import dataclasses
 import functools
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, TypeVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
@@ -22,10 +23,11 @@ from apd_jax.ablations import Ablation
 from apd_jax.components import Components
 from apd_jax.errors import InputError, one_of, seed_of
 from apd_jax.gates.base import Activity, Gate, Observation
-from apd_jax.losses import DISTANCES, Distance, written
+from apd_jax.losses import DISTANCES, Distance, minimality, written
 from apd_jax.methods import optimizers, schedules
 from apd_jax.methods.schedules import Annealed, Number, Schedule
 from apd_jax.methods.schedules import at as at
+from apd_jax.network.headed import Head
 from apd_jax.network.problem import Problem
 
 HERE, ELSEWHERE = "here", "elsewhere"  # the two streams of data
@@ -57,6 +59,7 @@ class Scene:
     """What is known of one stream's batch before any component is judged; no gradient flows here.
 
     attribute: components -> A_c(x)², for the one loss whose gradient flows through it.
+    head: what makes outputs of `out`; None where they are it. See `Problem.body`.
     """
 
     seen: Observation
@@ -66,10 +69,17 @@ class Scene:
     hidden_weights: Mapping[str, Any] | None
     share: Any
     attribute: Callable[[Components], Float[Array, "B *T C"]]
+    head: Head | None = None
 
     @property
     def x(self) -> PyTree:
         return self.seen.x
+
+    def distance(self, runs: Sequence[tuple[Any, Any]], kind: Distance) -> Float[Array, ""]:
+        """How far the outputs of a pass are from the target's; of several runs the mean."""
+        given = (self.out, kind, self.weights, self.x, self.seen.axis_name, self.head)
+        found = [minimality(out, *given) for out, _ in runs]
+        return jnp.asarray(sum(found)) / len(found)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -46,11 +46,11 @@ def scene(
     inputs, here = None, components_lib.split_over(components, component_axis)
     if INPUTS in reads:
         result, inputs = capture.inputs(
-            problem.apply_fn, params, here, x, per_position=method.per_position
+            problem.body, params, here, x, per_position=method.per_position
         )
         inputs = lax.stop_gradient(inputs)
     else:
-        result = problem.apply_fn(params, x)
+        result = problem.body(params, x)
     out, hidden = split_result(result)
 
     def attribute(components: Components) -> Float[Array, "B *T C"]:
@@ -63,8 +63,9 @@ def scene(
     of_gate = valid if method.per_position else None
     seen = Observation(x, here, attributions, inputs, of_gate, axis_name, component_axis)
     weights, share = position_weights(valid, axis_name)
-    of_hidden = positions.hidden_weights(problem.apply_fn, params, x, weights)
-    return Scene(seen, out, hidden, weights, of_hidden, share, attribute)
+    of_hidden = positions.hidden_weights(problem.body, params, x, weights)
+    head = problem.head(params)
+    return Scene(seen, out, hidden, weights, of_hidden, share, attribute, head)
 
 
 def example_keys(key: Any, x: PyTree, axis_name: str | None = None) -> Array:

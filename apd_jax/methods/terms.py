@@ -28,10 +28,7 @@ def reconstruction(name: str, kind: losses.Distance) -> Score:
     """D(target, sparse) of a pass; of several runs of it (each site) the mean."""
 
     def score(run: Run) -> Float[Array, ""]:
-        scene, outs = run.scene_of(name), run.forward(name)
-        target = (scene.out, kind, scene.weights, scene.x, run.axis_name)
-        found = [losses.minimality(out, *target) for out, _ in outs]
-        return jnp.asarray(sum(found)) / len(found)
+        return run.scene_of(name).distance(run.forward(name), kind)
 
     return score
 

@@ -36,3 +36,15 @@ def position_weights(
     share = jnp.mean(valid) if axis_name is None else lax.pmean(jnp.mean(valid), axis_name)
     share = jnp.maximum(share, 1e-6)
     return valid / share, share
+
+
+def reaching_outputs(jaxpr: Any) -> set[Any]:
+    """The variables that some output may depend on.
+
+    An inner jaxpr counts as needing all its inputs.
+    """
+    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
+    for eqn in reversed(jaxpr.eqns):
+        if needed.intersection(eqn.outvars):
+            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
+    return needed

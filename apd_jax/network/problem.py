@@ -21,7 +21,8 @@ from apd_jax import components as components_lib
 from apd_jax.components import Select, layout
 from apd_jax.errors import InputError, first_line
 from apd_jax.network import data
-from apd_jax.network.outputs import split_result
+from apd_jax.network.headed import WIDE, Head, Headed
+from apd_jax.network.outputs import reaching_outputs, split_result
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ class Problem:
     def with_params(self, params: PyTree) -> Problem:
         """The same problem of other weights of the same shapes, which may be traced."""
         other = dataclasses.replace(self, params=params)
-        other.__dict__.update(layouts=self.layouts, chosen=self.chosen)
+        other.__dict__.update(layouts=self.layouts, chosen=self.chosen, _headed=self._headed)
         return other
 
     @property
@@ -118,6 +119,34 @@ class Problem:
             return None
         found = jnp.asarray(self.valid_fn(x))
         return found if found.dtype == bool else found > 0
+
+    @functools.cached_property
+    def _headed(self) -> Headed | None:
+        """The network in two parts where its outputs are wide and its head is not decomposed."""
+        whole = getattr(self.apply_fn, "fn", None)
+        if not isinstance(whole, Headed):
+            return None
+        x = data.shapes(self.sample_fn)
+        out = split_result(jax.eval_shape(whole.body, self.params, x))[0]
+        jaxpr, result = jax.make_jaxpr(whole.head, return_shape=True)(self.params, out)
+        if result.shape[-1] <= WIDE or self._read_by(jaxpr.jaxpr).intersection(self.site_names):
+            return None
+        return Headed(_unmeshed(whole.body), _unmeshed(whole.head))
+
+    @property
+    def body(self) -> Callable:
+        """What is run where outputs are only compared: `apply_fn`, or that without its head."""
+        return self.apply_fn if self._headed is None else self._headed.body
+
+    def head(self, params: PyTree) -> Head | None:
+        """What makes outputs of those of `body`; None where they are the outputs."""
+        return None if self._headed is None else functools.partial(self._headed.head, params)
+
+    def _read_by(self, jaxpr: Any) -> set[str]:
+        """The leaves of params, a jaxpr's first arguments, that its outputs may depend on."""
+        reaching, leaves = reaching_outputs(jaxpr), components_lib.named_leaves(self.params)
+        names = [name for name, leaf in leaves.items() if leaf is not None]
+        return {name for name, var in zip(names, jaxpr.invars, strict=False) if var in reaching}
 
     def example_batch(self, key: Any = None, step: int = 0) -> PyTree:
         """A batch of the data, on the device: of an iterable always the first."""
@@ -272,11 +301,9 @@ def _check_beside(problem: Problem, x: PyTree, shape: tuple[int, ...]) -> None:
 
 def _check_dependence(problem: Problem, jaxpr: Any) -> None:
     """Whether the outputs of this jaxpr of apply_fn depend on all leaves to be decomposed."""
-    chosen, reaching = problem.site_names, _reaching_outputs(jaxpr)
-    leaves = components_lib.named_leaves(problem.params)
-    names = [name for name, leaf in leaves.items() if leaf is not None]
-    for name, var in zip(names, jaxpr.invars, strict=False):
-        if name in chosen and var not in reaching:
+    read = problem._read_by(jaxpr)
+    for name in problem.site_names:
+        if name not in read:
             raise InputError(
                 f"the output of apply_fn does not depend on params leaf {name!r}; pass the weights "
                 "as its first argument, not by closure, or leave that leaf out of `select`."
@@ -369,15 +396,3 @@ def _check_finite(out: Any, x: PyTree, valid: Any, kind: Any) -> None:
         "a batch of sample_fn holds NaN or infinities, and so do apply_fn's outputs; clean the "
         "data, or say by valid_fn which positions are padding."
     )
-
-
-def _reaching_outputs(jaxpr: Any) -> set[Any]:
-    """The variables that some output may depend on.
-
-    An inner jaxpr counts as needing all its inputs.
-    """
-    needed = {v for v in jaxpr.outvars if not hasattr(v, "val")}
-    for eqn in reversed(jaxpr.eqns):
-        if needed.intersection(eqn.outvars):
-            needed.update(v for v in eqn.invars if not hasattr(v, "val"))
-    return needed

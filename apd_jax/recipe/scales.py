@@ -110,9 +110,9 @@ def missing(problem: Problem, method: Method, components: Components) -> float:
 
     def distance(components: Components, params: PyTree, x: PyTree, share: Any) -> jax.Array:
         moved = components_lib.weighted_sum(components, params, share)
-        out, target = [outputs(problem.apply_fn(p, x)) for p in (moved, params)]
-        weights = position_weights(problem.valid(x))[0]
-        return losses.minimality(out, target, method.distance, weights)
+        out, target = [outputs(problem.body(p, x)) for p in (moved, params)]
+        weights, head = position_weights(problem.valid(x))[0], problem.head(params)
+        return losses.minimality(out, target, method.distance, weights, head=head)
 
     of_share = jax.jit(distance)
     ones = jnp.ones(components.num_components)
@@ -189,13 +189,13 @@ def distances(problem: Problem, method: Any, params: PyTree) -> tuple[float, flo
 
     def of_batch(ends: tuple[PyTree, PyTree], x: PyTree) -> tuple[jax.Array, jax.Array]:
         (out, hidden), (target_out, target_hidden) = [
-            split_result(problem.apply_fn(params, x)) for params in ends
+            split_result(problem.body(params, x)) for params in ends
         ]
-        weights = position_weights(problem.valid(x))[0]
-        distance = losses.minimality(out, target_out, method.distance, weights)
+        weights, head = position_weights(problem.valid(x))[0], problem.head(ends[1])
+        distance = losses.minimality(out, target_out, method.distance, weights, head=head)
         if not hidden:
             return distance, jnp.zeros(())
-        of_hidden = positions.hidden_weights(problem.apply_fn, ends[0], x, weights)
+        of_hidden = positions.hidden_weights(problem.body, ends[0], x, weights)
         return distance, losses.hidden_reconstruction(hidden, target_hidden, of_hidden)
 
     ends, measure = (params, jax.tree.map(jnp.asarray, problem.params)), jax.jit(of_batch)

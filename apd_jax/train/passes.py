@@ -20,7 +20,6 @@ from apd_jax.ablations.base import Shape
 from apd_jax.components import Components, Factors
 from apd_jax.forward import sparse
 from apd_jax.gates.base import Activity
-from apd_jax.losses import minimality
 from apd_jax.methods.base import Method, Pass, Scene
 from apd_jax.methods.observe import example_keys
 from apd_jax.network.outputs import split_result
@@ -74,11 +73,8 @@ class PassRunner:
         components, activity = lax.stop_gradient((components, activity))
 
         def distance(sources: Sources) -> Array:
-            scene, kind = self.scene, self.method.minimality_loss
-            target = (scene.out, kind, scene.weights, scene.x, self._axis_name)
             outs = self.run(components, activity, sources)
-            found = [minimality(out, *target) for out, _ in outs]
-            return jnp.asarray(sum(found)) / len(found)
+            return self.scene.distance(outs, self.method.minimality_loss)
 
         return self.spec.ablation.ascend(kept, sources, jax.grad(distance))
 
@@ -105,7 +101,7 @@ class PassRunner:
 
     def _through(self, components: Components, weights: Mapping[str, Any]) -> tuple[Any, Any]:
         result = sparse.run(
-            self.problem.apply_fn,
+            self.problem.body,
             self.params,
             components,
             weights,
