@@ -2,6 +2,7 @@
 
 `write` packs a harvest, what components do to the next token, and a few passages of text. Words
 are numbers from 1 into one list; 0 is no word. Arrays are embedded as base64 of deflated bytes.
+Contexts that it has no room for lie in a folder beside it, as scripts that it reads on demand.
 
 Shapes: C components, K windows of W tokens, P passages of T tokens, V tokens.
 """
@@ -10,9 +11,10 @@ from __future__ import annotations
 
 import base64
 import dataclasses
+import hashlib
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -33,6 +35,7 @@ from apd_jax.train.workdir import flat
 
 LARGEST_PAGE = 20_000_000  # bytes
 SHOWN = ((16, 8), (8, 4), (4, 2), (2, 1))  # top and random windows; fewer until the page fits
+SHARD = 2_000_000  # words of contexts in a file beside the page, as a page of its own would hold
 MOST_PAIRS = 600_000  # of a word and a component that is on there, in the passages
 MOST_SITES = 6  # of a component that are named
 
@@ -87,28 +90,76 @@ def report(
 
 
 def write(path: epath.PathLike, source: TextSource) -> epath.Path:
-    """Writes the page."""
-    return html.save(path, page(source))
+    """Writes the page; where it is too large, its contexts into STEM.contexts/ beside it.
+
+    Raises:
+      InputError: it cannot be written.
+    """
+    path = user_path(path)
+    folder = path.parent / f"{path.stem}.contexts"
+    text, shards = _written(source, f"{folder.name}/")
+    before = set(folder.glob("*.js")) if folder.exists() else set()
+    files = {folder / name: content for name, content in shards.items()}
+    for file, content in files.items():
+        html.save(file, content)
+    html.save(path, text)
+    for file in before - set(files):  # of an earlier page
+        file.unlink()
+    return path
 
 
 def page(source: TextSource) -> str:
-    """The page, with as many windows of text as it has room for."""
+    """The page by itself, with as many windows of text as it has room for."""
+    return _written(source, None)[0]
+
+
+def _written(source: TextSource, folder: str | None) -> tuple[str, dict[str, str]]:
+    """The page, and the files that it reads in a folder beside it, if it may have one."""
     found, of = source.harvest, source.source
     passages = None if of.x is None else _passages(of.decomposition, np.asarray(of.x), found)
-    text, most = "", (found.top_tokens.shape[1], found.random_tokens.shape[1])
-    for top, random in SHOWN:
-        shown = (min(top, most[0]), min(random, most[1]))
+    most, text = (found.top_tokens.shape[1], found.random_tokens.shape[1]), ""
+
+    def rendered(data: dict[str, Any], shown: tuple[int, int], rest: str) -> str:
         left_out = ""
         if shown != most:
             left_out = (
                 f"To fit into a page, each has {shown[0]} of its {most[0]} strongest contexts and "
-                f"{shown[1]} of {most[1]} others; the files of the harvest hold them all."
+                f"{shown[1]} of {most[1]} others; {rest}."
             )
-        data = _data(source, passages, *shown)
-        text = html.render("text.html", _around(source, data) | {"left_out": left_out})
+        return html.render("text.html", _around(source, data) | {"left_out": left_out})
+
+    for top, random in SHOWN:
+        shown = (min(top, most[0]), min(random, most[1]))
+        text = rendered(_data(source, passages, shown), shown, "the files of the harvest hold all")
         if len(text.encode()) <= LARGEST_PAGE:
+            return text, {}
+        if folder is not None:
             break
-    return text
+    if folder is None:
+        return text, {}
+    shown = (min(SHOWN[-1][0], most[0]), min(SHOWN[-1][1], most[1]))
+    ids = _ids(source, passages, most)
+    size, files = _shards(found, ids)
+    data = _data(source, passages, shown, ids)
+    data["shards"] = {"files": [folder + name for name in files], "size": size}
+    rest = f"the others lie in {folder} beside it, and are read when they are shown or searched"
+    return rendered(data, shown, rest), files
+
+
+def _shards(found: Harvest, ids: np.ndarray) -> tuple[int, dict[str, str]]:
+    """Components in a file, and {name: script} of files that hold all contexts.
+
+    Names say what is in them: a page never reads those of another.
+    """
+    per_component = found.top_tokens[0].size + found.random_tokens[0].size
+    size = max(1, SHARD // per_component)
+    scripts = []
+    for i, start in enumerate(range(0, found.num_components, size)):
+        rows = slice(start, start + size)
+        content = json.dumps(_windows(found, rows, (None, None), lambda t: _word(ids, t)))
+        scripts.append(f"apd.shard({i}, {content});\n")
+    digest = hashlib.sha256("".join(scripts).encode()).hexdigest()[:12]
+    return size, {f"{digest}-{i}.js": script for i, script in enumerate(scripts)}
 
 
 def _around(source: TextSource, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -132,23 +183,47 @@ def _around(source: TextSource, data: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _data(
-    source: TextSource, passages: Reading | None, num_top: int, num_random: int
-) -> dict[str, Any]:
-    """What the page's scripts read."""
-    found, of, made = source.harvest, source.source, source.effects
-    shown = {
-        "top": (found.top_tokens[:, :num_top], found.top_activity[:, :num_top]),
-        "random": (found.random_tokens[:, :num_random], found.random_activity[:, :num_random]),
-    }
-    used = [tokens for tokens, _ in shown.values()] + [found.input_token, found.next_token]
+def _ids(source: TextSource, passages: Reading | None, shown: tuple[int, int]) -> np.ndarray:
+    """The tokens that are named, in order."""
+    found, made, (top, random) = source.harvest, source.effects, shown
+    used = [found.top_tokens[:, :top], found.random_tokens[:, :random]]
+    used += [found.input_token, found.next_token]
     used += [] if made is None else [made.up_token, made.down_token]
     used += [] if passages is None else [passages.tokens]
     ids = np.unique(np.concatenate([a.ravel() for a in used]))
-    ids = ids[ids >= 0]
+    return ids[ids >= 0]
+
+
+def _word(ids: np.ndarray, tokens: np.ndarray) -> dict[str, Any]:
+    return packed(np.where(tokens < 0, 0, np.searchsorted(ids, tokens) + 1))
+
+
+def _windows(
+    found: Harvest, rows: slice, shown: tuple[int | None, int | None], word: Callable
+) -> dict[str, Any]:
+    """Text around what some components are on at."""
+    top, random = shown
+    return {
+        name: {"tokens": word(tokens[rows, :n]), "activity": packed(quantised(g[rows, :n]))}
+        for name, tokens, g, n in (
+            ("top", found.top_tokens, found.top_activity, top),
+            ("random", found.random_tokens, found.random_activity, random),
+        )
+    }
+
+
+def _data(
+    source: TextSource,
+    passages: Reading | None,
+    shown: tuple[int, int],
+    ids: np.ndarray | None = None,
+) -> dict[str, Any]:
+    """What the page's scripts read. ids: the tokens that are named; None: those in it."""
+    found, of, made = source.harvest, source.source, source.effects
+    ids = _ids(source, passages, shown) if ids is None else ids
 
     def word(tokens: np.ndarray) -> dict[str, Any]:
-        return packed(np.where(tokens < 0, 0, np.searchsorted(ids, tokens) + 1))
+        return _word(ids, tokens)
 
     def pair(tokens: np.ndarray, value: np.ndarray, **more: np.ndarray) -> dict[str, Any]:
         return {"token": word(tokens), "value": packed(value)} | {
@@ -171,10 +246,9 @@ def _data(
         "down": made and pair(made.down_token, made.down),
         "others": {"number": packed(found.coactive + 1), "share": packed(found.coactive_share)},
         "passages": None,
+        "shards": None,
         "losses": drawn.losses(of.decomposition.history, None),
-    }
-    for name, (tokens, activity) in shown.items():
-        data[name] = {"tokens": word(tokens), "activity": packed(quantised(activity))}
+    } | _windows(found, slice(None), shown, word)
     if passages is not None:
         arrays = {n: packed(getattr(passages, n)) for n in ("starts", "component", "activity")}
         data["passages"] = {"tokens": word(passages.tokens)} | arrays

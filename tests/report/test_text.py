@@ -156,9 +156,87 @@ def test_a_page_says_what_it_left_out(planted, found, made, tmp_path, monkeypatc
     assert whole["top"]["tokens"]["shape"] == [C, 5, 5]
     monkeypatch.setattr(text, "SHOWN", ((16, 8), (2, 1)))
     monkeypatch.setattr(text, "LARGEST_PAGE", 0)
-    path = planted.report(tmp_path / "b.html", TEXT[0], WORDS, found, made)
+    path = tmp_path / "b.html"
+    path.write_text(text.page(text.TextSource(Source("b", planted, TEXT[0]), found, made)))
     assert embedded(path)["top"]["tokens"]["shape"] == [C, 2, 5]
     assert "each has 2 of its 5 strongest contexts" in path.read_text()
+    assert "the files of the harvest hold all" in path.read_text()
+
+
+@pytest.fixture
+def sharded(planted, found, made, tmp_path, monkeypatch):
+    """A page whose contexts lie beside it, two components in a file."""
+    monkeypatch.setattr(text, "LARGEST_PAGE", 0)
+    monkeypatch.setattr(text, "SHARD", 2 * (found.top_tokens[0].size + found.random_tokens[0].size))
+    return planted.report(tmp_path / "large.html", TEXT[0], WORDS, found, made)
+
+
+def contexts(browser):  # noqa: F811
+    lines = browser.find_elements(By.CSS_SELECTOR, "#component-page .contexts li")
+    return [
+        (line.text, [colour(s) for s in line.find_elements(By.CLASS_NAME, "tok")]) for line in lines
+    ]
+
+
+def test_contexts_beside_the_page_are_those_within(browser, page, sharded):  # noqa: F811
+    files = sorted(sharded.with_name("large.contexts").glob("*.js"))
+    assert len(files) == 2 and embedded(sharded)["top"]["tokens"]["shape"] == [C, 2, 5]
+    shown = {}
+    for path in (page, sharded):
+        for c in (0, 3):
+            loaded(browser, path, f"#component-{c}")
+            wait = WebDriverWait(browser, 10)
+            wait.until(lambda b: b.find_element(By.ID, "beside").text == "")
+            shown[path, c] = contexts(browser)
+        assert browser.get_log("browser") == []
+    for c in (0, 3):
+        assert shown[page, c] == shown[sharded, c] and len(shown[page, c]) > 3
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    asked = [e["params"]["request"]["url"] for e in events if "WillBeSent" in e["method"]]
+    assert f"file://{files[1]}" in asked and f"file://{files[0]}" not in asked  # of 3 alone
+    assert {url.split(":")[0] for url in asked} <= {"file", "data", "about", "blob"}
+
+
+def test_the_search_reads_all_contexts(browser, page, sharded):  # noqa: F811
+    counts = {page: [], sharded: []}
+    for path, found in counts.items():
+        loaded(browser, path)
+        box = browser.find_element(By.ID, "search")
+        for asked in ["".join(WORDS[t] for t in TEXT[0, 0, :3]), *WORDS]:
+            box.clear()
+            box.send_keys(asked)
+            wait = WebDriverWait(browser, 10)
+            wait.until(lambda b: "reading" not in b.find_element(By.ID, "count").text)
+            found.append(browser.find_element(By.ID, "count").text)
+    assert counts[page] == counts[sharded] and len(set(counts[page])) > 1
+    assert browser.get_log("browser") == []
+
+
+def test_missing_files_of_contexts_are_said(browser, sharded):  # noqa: F811
+    for file in sharded.with_name("large.contexts").glob("*-0.js"):
+        file.unlink()
+    loaded(browser, sharded, "#component-0")
+    WebDriverWait(browser, 10).until(
+        lambda b: "which is missing beside this page" in b.find_element(By.ID, "beside").text
+    )
+    assert len(browser.find_elements(By.CSS_SELECTOR, "#component-page .top li")) == 2
+    at(browser, "#components")
+    browser.find_element(By.ID, "search").send_keys(WORDS[A])
+    WebDriverWait(browser, 10).until(
+        lambda b: b.find_element(By.ID, "count").text.endswith(
+            "; 1 of 2 files of contexts are missing beside this page"
+        )
+    )
+
+
+def test_files_of_an_earlier_page_go(sharded, planted, found, made, monkeypatch):
+    folder = sharded.with_name("large.contexts")
+    before = sorted(folder.glob("*.js"))
+    planted.report(sharded, TEXT[0], WORDS, found, made)
+    assert sorted(folder.glob("*.js")) == before  # the same bytes, the same names
+    monkeypatch.undo()
+    planted.report(sharded, TEXT[0], WORDS, found, made)
+    assert not list(folder.glob("*.js")) and embedded(sharded)["shards"] is None
 
 
 def test_what_does_not_belong_is_refused(planted, found, made, tmp_path):

@@ -12,15 +12,27 @@
   const push = (c) => (text.up ? apd.at(text.up.value, c)[0] : 0);
   const labelled = text.labels.some((label) => label), gist = (c) => (text.labels[c] ? [text.labels[c]] : chips(text.input, c, 3, "nats"));
 
+  // Where the page has no room for all windows, they lie in files beside it, by number.
+  const files = text.shards?.files ?? [], parts = [], read = apd.beside(files), said = new Map();
+  const partOf = (c) => (text.shards ? Math.floor(c / text.shards.size) : 0), missing = (c) => files.length > 0 && !parts[partOf(c)];
+  const arrive = (i) => read(i).then((part) => {
+    if (parts[i]) return;
+    parts[i] = part;
+    for (const c of numbers) if (partOf(c) === i) said.delete(c);
+  });
+
   // Windows of text around what a component is on at.
-  const windows = (kind, c) => d3.range(text[kind].tokens.shape[1]).map((k) => ({ ids: apd.at(text[kind].tokens, c, k), levels: apd.at(text[kind].activity, c, k) })).filter((w) => w.ids[w.ids.length >> 1] > 0);
+  const windows = (kind, c) => {
+    const part = parts[partOf(c)], { tokens, activity } = (part ?? text)[kind], row = part ? c % text.shards.size : c;
+    return d3.range(tokens.shape[1]).map((k) => ({ ids: apd.at(tokens, row, k), levels: apd.at(activity, row, k) })).filter((w) => w.ids[w.ids.length >> 1] > 0);
+  };
   const coloured = ({ ids, levels }, side = ids.length) => {
     const half = ids.length >> 1;
     return d3.range(Math.max(0, half - side), Math.min(ids.length, half + side + 1)).filter((i) => ids[i] > 0).map((i) => apd.token(words[ids[i]], levels[i] / 255, { centre: i === half }));
   };
 
   // The table: what is searched for, in order, a few rows at a time.
-  const state = { by: text.up ? "push" : "rate", descending: true, shown: 50, found: numbers };
+  const state = { by: text.up ? "push" : "rate", descending: true, shown: 50, found: numbers, says: "" };
   const columns = [
     { name: "component", label: "component", value: (c) => c, cell: (c) => element("a", { href: `#component-${c}` }, String(c)) },
     { name: "where", label: "where", value: (c) => apd.at(text.site, c)[0], cell: (c) => { const at = where(c); return element("span", { title: at.map((d) => d.name).join(", ") }, `${short(at[0]?.name ?? "")}${at.length > 1 ? ` and ${at.length - 1} more` : ""}`); } },
@@ -40,13 +52,12 @@
     const order = [...state.found].sort((a, b) => (rate(b) > 0) - (rate(a) > 0) || sign * d3.ascending(value(a), value(b)) || a - b);
     body.replaceChildren(...order.slice(0, state.shown).map((c) => element("tr", { class: rate(c) ? null : "dead" }, ...columns.map((column) => element("td", { class: column.num ? "num" : null }, column.cell(c))))));
     for (const th of head.children) th.dataset.column === state.by ? th.setAttribute("aria-sort", state.descending ? "descending" : "ascending") : th.removeAttribute("aria-sort");
-    find("count").textContent = `${state.found.length.toLocaleString("en")} of ${C.toLocaleString("en")} components, ${state.found.filter((c) => rate(c) > 0).length.toLocaleString("en")} ever on`;
+    find("count").textContent = `${state.found.length.toLocaleString("en")} of ${C.toLocaleString("en")} components, ${state.found.filter((c) => rate(c) > 0).length.toLocaleString("en")} ever on${state.says}`;
     find("more").hidden = state.shown >= state.found.length;
   };
   find("more").addEventListener("click", () => { state.shown += 200; fill(); });
 
   // What is searched: a component's number, its sites, its words, and what stands around those that it is on at.
-  const said = new Map();
   const all = (c) => {
     if (!said.has(c)) {
       const lists = ["input", "next", "up", "down"].flatMap((name) => (text[name] ? list(text[name], c).map((d) => words[d.id]) : []));
@@ -55,11 +66,19 @@
     }
     return said.get(c);
   };
-  find("search").addEventListener("input", (event) => {
-    const asked = event.target.value.trim().toLowerCase();
+  const search = (says) => {
+    const asked = find("search").value.trim().toLowerCase();
     state.found = asked ? numbers.filter((c) => String(c) === asked || all(c).includes(asked)) : numbers;
+    state.says = asked ? says : "";
     state.shown = 50;
     fill();
+    return asked;
+  };
+  find("search").addEventListener("input", async () => {
+    const toRead = files.filter((_, i) => !parts[i]).length;
+    if (!search(toRead ? "; reading contexts …" : "") || !toRead) return;
+    const lost = (await Promise.allSettled(files.map((_, i) => arrive(i)))).filter((one) => one.status === "rejected").length;
+    search(lost ? `; ${lost} of ${files.length} files of contexts are missing beside this page` : "");
   });
 
   // A component's page.
@@ -76,11 +95,14 @@
       section("Fires on", `${nats} of a word with the component being on at it.`, wordTable(text.input, c, columns)),
       section("Comes before", `${nats} of the next word with the component being on.`, wordTable(text.next, c, columns)),
       section("Often on with", "Share of its firings in which the other is on as well.", element("table", { class: "list" }, element("tbody", {}, ...others(c).map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d.c}` }, String(d.c)), " ", ...gist(d.c)), element("td", { class: "num" }, apd.meter(d.share), ` ${apd.percent(d.share)}`)))))));
+    const beside = element("p", { id: "beside", class: "muted small", role: "status" }, alive && missing(c) ? "Reading more contexts …" : "");
+    if (alive && missing(c)) arrive(partOf(c)).then(() => { if (location.hash === `#component-${c}`) page(c); }, () => { beside.textContent = `More contexts are in ${files[partOf(c)]}, which is missing beside this page.`; });
     find("component-page").replaceChildren(
       element("p", { class: "pager" }, element("a", { href: "#components" }, "← All components"), step(-1, "previous"), step(1, "next")),
       element("header", {}, element("h1", {}, `Component ${c}`), element("p", { class: "lead" }, ...(alive ? [...(text.labels[c] ? [element("strong", {}, text.labels[c]), element("br")] : []), "Fires on ", ...(list(text.input, c).length ? chips(text.input, c, 3, "nats") : ["no word in particular"]), ...(text.up ? [" and pushes up ", ...chips(text.up, c, 3, "logits")] : [])] : ["Never on in the text that was counted."])),
         element("ul", { class: "facts" }, ...[["on at", apd.percent(rate(c))], ["importance where on", apd.number(whenOn(c))], ...where(c).map((d) => [`share of ${d.name}`, apd.number(d.share, 2)])].map(([name, value]) => element("li", {}, element("span", { class: "muted" }, `${name} `), element("b", {}, value)))),
         alive && find("read") ? element("p", {}, element("button", { type: "button", class: "go", click: () => { reader.choose(c); location.hash = "#read"; } }, "Colour the text by it →")) : ""),
+      beside,
       alive ? element("div", { class: "columns" }, left, right) : "");
   };
 

@@ -15,6 +15,23 @@ apd.unpack = async (value) => {
   return Object.fromEntries(entries);
 };
 
+// Files beside the page, each a script that calls apd.shard(number, data): i -> its data, read once.
+apd.beside = (files) => {
+  const asked = new Map(), arrived = new Map();
+  apd.shard = (i, data) => arrived.set(i, data);
+  const read = (i) => new Promise((resolve, reject) => {
+    const script = document.createElement("script");
+    script.onload = () => (arrived.has(i) ? resolve(apd.unpack(arrived.get(i))) : reject(new Error(files[i])));
+    script.onerror = () => reject(new Error(files[i]));
+    script.src = files[i];
+    document.head.append(script);
+  });
+  return (i) => {
+    if (!asked.has(i)) asked.set(i, read(i));
+    return asked.get(i);
+  };
+};
+
 // Row i (of row i, ...) of an array.
 apd.at = ({ shape, flat }, ...places) => {
   let start = 0, size = flat.length;
