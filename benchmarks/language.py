@@ -3,11 +3,16 @@ r"""Time and memory of a language model's train step: of its parts, and as compo
     python benchmarks/language.py [--json FILE] [--only glassllm,5M] [--methods spd,vpd] [--quick]
 
 Networks have random weights of the shapes named: time does not depend on them. Every row is a
-process of its own: 8 sequences of 64 tokens, C as `suggest` has it, or a multiple.
+process of its own: 8 sequences of 64 tokens, C as `suggest` has it, or a multiple. Parts, each as a
+program of its own, and the step that is made of them and of more passes:
   target        a forward pass of the network itself
-  sparse pass   the same with every decomposed matrix Σ_c m_c P_c, m of every position
+  gate          what is seen of a batch, and the gate's values
+  sparse pass   the forward pass with every decomposed matrix Σ_c m_c P_c, 3 % of m on at every
+                position: of all pieces (masked), and of those that are on (dispatch)
+  pass, grad    such a sparse pass, its KL, and the gradient by the components
   step          all of a train step, by the method's settings for tokens
   share         of the matmul peak of this process, of XLA's own count of operations
+  temporaries   of the step, by XLA's plan; GiB: the peak of this process, all programs
 """
 
 from __future__ import annotations
@@ -16,23 +21,28 @@ import argparse
 import json
 import subprocess
 import sys
+import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from common import measure_peaks, peak_memory_gib, show, timed, write_json
+from common import WINDOWS, measure_peaks, peak_memory_gib, show, timed, write_json
 
 from apd_jax.forward import sparse
+from apd_jax.forward.dispatch import slots_for
 from apd_jax.language import families
 from apd_jax.language.decoder import DecoderConfig
 from apd_jax.language.pretrained import initial
 from apd_jax.language.tokens import predicting
-from apd_jax.methods import registry, suggest
+from apd_jax.losses import minimality
+from apd_jax.methods import observe, registry, suggest
+from apd_jax.methods.optimizers import Trained
+from apd_jax.network.outputs import outputs
 from apd_jax.network.problem import Problem
 from apd_jax.train.state import init_state
 from apd_jax.train.step import make_step
 
-B, T = 8, 64
+B, T, ACTIVE = 8, 64, 0.03
 # name -> vocabulary, D, layers, heads, heads of keys, width of the MLP
 NETWORKS = {
     "glassllm": (1024, 128, 4, 4, 2, 341),
@@ -45,18 +55,22 @@ COLUMNS = {
     "method": "method",
     "components": "components",
     "target, ms": "target_ms",
-    "sparse pass, ms": "sparse_ms",
+    "gate, ms": "gate_ms",
+    "sparse pass, ms": "masked_ms",
+    "dispatched, ms": "dispatch_ms",
     "times the target": "ratio",
+    "pass, grad, ms": "gradient_ms",
     "step, ms": "step_ms",
     "tokens/s": "tokens_per_s",
     "share of peak": "share",
     "compile, s": "compile_s",
+    "temporaries, GiB": "temporaries_gib",
     "GiB": "peak_gib",
 }
 
 
-def measure(network: str, name: str, times: float, quick: bool) -> dict[str, Any]:
-    """One row. times: the number of components, of what is suggested."""
+def _problem(network: str, times: float, quick: bool) -> Problem:
+    """times: the number of components, of what SPD gives a site by itself."""
     V, D, layers, heads, kv_heads, d_mlp = TINY if quick else NETWORKS[network]
     config = DecoderConfig(
         vocab_size=V,
@@ -75,52 +89,78 @@ def measure(network: str, name: str, times: float, quick: bool) -> dict[str, Any
     def sample_fn(rng: Any, step: Any) -> Any:
         return jax.random.randint(jax.random.fold_in(rng, step), (B, T), 0, V)
 
-    select: Any = model.matrices()
-    settings: Any = suggest.for_tokens(name) | {"batch_size": B, "loss_units": "absolute"}
-    if times != 1:  # of the size that SPD gives a site by itself
-        sizes = {s: model.params[s].shape for s in select}
-        counts = {s: int(times * max(*d, 2 * min(d))) for s, d in sizes.items()}
-        select = {s: {"components": n} for s, n in counts.items()}
-    problem = Problem(model.apply_fn, model.params, sample_fn, select=select, valid_fn=predicting)
-    problem.layouts  # noqa: B018 - before params are traced below
-    method = registry.by_name(name)(**settings)
+    sizes = {s: model.params[s].shape for s in model.matrices()[: 1 if quick else None]}
+    select = {s: {"components": int(times * max(*d, 2 * min(d)))} for s, d in sizes.items()}
+    found = Problem(model.apply_fn, model.params, sample_fn, select=select, valid_fn=predicting)
+    found.layouts  # noqa: B018 - before params are traced below
+    return found
+
+
+def _measured(fn: Any, *args: Any) -> dict[str, float]:
+    """Milliseconds of a call, seconds of compiling, operations and temporaries by XLA's count."""
+    lowered = jax.jit(fn).lower(*args)
+    began = time.perf_counter()
+    program = lowered.compile()
+    compile_s = time.perf_counter() - began
+    call = lambda: jax.block_until_ready(program(*args))  # noqa: E731
+    first = timed(call, 1)
+    memory = program.memory_analysis()
+    return {
+        "ms": 1e3 * timed(call, 3 if first > 1 else WINDOWS),
+        "compile_s": compile_s,
+        "operations": float((program.cost_analysis() or {}).get("flops", float("nan"))),
+        "temporaries_gib": memory.temp_size_in_bytes / 2**30 if memory else float("nan"),
+    }
+
+
+def measure(network: str, name: str, times: float, quick: bool) -> dict[str, Any]:
+    """One row. times: the number of components, of what is suggested."""
+    problem, settings = _problem(network, times, quick), suggest.for_tokens(name)
+    method = registry.by_name(name)(**settings | {"batch_size": B, "loss_units": "absolute"})
     state = jax.jit(lambda key: init_state(key, problem, method))(jax.random.key(0))
-    C, x, key = state.components.num_components, sample_fn(jax.random.key(1), 0), jax.random.key(2)
-    mask = jax.random.bernoulli(key, 0.03, (B, T, C)).astype(jnp.float32)
+    params, components, key = problem.params, state.components, jax.random.key(2)
+    C, x = components.num_components, problem.example_batch(jax.random.key(1))
+    on = jax.random.bernoulli(key, ACTIVE, (B, T, C))
+    slots = slots_for(ACTIVE * C, B * T, C)
     peaks = measure_peaks()
 
-    def seconds(fn: Any, *args: Any) -> tuple[float, float, float]:
-        """Of a call, of compiling, and operations by XLA's count."""
-        program = jax.jit(fn).lower(*args).compile()
-        counted = program.cost_analysis() or {}
-        call = lambda: jax.block_until_ready(program(*args))  # noqa: E731
-        first = timed(call, 1)
-        return timed(call), first, float(counted.get("flops", float("nan")))
+    def gate(trained: Trained, params: Any, x: Any) -> Any:
+        return observe.activity(method, problem, trained, params, x)
 
-    target_s = seconds(model.apply_fn, model.params, x)[0]
-    apply_fn = model.apply_fn
-    sparse_s = seconds(
-        lambda p, c, m, x: sparse.apply(apply_fn, p, c, m, x),
-        model.params,
-        state.components,
-        mask,
-        x,
-    )[0]
-    step = make_step(problem, method)
-    began = jax.jit(step).lower(state, model.params, key)
-    compile_s = timed(lambda: began.compile(), 1)
-    step_s, _, operations = seconds(step, state, model.params, key)
+    def masked(components: Any, params: Any, on: Any, x: Any) -> Any:
+        return sparse.apply(problem.apply_fn, params, components, on.astype(jnp.float32), x)
+
+    def dispatched(components: Any, params: Any, on: Any, x: Any) -> Any:
+        return sparse.apply(
+            problem.apply_fn, params, components, on, x, route="dispatch", slots=slots
+        )
+
+    def distance(components: Any, params: Any, g: Any, x: Any) -> Any:
+        out, head = outputs(problem.body(params, x)), problem.head(params)
+        here = outputs(sparse.apply(problem.body, params, components, g, x))
+        return minimality(here, out, "kl", head=head)
+
+    target = _measured(problem.apply_fn, params, x)["ms"]
+    g = on.astype(jnp.float32)
+    found = {
+        "gate": _measured(gate, Trained(components, state.gate), params, x),
+        "masked": _measured(masked, components, params, on, x),
+        "dispatch": _measured(dispatched, components, params, on, x),
+        "gradient": _measured(jax.grad(distance), components, params, g, x),
+    }
+    step = _measured(make_step(problem, method), state, params, key)
     return {
         "network": network,
         "method": name,
         "components": C,
-        "target_ms": 1e3 * target_s,
-        "sparse_ms": 1e3 * sparse_s,
-        "ratio": sparse_s / target_s,
-        "step_ms": 1e3 * step_s,
-        "tokens_per_s": B * T / step_s,
-        "share": operations / step_s / (peaks.matmul_gflops * 1e9),
-        "compile_s": compile_s,
+        "target_ms": target,
+        **{f"{part}_ms": one["ms"] for part, one in found.items()},
+        "ratio": min(found["masked"]["ms"], found["dispatch"]["ms"]) / target,
+        "step_ms": step["ms"],
+        "tokens_per_s": 1e3 * B * T / step["ms"],
+        "share": step["operations"] / step["ms"] / (peaks.matmul_gflops * 1e6),
+        "compile_s": step["compile_s"],
+        "temporaries_gib": step["temporaries_gib"],
         "peak_gib": peak_memory_gib(),
         "matmul_gflops": peaks.matmul_gflops,
     }
@@ -135,9 +175,13 @@ def main() -> None:
     parser.add_argument("--methods", default="spd,vpd")
     parser.add_argument("--times", default="1,2", help="the number of components, of the usual")
     parser.add_argument("--markdown", action="store_true")
-    parser.add_argument("--quick", action="store_true", help="tiny; the numbers mean nothing")
+    parser.add_argument(
+        "--quick", action="store_true", help="one tiny matrix; the numbers mean nothing"
+    )
     parser.add_argument("--one", default=None, help="network,method,times: a row, in this process")
     options = parser.parse_args()
+    if unknown := set(options.only.split(",")) - set(NETWORKS):
+        parser.error(f"unknown networks {sorted(unknown)}; known: {', '.join(NETWORKS)}.")
     if options.one:
         network, name, times = options.one.split(",")
         print(json.dumps(measure(network, name, float(times), options.quick)))

@@ -21,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bounds
 import common
+import language
 import pod
 import recovery
 import robustness
@@ -127,6 +128,22 @@ def test_the_quick_form_of_scaling_runs(tmp_path):
     assert one["gradient_bytes"] == 0 and all(row["loss_differs_by"] < 1e-5 for row in more)
     # Every component's U and V, in float32: C = 16, W_in 40x6 and W_out 6x40 of rank 16.
     assert {row["gradient_bytes"] for row in more} == {4 * 16 * 16 * 2 * (40 + 6)}
+
+
+def test_a_row_of_the_language_models():
+    row = language.measure("glassllm", "spd", 1.0, quick=True)
+    assert set(language.COLUMNS.values()) <= set(row)
+    assert row["components"] == 32  # of one matrix [16, 16]: SPD gives it twice its rank
+    times = [row[f"{part}_ms"] for part in ("target", "gate", "masked", "dispatch", "gradient")]
+    assert min(times) > 0 and row["temporaries_gib"] > 0
+    assert row["ratio"] == pytest.approx(min(row["masked_ms"], row["dispatch_ms"]) / times[0])
+    assert row["tokens_per_s"] == pytest.approx(8 * 64 * 1000 / row["step_ms"])
+
+
+def test_an_unknown_language_model_is_refused():
+    command = [sys.executable, "benchmarks/language.py", "--only", "GPT-5"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "unknown networks ['GPT-5']" in done.stderr
 
 
 def test_an_unknown_part_is_refused():
