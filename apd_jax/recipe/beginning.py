@@ -5,18 +5,19 @@ leaf. They are tried in the order of what they cost (`KINDS`), each among more a
 
   modes       directions that many examples share: needs examples with one mechanism alone
   separation  directions of the codes that examples are mixtures of: needs as many dimensions
+  units       the entries of what lies between two layers, if a nonlinearity keeps them apart
 
-The first that is accepted, and independent in some leaf, is where the recipe begins; else the best
-of those that are accepted. Where none is, it begins at random. Components are accepted by what they
-do under the mask that they find (`judge`), not by what they span: any n ≥ d directions span
-everything.
+Modes that are accepted, and independent in some leaf, are where the recipe begins; else the kind of
+those accepted that has the fewest parts on. Where none is, it begins at random. Components are
+accepted by what they do under the mask that they find (`judge`), not by what they span: any n ≥ d
+directions span everything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ from jaxtyping import PRNGKeyArray
 from apd_jax.components import Components
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import held, separation
+from apd_jax.recipe import held, separation, units
 from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.judge import Judge, Worth
@@ -69,10 +70,16 @@ def _separated(e: Examples) -> Modes | None:
     return separation.find(e.problem, e.batches, e.key, e.ins, e.effect)
 
 
+def _units(e: Examples) -> Modes | None:
+    return units.find(e.problem, e.batches)
+
+
 KINDS: dict[str, Callable[[Examples], Modes | None]] = {
     "modes": _densest,
     "separation": _separated,
+    "units": _units,
 }
+SUREST = "modes"  # single mechanisms that many examples show need no comparison
 
 
 @dataclasses.dataclass(frozen=True)
@@ -178,37 +185,37 @@ class _Search:
 
     def best(self) -> _Look | None:
         """The best of the looks that are accepted."""
-        best, refused = None, {}
-        for look in self._looks():
-            if look.refused:
-                refused[look.kind] = look.refused
-            elif best is None or self._better(look, best):
-                best = look
+        best, refused, kinds = None, {}, list(KINDS)
+        for times in _LOOKS:
+            for look in self._looks(times, kinds):
+                if look.refused:
+                    refused[look.kind] = look.refused
+                elif best is None or self._better(look, best):
+                    best = look
             if best is not None and best.complete:
                 break
+            if best is not None and best.independent:
+                kinds = [best.kind]
         if best is not None:
             self._warn(best)
         elif refused:
             log.warning("components begin at random: %s", " ".join(refused.values()))
         return best
 
-    def _looks(self) -> Iterator[_Look]:
-        """Every kind among more and more examples; once one is independent, only that kind."""
-        kinds = list(KINDS)
-        for times in _LOOKS:
-            batches = modes_lib.looked_at(self.problem, self.method.batch_size, self.draw, times)
-            read = modes_lib.examples(self.problem, batches)
-            examples = Examples(self.problem, batches, self.draw, times, *read)
-            for kind in kinds:
-                found = KINDS[kind](examples)
-                if not found:
-                    log.info("%s: none among %d examples", kind, len(examples.effect))
-                    continue
-                look = self._judged(kind, found, examples)
-                yield look
-                if not look.refused and look.independent:
-                    kinds = [kind]
-                    break
+    def _looks(self, times: int, kinds: Sequence[str]) -> Iterator[_Look]:
+        """These kinds among so many examples; no others where the surest finds its own."""
+        batches = modes_lib.looked_at(self.problem, self.method.batch_size, self.draw, times)
+        read = modes_lib.examples(self.problem, batches)
+        examples = Examples(self.problem, batches, self.draw, times, *read)
+        for kind in kinds:
+            found = KINDS[kind](examples)
+            if not found:
+                log.info("%s: none among %d examples", kind, len(examples.effect))
+                continue
+            look = self._judged(kind, found, examples)
+            yield look
+            if kind == SUREST and not look.refused and look.independent:
+                break
 
     def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:
         n, C = len(modes), self.method.num_components
@@ -261,10 +268,12 @@ class _Search:
         if len(modes) == 1:  # of one there are no mixtures
             return ""
         k = min(max(worth.active, 1 / self.method.batch_size), float(len(modes)))
-        other = modes_lib.described(
-            *(examples.ins, examples.effect, modes_lib.with_effect(examples.effect)),
-            *(modes_lib.mixed(modes, self.method.seed), modes.density),
-        )
+        ins, writes = (modes_lib.mixed(a, self.method.seed) for a in (modes.ins, modes.writes))
+        if writes:
+            other = dataclasses.replace(modes, ins=ins, reads=ins, writes=writes)
+        else:
+            kept = modes_lib.with_effect(examples.effect)
+            other = modes_lib.described(examples.ins, examples.effect, kept, ins, modes.density)
         control = held.components(self.problem, other, self.fresh, num_always_on=on)
         loss, chance = (self.judge.by_topk(c, on, k).loss for c in (one, control))
         if loss > _BETTER * chance:
@@ -275,7 +284,12 @@ class _Search:
         return ""
 
     def _better(self, look: _Look, best: _Look) -> bool:
-        """Whether loss and simplicity together are less; in a tie, whether fewer modes miss."""
+        """Of two kinds, whether fewer parts are on, whatever is always on.
+
+        Of one, whether loss and simplicity together are less; in a tie, whether fewer modes miss.
+        """
+        if look.kind != best.kind:
+            return look.worth.active < best.worth.active
         if abs(look.worth.total - best.worth.total) < _TIE:
             return look.modes.unexplained < best.modes.unexplained
         return look.worth.total < best.worth.total

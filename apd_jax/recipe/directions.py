@@ -5,6 +5,8 @@ Shapes: B examples of a batch, b matrices of a leaf (1 unless stacked).
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,8 @@ from jaxtyping import Array, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components.layout import Layout, unfold
+from apd_jax.errors import InputError
+from apd_jax.forward import capture
 from apd_jax.network.outputs import outputs
 from apd_jax.network.problem import Problem
 
@@ -54,6 +58,25 @@ def directions(
     if fitting < jax.tree.leaves(x)[0].shape[0]:
         return jax.lax.map(one, x, batch_size=fitting)
     return jax.vmap(one)(x)
+
+
+def inputs(problem: Problem, x: PyTree) -> dict[str, Float[Array, "B b d_in"]]:
+    """What leaves read that read one row of an example; none where that cannot be told."""
+    shapes = {name: _matrix(problem, name, leaf).shape for name, leaf in problem.sites.items()}
+    try:
+        read = capture.inputs(problem.apply_fn, problem.params, problem.site_names, x)[1]
+    except InputError:
+        return {}
+    rows = {
+        name: r.rows
+        for name, r in read.items()
+        if r.side == "in" and jnp.issubdtype(r.rows.dtype, jnp.floating)
+    }
+    return {
+        name: a.reshape(len(a), *shapes[name][:2]).astype(jnp.float32)
+        for name, a in rows.items()
+        if math.prod(a.shape[1:]) == math.prod(shapes[name][:2])
+    }
 
 
 def _matrix(problem: Problem, name: str, leaf: Array) -> Float[Array, "b d_in d_out"]:

@@ -9,6 +9,8 @@ Where layers read nothing but sums of the e_i, these d_i are their dual basis, a
 layer may also read what earlier layers wrote. That need not be a sum of what they write for single
 modes. The d_i are blind to it, and what W makes of it belongs to no mode.
 
+Where a leaf is split by what modes write, with E their directions, P_i = W t_i ⊗ e_i.
+
 Shapes: n modes, C components, b matrices of a leaf (1 unless stacked), m rank, R columns of a
 component's U at a leaf.
 """
@@ -65,6 +67,8 @@ def components(
         for i, matrix in enumerate(weights[name]):
             if num_always_on and gains[name] < SHARED:
                 site.hold_whole(i, matrix, f.rank)
+            elif name in modes.writes:
+                site.hold_writes(i, matrix, modes.writes[name][:, i].astype(np.float64))
             else:
                 reads = modes.reads[name][:, i].astype(np.float64)
                 site.hold(i, matrix, reads, modes.seen[name][i])
@@ -134,17 +138,33 @@ class _Site:
         seen: Float[np.ndarray, "d_in r"],
     ) -> None:
         """Matrix i by the modes, and what belongs to none of them by the others."""
-        v = dual(d, 1e-6)[0] @ W
+        left = self._take(i, W, d, dual(d, 1e-6)[0] @ W)
+        read = seen @ (seen.T @ left)
+        self._spread(i, read, [self._always, self._spare], _least(W))
+        self._spread(i, left - read, [self._spare, self._always], _least(W))
+
+    def hold_writes(
+        self, i: int, W: Float[np.ndarray, "d_in d_out"], e: Float[np.ndarray, "n d_out"]
+    ) -> None:
+        """Matrix i by what modes write, and what none writes by the others."""
+        left = self._take(i, W, dual(e, 1e-6)[0] @ W.T, e)
+        self._spread(i, left, [self._spare, self._always], _least(W))
+
+    def _take(
+        self,
+        i: int,
+        W: Float[np.ndarray, "d_in d_out"],
+        d: Float[np.ndarray, "n d_in"],
+        v: Float[np.ndarray, "n d_out"],
+    ) -> Float[np.ndarray, "d_in d_out"]:
+        """Column 0 of the modes' components: d_i ⊗ v_i, as long on both sides. What is left."""
         held = self._exists[self._taken, 0]
         d, v = d * held[:, None], v * held[:, None]
         length = np.maximum(np.linalg.norm(d, axis=1), 1e-30)
         scale = np.sqrt(np.linalg.norm(v, axis=1) / length)[:, None]
         self.U[self._taken, i, :, 0] = d * scale
         self.V[self._taken, i, 0] = v / np.maximum(scale, 1e-30)
-        left = W - d.T @ v
-        read = seen @ (seen.T @ left)
-        self._spread(i, read, [self._always, self._spare], _least(W))
-        self._spread(i, left - read, [self._spare, self._always], _least(W))
+        return W - d.T @ v
 
     def _spread(
         self,

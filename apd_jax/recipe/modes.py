@@ -68,6 +68,7 @@ class Modes:
     unexplained: share of what examples read, in squares, that is no sum of modes, in the leaf where
       it is least.
     active: modes that an example has, the mean over all examples: an estimate of k.
+    writes: leaves that are split by what modes write instead: orthonormal directions of outputs.
     """
 
     ins: dict[str, Float[np.ndarray, "n b d_in"]]
@@ -76,23 +77,27 @@ class Modes:
     density: Float[np.ndarray, " n"]
     unexplained: float = 0.0
     active: float = 0.0
+    writes: dict[str, Float[np.ndarray, "n b d_out"]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.density)
 
     @property
     def gains(self) -> dict[str, float]:
-        """The gain of every leaf, the mean over its matrices."""
-        return {
+        """The gain of every leaf, the mean over its matrices; 1 where it is split by outputs."""
+        gains = {
             name: float(np.mean([dual(e[:, i])[1] for i in range(e.shape[1])]))
             for name, e in self.ins.items()
         }
+        return gains | dict.fromkeys(self.writes, 1.0)
 
     def first(self, n: int) -> Modes:
-        ins, reads = (
-            {name: a[:n] for name, a in arrays.items()} for arrays in (self.ins, self.reads)
+        ins, reads, writes = (
+            {name: a[:n] for name, a in arrays.items()}
+            for arrays in (self.ins, self.reads, self.writes)
         )
-        return Modes(ins, reads, self.seen, self.density[:n], self.unexplained, self.active)
+        more = {"ins": ins, "reads": reads, "writes": writes, "density": self.density[:n]}
+        return dataclasses.replace(self, **more)
 
 
 def find(problem: Problem, batch_size: int, key: PRNGKeyArray, *, times: int = 1) -> Modes:
@@ -326,15 +331,17 @@ def dual(
     return (u[:, large] / s[large]) @ vt[large], float(large.mean() * min(E.shape) / len(E))
 
 
-def mixed(modes: Modes, seed: int) -> dict[str, Float[np.ndarray, "n b d_in"]]:
-    """As many directions in the same span, each a mixture of all modes, the same in every leaf."""
-    n = len(modes)
+def mixed(
+    directions: dict[str, Float[np.ndarray, "n b d"]], seed: int
+) -> dict[str, Float[np.ndarray, "n b d"]]:
+    """As many directions in the same span, each a mixture of all, the same in every leaf."""
+    n = len(next(iter(directions.values()))) if directions else 0
     signs = np.random.default_rng(seed).choice([-1.0, 1.0], n)
     # Cosines of n frequencies, orthogonal, after random signs: no mode has more than its share.
     angles = np.pi * np.outer(np.arange(n), np.arange(n) + 0.5) / n
     mixing = np.cos(angles) * signs
     found = {}
-    for name, e in modes.ins.items():
+    for name, e in directions.items():
         a = np.einsum("ij,jbd->ibd", mixing, e)
         length = np.maximum(np.linalg.norm(a, axis=-1, keepdims=True), 1e-30)
         found[name] = (a / length).astype(np.float32)

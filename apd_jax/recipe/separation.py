@@ -24,19 +24,16 @@ Shapes: N examples, n mechanisms, b matrices of a leaf (1 unless stacked).
 from __future__ import annotations
 
 import dataclasses
-import math
 import warnings
 from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+from jaxtyping import Float, PRNGKeyArray, PyTree
 
-from apd_jax.errors import InputError
-from apd_jax.forward import capture
 from apd_jax.network.problem import Problem
-from apd_jax.recipe.directions import matrices
+from apd_jax.recipe.directions import inputs
 from apd_jax.recipe.modes import Modes, described, with_effect
 
 MOST_EXAMPLES = 32_768  # that codes are found on
@@ -67,8 +64,10 @@ def find(
     N = min(len(effect), MOST_EXAMPLES)
     weight = np.sqrt(effect[:N] / max(float(np.mean(effect)), 1e-30)).astype(np.float32)
     read = {name: _Read(e[:N] * weight[:, None, None], False) for name, e in ins.items()}
-    inputs = _inputs(problem, batches)
-    read |= {name: _Read(x[:N], True) for name, x in inputs.items()}
+    of_batch = jax.jit(lambda params, x: inputs(problem.with_params(params), x))
+    drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
+    whole = jax.tree.map(lambda *a: np.concatenate(a), *drawn)
+    read |= {name: _Read(x[:N], True) for name, x in whole.items()}
     seed = int(jax.random.bits(key, dtype=jnp.uint32))
     found = [r.codes(i, seed) for r in read.values() for i in range(r.x.shape[1])]
     codes = found[int(np.argmax([np.sum(_GAUSSIAN - _length(s)) for s in found]))]
@@ -82,33 +81,6 @@ def find(
     order = np.argsort(-weights, kind="stable")
     directions = {name: a[order] for name, a in directions.items()}
     return described(ins, effect, with_effect(effect), directions, weights[order])
-
-
-def _inputs(
-    problem: Problem, batches: Iterable[PyTree]
-) -> dict[str, Float[np.ndarray, "N b d_in"]]:
-    """What leaves read that read one row of an example."""
-    shapes = {name: W.shape for name, W in matrices(problem).items()}
-
-    def of(params: PyTree, x: PyTree) -> dict[str, Array]:
-        try:
-            read = capture.inputs(problem.apply_fn, params, problem.site_names, x)[1]
-        except InputError:  # it cannot be told
-            return {}
-        rows = {
-            name: r.rows
-            for name, r in read.items()
-            if r.side == "in" and jnp.issubdtype(r.rows.dtype, jnp.floating)
-        }
-        return {
-            name: a.reshape(len(a), *shapes[name][:2]).astype(jnp.float32)
-            for name, a in rows.items()
-            if math.prod(a.shape[1:]) == math.prod(shapes[name][:2])
-        }
-
-    of_batch = jax.jit(of)
-    drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
-    return jax.tree.map(lambda *a: np.concatenate(a), *drawn)
 
 
 @dataclasses.dataclass(frozen=True)

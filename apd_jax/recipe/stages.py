@@ -1,10 +1,10 @@
 """A recipe: training in stages, with one set of numbers for all targets (`docs/results.md`).
 
 Where examples of one kind agree on what they read (`apd_jax.recipe.modes`), or are mixtures of
-codes (`apd_jax.recipe.separation`), and components that begin there stand the test of
-`apd_jax.recipe.beginning`, only `refine` is left to do, or `polish` and `refine` where the loss
-says that this was not all. Where none stands it, components begin at random and go through all
-stages:
+codes (`apd_jax.recipe.separation`), or layers have units between them (`apd_jax.recipe.units`), and
+components that begin there stand the test of `apd_jax.recipe.beginning`, only `refine` is left to
+do, or `polish` and `refine` where the loss says that this was not all. Where none stands it,
+components begin at random and go through all stages:
 
   explore  from a strong simplicity pressure, under which components hold next to nothing, down to a
            weak one. Mechanisms emerge one after the other, each in components of its own, several
@@ -142,8 +142,8 @@ def fit(
     stages, begin, found = STAGES, None, accepted(problem, method, recipe, reference, judge)
     if found is None and method.topk == 0:
         raise InputError(
-            "topk = 0 leaves k to the beginning, but neither modes nor separation explain this "
-            f"network well enough to begin there; {GIVE_K}"
+            "topk = 0 leaves k to the beginning, but neither modes nor separation nor units "
+            f"explain this network well enough to begin there; {GIVE_K}"
         )
     if found is not None:
         begin, method = Trained(found.components), filled(method, **found.said)
