@@ -142,7 +142,7 @@ def fit(
     stages, begin, found = STAGES, None, accepted(problem, method, recipe, reference, judge)
     if found is None and method.topk == 0:
         raise InputError(
-            "topk = 0 leaves k to the beginning, but neither modes nor separation nor units "
+            "topk = 0 leaves k to the beginning, but neither modes, separation nor units "
             f"explain this network well enough to begin there; {GIVE_K}"
         )
     if found is not None:

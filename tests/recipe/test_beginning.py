@@ -146,7 +146,7 @@ def test_k_that_nobody_says():
 
     for least, why in (
         (2.0, "recipe.least_explained = 2.0 leaves none but a random one"),
-        (0.8, "neither modes nor separation explain this network"),
+        (0.8, "neither modes, separation nor units explain this network"),
     ):
         r.least_explained = least
         with pytest.raises(
