@@ -108,10 +108,11 @@ class LanguageModel:
 
         Args:
           params: edited weights, or what `steer` and `swap` return; None: the model's own.
-        Cost: keys and values are kept, but where a change is at chosen positions only: `where` may
-          look at all tokens, so each new one then costs a pass over all.
         Raises:
           InputError: no tokenizer, no text, or more tokens than the context.
+
+        Keys and values are kept, but where a change is at chosen positions only: `where` may look
+        at all tokens, so each new one then costs a pass over all.
         """
         tokens, start = self.encode(text), self._tokenizer().document
         if not len(tokens) and start is None:
