@@ -48,7 +48,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
     apd.update(frequency_coeff=0.0, gate_kind="pieces")
     if name == "tms":
         apd.update(num_steps=20_000, batch_size=256, importance_p=1.0, importance_p_final=None)
-        apd.importance_coeff = 0.3 / target.num_features
+        apd.importance_coeff = 0.5 / target.num_features
         apd.update(faithfulness_coeff=1 / variance, faithfulness_warmup_steps=0)
     apd.update(adversary="fresh", adversary_ascents=4, adversary_rate=0.05)
     apd.adversary_shared = "batch"
