@@ -49,7 +49,7 @@ class _Units:
 
 
 def find(problem: Problem, batches: Iterable[PyTree]) -> Modes | None:
-    """A mode for every unit; None where a decomposed leaf neither writes to units nor reads any.
+    """A mode for every unit; None where units do not split every decomposed leaf in one way.
 
     Cost: for every leaf, 2 log₂ d_out + 1 forward passes of a batch; two passes of all examples.
     """
@@ -69,7 +69,7 @@ def find(problem: Problem, batches: Iterable[PyTree]) -> Modes | None:
 
     groups = _found({name: W[0] for name, W in weights.items()}, reader(batches[:1]))
     split = [name for units in groups for name in (*units.writers, *units.readers)]
-    if not groups or set(split) != set(weights):
+    if sorted(split) != sorted(weights):  # one is left out, or split two ways
         return None
     return _described(weights, groups, reader(batches))
 
