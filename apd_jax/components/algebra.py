@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -27,6 +28,7 @@ from apd_jax.errors import InputError
 # Sums
 
 
+@functools.partial(jax.jit, inline=True)
 def leaf_total(factors: Factors) -> Float[Array, ...]:
     """Σ_c P_c of one leaf, in the leaf's shape.
 
@@ -109,14 +111,15 @@ def project_U_gradient(gradient: Components, components: Components) -> Componen
 def squared_norms(components: Components) -> dict[str, Float[Array, " C"]]:
     """‖P_c‖²_F per leaf, from the factors: tr(UᵀU · VVᵀ). Cost: C·m²·(d_in + d_out) per leaf."""
     C = components.num_components
+    return {name: _squared_norms(f, C) for name, f in components.factors.items()}
 
-    def one(f: Factors) -> Float[Array, " C"]:
-        f = _no_number_twice(f, C)
-        gram_u = jnp.einsum("c...im,c...in->c...mn", f.U, f.U)
-        gram_v = jnp.einsum("c...mo,c...no->c...mn", f.V, f.V)
-        return f.sums(jnp.sum(gram_u * gram_v, axis=tuple(range(1, gram_u.ndim))), C)
 
-    return {name: one(f) for name, f in components.factors.items()}
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _squared_norms(f: Factors, C: int) -> Float[Array, " C"]:
+    f = _no_number_twice(f, C)
+    gram_u = jnp.einsum("c...im,c...in->c...mn", f.U, f.U)
+    gram_v = jnp.einsum("c...mo,c...no->c...mn", f.V, f.V)
+    return f.sums(jnp.sum(gram_u * gram_v, axis=tuple(range(1, gram_u.ndim))), C)
 
 
 def norms(components: Components) -> Float[Array, " C"]:
@@ -132,13 +135,14 @@ def singular_values(components: Components) -> dict[str, Float[Array, "C r"]]:
     Cost: C·m²·(d_in + d_out) per leaf.
     """
     C = components.num_components
+    return {name: _singular_values(f, C) for name, f in components.factors.items()}
 
-    def one(f: Factors) -> Float[Array, "C r"]:
-        f = _no_number_twice(f, C)
-        s = _singular_values_of_product(jnp.asarray(f.U), jnp.asarray(f.V))
-        return f.sums(s.reshape(s.shape[0], -1), C)
 
-    return {name: one(f) for name, f in components.factors.items()}
+@functools.partial(jax.jit, static_argnums=1, inline=True)
+def _singular_values(f: Factors, C: int) -> Float[Array, "C r"]:
+    f = _no_number_twice(f, C)
+    s = _singular_values_of_product(f.U, f.V)
+    return f.sums(s.reshape(s.shape[0], -1), C)
 
 
 def _singular_values_of_product(U: Array, V: Array) -> Array:
@@ -279,7 +283,7 @@ def aligned(components: Components) -> Components:
     components one by one. Cost: C·m·(d_in + d_out) numbers per site, whatever it held.
     """
     C = components.num_components
-    whole = map_sites(lambda f: _aligned(f, C), components)
+    whole = map_sites(lambda f: f if f.ids is None else _aligned(f, C), components)
     return dataclasses.replace(whole, count=None)
 
 
@@ -317,9 +321,8 @@ def _no_number_twice(f: Factors, C: int) -> Factors:
     return _aligned(f, C) if twice else f
 
 
+@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _aligned(f: Factors, C: int) -> Factors:
-    if f.ids is None:
-        return f
     pieces: dict[int, list[int]] = defaultdict(list)
     for j, c in enumerate(f.ids):
         pieces[c].append(j)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,24 +16,33 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray
 
 
-def normals(asked: Mapping[Any, tuple[PRNGKeyArray, tuple[int, ...], Any]]) -> dict[Any, Array]:
-    """jax.random.normal(key, shape, dtype) of every {name: (key, shape, dtype)}."""
-    alike: dict[tuple[int, Any], list[Any]] = {}
-    for name, (_, shape, dtype) in asked.items():
-        alike.setdefault((math.prod(shape), dtype), []).append(name)
-    found = {}
-    for (size, dtype), names in alike.items():
-        rows = _normals(jnp.stack([asked[name][0] for name in names]), size, dtype)
-        found |= {name: a.reshape(asked[name][1]) for name, a in zip(names, rows, strict=True)}
-    return found
+def normals(
+    asked: Mapping[Any, tuple[PRNGKeyArray, tuple[int, ...], Any, Any]],
+) -> dict[Any, Array]:
+    """scale · jax.random.normal(key, shape, dtype) of every {name: (key, shape, dtype, scale)}."""
+    keys, shapes, dtypes, scales = zip(*asked.values(), strict=True)
+    drawn = _normals(keys, scales, shapes, dtypes)
+    return dict(zip(asked, drawn, strict=True))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _normals(keys: Array, size: int, dtype: Any) -> Array:
-    return jax.lax.map(lambda key: jax.random.normal(key, (size,), dtype), keys)
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _normals(
+    keys: Sequence[Array], scales: Sequence[Any], shapes: tuple[Any, ...], dtypes: tuple[Any, ...]
+) -> list[Array]:
+    alike: dict[tuple[int, Any], list[int]] = {}
+    for i, (shape, dtype) in enumerate(zip(shapes, dtypes, strict=True)):
+        alike.setdefault((math.prod(shape), dtype), []).append(i)
+    found: dict[int, Array] = {}
+    for (size, dtype), own in alike.items():
+        draw = functools.partial(jax.random.normal, shape=(size,), dtype=dtype)
+        rows = jax.lax.map(draw, jnp.stack([keys[i] for i in own]))
+        for i, row in zip(own, rows, strict=True):
+            found[i] = scales[i] * row.reshape(shapes[i])
+    return [found[i] for i in range(len(keys))]
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def pairs_of_keys(rng: PRNGKeyArray, count: int) -> Array:
-    """split(fold_in(rng, i)) of i = 0 ... count - 1: [count, 2] keys."""
-    return jax.lax.map(lambda i: jax.random.split(jax.random.fold_in(rng, i)), jnp.arange(count))
+def pairs_of_keys(rng: PRNGKeyArray, count: int) -> list[tuple[Array, Array]]:
+    """split(fold_in(rng, i)) of i = 0 ... count - 1."""
+    pairs = jax.lax.map(lambda i: jax.random.split(jax.random.fold_in(rng, i)), jnp.arange(count))
+    return [(pair[0], pair[1]) for pair in pairs]

@@ -12,6 +12,7 @@ expert) have an axis of matrices after n. A leaf that is not decomposed is None.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -67,7 +68,7 @@ class Factors:
     @property
     def weights(self) -> Array:
         """U_j V_j in the leaf's shape, [n, *shape]; without the first axis for one piece."""
-        return fold(self.U @ self.V, self.shape, self.axes)
+        return _product(self)
 
     def take(self, values: Array, axis: int = -1) -> Array:
         """What `values` says of each piece, from what it says of each component along `axis`.
@@ -88,6 +89,11 @@ class Factors:
             return values
         out = jnp.zeros((num_components, *values.shape[1:]), values.dtype)
         return out.at[np.asarray(self.ids, np.int32)].add(values)
+
+
+@functools.partial(jax.jit, inline=True)
+def _product(f: Factors) -> Array:
+    return fold(f.U @ f.V, f.shape, f.axes)
 
 
 @jax.tree_util.register_dataclass

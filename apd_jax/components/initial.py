@@ -204,6 +204,7 @@ def init(
         )
 
     sides, made = {}, {}
+    scales = (init_scale, 1.0 if like_target else init_scale)
     for name, own_keys in zip(chosen, draws.pairs_of_keys(rng, len(chosen)), strict=True):
         leaf = every[name]
         layout = layouts.get(name, Layout.default(leaf.ndim))
@@ -214,21 +215,18 @@ def init(
         dtype = jnp.promote_types(leaf.dtype, jnp.float32)  # half has no room for small steps
         batch = tuple(leaf.shape[axis] for axis in layout.batch)
         d_in, d_out = matrix_shape(leaf.shape, layout)
-        for side, key, shape in zip("UV", own_keys, ((d_in, m), (m, d_out)), strict=True):
-            sides[name, side] = (key, (n, *batch, *shape), dtype)
+        both = zip("UV", own_keys, ((d_in, m), (m, d_out)), scales, stds, strict=True)
+        for side, key, shape, scale, std in both:
+            sides[name, side] = (key, (n, *batch, *shape), dtype, scale * std)
         kept = None if layout == Layout.default(leaf.ndim) else layout
-        made[name] = (stds, (tuple(leaf.shape), uses.get(name, 1), kept, own))
-    drawn, scales = draws.normals(sides), (init_scale, 1.0 if like_target else init_scale)
+        made[name] = (tuple(leaf.shape), uses.get(name, 1), kept, own)
+    drawn = draws.normals(sides)
 
     def make(path: tuple[Any, ...], _: Any) -> Factors | None:
         if (name := path_name(path)) not in made:
             return None
-        stds, (shape, times, kept, own) = made[name]
-        U, V = (
-            scale * std * drawn[name, side]
-            for side, std, scale in zip("UV", stds, scales, strict=True)
-        )
-        return Factors(U, V, shape, times, kept, ids=own)
+        shape, times, kept, own = made[name]
+        return Factors(drawn[name, "U"], drawn[name, "V"], shape, times, kept, ids=own)
 
     tree = jax.tree_util.tree_map_with_path(make, params)
     # The count is part of the tree's structure: said only where no site says it.

@@ -46,17 +46,17 @@ def init(
     fan-in d.
     """
     shapes = {name: (C, d_hidden) for name, C in num_components.items()}
-    halves = _halves(jnp.stack([keys[name] for name in shapes]))
+    halves = _halves([keys[name] for name in shapes])
     drawn = components_lib.normals(
         {
-            (name, which): (key, shapes[name], jnp.float32)
+            (name, which): (key, shapes[name], jnp.float32, scale)
             for name, own in zip(shapes, halves, strict=True)
-            for which, key in zip(("in", "out"), own, strict=True)
+            for which, key, scale in zip(("in", "out"), own, (math.sqrt(2), 1.0), strict=True)
         }
     )
     return {
         name: PieceMLP(
-            w_in=math.sqrt(2) * drawn[name, "in"],
+            w_in=drawn[name, "in"],
             b_in=jnp.zeros(shape),
             w_out=drawn[name, "out"] / math.sqrt(d_hidden),
             b_out=jnp.zeros(shape[0]),
@@ -66,8 +66,8 @@ def init(
 
 
 @jax.jit
-def _halves(keys: Array) -> Array:
-    return lax.map(jax.random.split, keys)
+def _halves(keys: Sequence[Array]) -> list[tuple[Array, Array]]:
+    return [(half[0], half[1]) for half in lax.map(jax.random.split, jnp.stack(keys))]
 
 
 def apply(mlp: PieceMLP, h: Float[Array, "*B C"]) -> Float[Array, "*B C"]:

@@ -12,9 +12,11 @@ position in the whole array, so the mask is that of one device.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, UInt32
@@ -121,16 +123,21 @@ def topk(
     Cost: some tens of counting passes over the scores, no sort; with component_axis as many psums
       of B counts.
     """
-    B, C = attributions.shape
+    _check_k(k, _columns(attributions.shape[1], component_axis)[1])
+    return _topk(attributions, k, component_axis)
+
+
+@functools.partial(jax.jit, static_argnums=2, inline=True)
+def _topk(scores: Float[Array, "B C"], k: Any, component_axis: str | None) -> Bool[Array, "B C"]:
+    B, C = scores.shape
     first, num_all = _columns(C, component_axis)
-    _check_k(k, num_all)
     index = jnp.broadcast_to(first + jnp.arange(C, dtype=jnp.uint32), (B, C))
     num = jnp.minimum(jnp.broadcast_to(jnp.asarray(k, jnp.int32), (B,))[:, None], num_all)
 
     def count(flags):
         return psum(_count(flags, axis=1), component_axis)
 
-    return _largest(_ordered_bits(attributions), index, num, count)
+    return _largest(_ordered_bits(scores), index, num, count)
 
 
 def batch_topk(
@@ -167,6 +174,7 @@ def batch_topk(
     )
 
 
+@functools.partial(jax.jit, static_argnames=("axis_name", "component_axis"), inline=True)
 def batch_largest(
     attributions: Float[Array, "B C"],
     num: Any,

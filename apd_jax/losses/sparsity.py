@@ -5,6 +5,9 @@ Shapes: B examples, T positions, C components, n pieces, m rank.
 
 from __future__ import annotations
 
+import functools
+
+import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
@@ -17,6 +20,7 @@ EPSILON = 1e-16  # inside the powers: a finite gradient at 0 (the released code 
 LEAST = 1e-12  # added to causal importances before a power (VPD)
 
 
+@functools.partial(jax.jit, inline=True)
 def simplicity(
     components: Components,
     mask: Bool[Array, "B *T C"] | Float[Array, "B *T C"],

@@ -113,10 +113,14 @@ def test_initial_scale_counts_the_component_axis():
 def test_drawn_together_is_as_drawn_alone():
     shapes = {"a": (3, 4), "b": (2, 6), "c": (5,), "d": (3, 4)}  # a, b and d in one loop
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    asked = {n: (k, shapes[n], jnp.float32) for n, k in zip(shapes, keys, strict=True)}
+    scales = (1.0, 3.0, 0.5, jnp.float32(0.1))
+    asked = {
+        name: (key, shapes[name], jnp.float32, scale)
+        for name, key, scale in zip(shapes, keys, scales, strict=True)
+    }
     found = lib.normals(asked)
-    for name, one in asked.items():
-        np.testing.assert_array_equal(found[name], jax.random.normal(*one))
+    for name, (*one, scale) in asked.items():
+        np.testing.assert_array_equal(found[name], scale * jax.random.normal(*one))
 
 
 def test_leaves_draw_independently():
