@@ -111,15 +111,21 @@ def project_U_gradient(gradient: Components, components: Components) -> Componen
 def squared_norms(components: Components) -> dict[str, Float[Array, " C"]]:
     """‖P_c‖²_F per leaf, from the factors: tr(UᵀU · VVᵀ). Cost: C·m²·(d_in + d_out) per leaf."""
     C = components.num_components
-    return {name: _squared_norms(f, C) for name, f in components.factors.items()}
+
+    def one(f: Factors) -> Float[Array, " C"]:
+        f = _no_number_twice(f, C)
+        return f.sums(_squared_norms_of_products(f.U, f.V), C)
+
+    return {name: one(f) for name, f in components.factors.items()}
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _squared_norms(f: Factors, C: int) -> Float[Array, " C"]:
-    f = _no_number_twice(f, C)
-    gram_u = jnp.einsum("c...im,c...in->c...mn", f.U, f.U)
-    gram_v = jnp.einsum("c...mo,c...no->c...mn", f.V, f.V)
-    return f.sums(jnp.sum(gram_u * gram_v, axis=tuple(range(1, gram_u.ndim))), C)
+@functools.partial(jax.jit, inline=True)
+def _squared_norms_of_products(
+    U: Float[Array, "n *b d_in m"], V: Float[Array, "n *b m d_out"]
+) -> Float[Array, " n"]:
+    gram_u = jnp.einsum("c...im,c...in->c...mn", U, U)
+    gram_v = jnp.einsum("c...mo,c...no->c...mn", V, V)
+    return jnp.sum(gram_u * gram_v, axis=tuple(range(1, gram_u.ndim)))
 
 
 def norms(components: Components) -> Float[Array, " C"]:
@@ -135,16 +141,16 @@ def singular_values(components: Components) -> dict[str, Float[Array, "C r"]]:
     Cost: C·m²·(d_in + d_out) per leaf.
     """
     C = components.num_components
-    return {name: _singular_values(f, C) for name, f in components.factors.items()}
+
+    def one(f: Factors) -> Float[Array, "C r"]:
+        f = _no_number_twice(f, C)
+        s = _singular_values_of_product(f.U, f.V)
+        return f.sums(s.reshape(s.shape[0], -1), C)
+
+    return {name: one(f) for name, f in components.factors.items()}
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
-def _singular_values(f: Factors, C: int) -> Float[Array, "C r"]:
-    f = _no_number_twice(f, C)
-    s = _singular_values_of_product(f.U, f.V)
-    return f.sums(s.reshape(s.shape[0], -1), C)
-
-
+@functools.partial(jax.jit, inline=True)
 def _singular_values_of_product(U: Array, V: Array) -> Array:
     """Of U V [..., d_in, m] [..., m, d_out], by R_U R_Vᵀ [m, m] of their QR where m is small."""
     m = U.shape[-1]
@@ -321,23 +327,26 @@ def _no_number_twice(f: Factors, C: int) -> Factors:
     return _aligned(f, C) if twice else f
 
 
-@functools.partial(jax.jit, static_argnums=1, inline=True)
 def _aligned(f: Factors, C: int) -> Factors:
     pieces: dict[int, list[int]] = defaultdict(list)
-    for j, c in enumerate(f.ids):
+    for j, c in enumerate(f.ids or ()):
         pieces[c].append(j)
     most = max(map(len, pieces.values()))
     place = np.full((C, most), f.num_pieces, np.int32)  # one past the last piece: zeros
     for c, own in pieces.items():
         place[c, : len(own)] = own
-
-    def spread(a: Array | np.ndarray) -> Array:  # [C, most, ...]
-        return jnp.concatenate([a, jnp.zeros_like(a[:1])])[place]
-
-    U = jnp.moveaxis(spread(f.U), 1, -2)  # [C, *batch, d_in, most, m]
-    V = jnp.moveaxis(spread(f.V), 1, -3)  # [C, *batch, most, m, d_out]
-    U, V = U.reshape(*U.shape[:-2], -1), V.reshape(*V.shape[:-3], -1, V.shape[-1])
+    U, V = _spread(f.U, f.V, place)
     return dataclasses.replace(f, U=U, V=V, ids=None)
+
+
+@functools.partial(jax.jit, inline=True)  # one program for all sites of a shape
+def _spread(
+    U: Float[Array, "n *b d_in m"], V: Float[Array, "n *b m d_out"], place: Int[Array, "C most"]
+) -> tuple[Array, Array]:
+    U, V = (jnp.concatenate([a, jnp.zeros_like(a[:1])])[place] for a in (U, V))  # [C, most, ...]
+    U = jnp.moveaxis(U, 1, -2)  # [C, *batch, d_in, most, m]
+    V = jnp.moveaxis(V, 1, -3)  # [C, *batch, most, m, d_out]
+    return U.reshape(*U.shape[:-2], -1), V.reshape(*V.shape[:-3], -1, V.shape[-1])
 
 
 def remainders(components: Components, params: PyTree) -> dict[str, Float[Array, "..."]]:

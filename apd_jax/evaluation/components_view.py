@@ -9,7 +9,9 @@ Shapes: B examples, T positions, C components, n examples shown per component, O
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -112,7 +114,8 @@ def _output(apply_fn: Callable, params: PyTree, x: PyTree) -> Float[Array, "B ..
 class Matrix:
     """One matrix in the target, in the sum, and in every component.
 
-    Of each the r rows and s columns of the largest norm are shown, in their own order.
+    Of each the r rows and s columns of the largest norm are shown, in their own order. C: as many
+    components as are shown.
     """
 
     name: str
@@ -129,14 +132,19 @@ class Matrix:
     total: Float[np.ndarray, "r s"]  # of the sum of components
 
 
-def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
+def matrices(
+    decomposition: Decomposition, side: int, numbers: Int[np.ndarray, " n"] | None = None
+) -> list[Matrix]:
     """Every decomposed leaf as matrices [d_in, d_out]; stacked ones one by one.
 
     Args:
       side: how many rows and columns are shown at most.
-    Cost: every P_c of one leaf is formed once, one after the other.
+      numbers: the components to show; None: all.
+    Cost: every P_c of one leaf that is shown is formed once, one after the other.
     """
     components = components_lib.aligned(decomposition.components)
+    if numbers is None:
+        numbers = np.arange(components.num_components)
     params = decomposition.problem.params
     leaves = components_lib.decomposed_leaves(components, params)
     found = []
@@ -145,19 +153,15 @@ def matrices(decomposition: Decomposition, side: int) -> list[Matrix]:
             _stack(unfold(leaf[None], f.axes)[0])
             for leaf in (leaves[name], components_lib.leaf_total(f))
         )
+        U, V = (a.reshape(len(a), -1, *a.shape[-2:])[numbers] for a in (f.U, f.V))
         for k in range(len(target)):
             label = name if len(target) == 1 else f"{name}[{k}]"
-            found.append(
-                shown(
-                    label,
-                    (f.U, f.V),
-                    lambda pair, k=k: _stack(pair[0] @ pair[1])[k],
-                    target[k],
-                    total[k],
-                    side,
-                )
-            )
+            found.append(shown(label, (U[:, k], V[:, k]), _product, target[k], total[k], side))
     return found
+
+
+def _product(pair: tuple[Array, Array]) -> Array:
+    return pair[0] @ pair[1]
 
 
 def shown(
@@ -165,16 +169,10 @@ def shown(
 ) -> Matrix:
     """The strongest `side` rows and columns of a matrix.
 
-    parts: arrays with a leading C, of which `form` makes one P_c [a, b].
+    parts: arrays with a leading C, of which `form` makes one P_c [a, b]; a program for each form.
     """
-    cut_out = jax.jit(
-        lambda parts, target: (
-            jax.lax.map(lambda one: _strongest(form(one), side), parts),
-            _strongest(target, side),
-        )
-    )
     (rows, columns, values, row_norms, column_norms), (i, j, kept, *_) = jax.device_get(
-        cut_out(parts, target)
+        _cut_out(parts, target, form, side)
     )
     shape = (target.shape[0], target.shape[1])
     return Matrix(
@@ -190,6 +188,12 @@ def shown(
         kept,
         np.asarray(total)[np.ix_(i, j)],
     )
+
+
+@functools.partial(jax.jit, static_argnames=("form", "side"))
+def _cut_out(parts: PyTree, target: Array, form: Callable, side: int) -> tuple[Any, Any]:
+    each = jax.lax.map(lambda one: _strongest(form(one), side), parts)
+    return each, _strongest(target, side)
 
 
 def _strongest(matrix: Float[Array, "a b"], side: int) -> tuple[Array, ...]:

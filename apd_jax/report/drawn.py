@@ -51,23 +51,24 @@ def matrices(source: Source, whole: np.ndarray) -> tuple[list[dict[str, Any]], l
     }
     side = next((side for side in SIDES if C * each[side] <= MATRIX_BYTES), SIDES[-1])
     pages = np.sort(np.argsort(-whole)[: max(1, int(MATRIX_BYTES / each[side]))])
-    found = components_view.matrices(d, side)
+    found = components_view.matrices(d, side, pages)
     # With the shape of the first leaf, the feature weights are that leaf itself.
     if "feature_weights_target" in a and a["feature_weights_target"].shape != found[0].shape:
         names = [f"feature_weights_{part}" for part in ("components", "target", "sum")]
         parts, target, total = (jax.numpy.asarray(a[name]) for name in names)
         label = "feature to neuron to feature"
-        own = components_view.shown(label, parts, lambda one: one, target, total, side)
+        own = components_view.shown(label, parts[pages], _itself, target, total, side)
         found.insert(0, own)
-    return [_packed(matrix, pages) for matrix in found], pages.tolist()
+    return [_packed(matrix) for matrix in found], pages.tolist()
 
 
-def _packed(matrix: Matrix, pages: np.ndarray) -> dict[str, Any]:
-    fields = dataclasses.asdict(matrix)
-    for name in ("rows", "columns", "values", "row_norms", "column_norms"):
-        fields[name] = fields[name][pages]
+def _itself(matrix: jax.Array) -> jax.Array:
+    return matrix
+
+
+def _packed(matrix: Matrix) -> dict[str, Any]:
     return {
-        **fields,
+        **dataclasses.asdict(matrix),
         "target_rows": matrix.target_rows.tolist(),
         "target_columns": matrix.target_columns.tolist(),
         "shape": list(matrix.shape),

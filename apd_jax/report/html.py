@@ -35,7 +35,7 @@ from apd_jax.train.workdir import flat
 
 _UNITS = {"kl": "nats", "mse": "mean squared error"}
 MOST_ROWS = 2**20  # examples (positions) that run without one component, of all components
-LEAST_EXAMPLES = 6  # that a page has in any case
+LEAST_EXAMPLES = 3  # that a page has in any case
 LARGEST_PAGE = 5_000_000  # bytes; the live panel is left out of a page that would be larger
 
 
@@ -104,10 +104,11 @@ def collect(source: Source) -> dict[str, Any]:
         isinstance(source.target, FeatureTarget) and "attributions_one_hot" in source.arrays
     )
     matrices, pages = drawn.matrices(source, sizes.whole)
+    large = large_components(sizes.whole)
     data = {
         "components": [
             {
-                **_component(source, sizes, acts, c),
+                **_component(source, sizes, acts, c, bool(large[c])),
                 "page": pages.index(c) if c in pages else None,
             }
             for c in range(C)
@@ -170,9 +171,10 @@ def _measured(source: Source) -> Behaviour | None:
     return acts
 
 
-def _component(source: Source, sizes: Sizes, acts: Behaviour | None, c: int) -> dict[str, Any]:
+def _component(
+    source: Source, sizes: Sizes, acts: Behaviour | None, c: int, is_large: bool
+) -> dict[str, Any]:
     """One row of the page's table of components. Norms are over those of the target's leaves."""
-    is_large = bool(large_components(sizes.whole)[c])
     row = {
         "norms": [float(sizes.norms[n][c] / max(norm, 1e-12)) for n, norm in sizes.target.items()],
         "ranks": [int(sizes.ranks[name][c]) for name in sizes.target],
@@ -337,12 +339,12 @@ def _serves(source: Source, acts: Behaviour | None, c: int, has_norm: bool) -> s
         if a["feature_of_component"][c] < 0:
             return ""
         column = a["attributions_one_hot"][:, c]
-        served = [f for f in np.argsort(-column) if column[f] > 0.5 * column.max()][:3]
+        served = [f for f in np.argsort(-column)[:3] if column[f] > 0.5 * column.max()]
         return f"feature{'s' * (len(served) > 1)} " + ", ".join(map(str, served))
     if acts is None or not has_norm or acts.firing_rates[c] == 0:
         return ""
     change = np.abs(acts.change[c])
-    largest = [o for o in np.argsort(-change) if change[o] > 0.5 * change.max()][:3]
+    largest = [o for o in np.argsort(-change)[:3] if change[o] > 0.5 * change.max()]
     if not change.max() > 0:
         return ""
     name = words.of_outputs(source.words, source.x, len(change)) or str
