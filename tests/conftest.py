@@ -92,6 +92,7 @@ import jax.numpy as jnp
 import numpy as np
 import processes
 import pytest
+import shared_programs
 from absl import flags
 from jax._src.interpreters import mlir
 from ml_collections import ConfigDict
@@ -138,6 +139,7 @@ def _shared_ir_context() -> Any:
 
 
 mlir.make_ir_context = _shared_ir_context
+shared_programs.install()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_default_matmul_precision", "highest")
