@@ -6,20 +6,18 @@ the number of devices.
 
 import functools
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, close, seen
+from conftest import ROOT, XLA_FLAGS, close, seen
 from jax.sharding import PartitionSpec as P
 from meshes import (
     MESHES,
     PARAMS,
-    check_same,
+    check_mesh,
+    initial,
     per_position,
     problem_of,
     run,
@@ -28,6 +26,7 @@ from meshes import (
     sgd,
 )
 from networks import NETWORKS
+from processes import Command
 
 from apd_jax import components as components_lib
 from apd_jax import masks
@@ -78,7 +77,7 @@ def test_masks_are_those_of_one_device_also_on_ties(mesh):
 
     split = mapped(functools.partial(all_kinds, **AXES), *mesh, (BOTH, P("data")), BOTH)
     found = split(scores, valid)
-    for name, expected in all_kinds(scores, valid).items():
+    for name, expected in jax.jit(all_kinds)(scores, valid).items():
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
     # By a stable sort: lower examples, then lower components first. 8 · 1.4 = 11.2.
     order = np.argsort(-np.asarray(scores).ravel(), kind="stable")
@@ -99,7 +98,9 @@ def test_gates_with_thresholds_are_those_of_one_device():
 
     split = mapped(functools.partial(all_kinds, **AXES), 2, 2, (BOTH, P("component")), BOTH)
     jax.tree.map(
-        np.testing.assert_array_equal, split(scores, thresholds), all_kinds(scores, thresholds)
+        np.testing.assert_array_equal,
+        split(scores, thresholds),
+        jax.jit(all_kinds)(scores, thresholds),
     )
 
 
@@ -165,6 +166,13 @@ ROW_BY_ROW = {
     "unit_norm_U": True,
     "sparse_route": "masked",
     "num_always_on": 3,
+    "attribution": "activation",
+    "simplicity_coeff_final": 0.1,
+}
+PROBED = {
+    "attribution_mode": "probe",
+    "hidden_reconstruction_coeff": 0.5,
+    "sparse_route": "dispatch",
 }
 IN_KL = {"minimality_loss": "kl", "attribution_metric": "kl"}
 WITHOUT_GATE = {
@@ -178,32 +186,29 @@ WITHOUT_GATE = {
 @pytest.mark.parametrize(
     "fields",
     [
-        {"hidden_reconstruction_coeff": 0.5, "sparse_route": "dispatch"},
+        PROBED,
         ROW_BY_ROW,
         {"mask": "exact", "attributions_at": "components"} | IN_KL,
         WITHOUT_GATE,
         {"mask": "threshold", "threshold": 0.05, "attribution": "ablation", "inactive": "uniform"},
         LEARNED,
         {"attribution": "integrated_gradient", "optimizer": "adamw", "weight_decay": 0.1},
-        {"attribution": "activation", "simplicity_coeff_final": 0.1},
-        {"attribution_mode": "probe"},
     ],
     ids=str,
 )
 def test_steps_are_those_of_one_device(fields):
     problem = problem_of(num_active_fn=lambda x: jnp.sum(x != 0, axis=1))
-    expected = run(1, 1, sgd(**fields), problem)
+    _, metrics = check_mesh(2, 2, sgd(**fields), problem)
     # Nothing diverges: agreement means something.
-    assert max(np.abs(metric).max() for metric in expected[1].values()) < 1e3
-    check_same(run(2, 2, sgd(**fields), problem), expected)
+    assert max(np.abs(metric).max() for metric in metrics.values()) < 1e3
 
 
 def test_steps_per_position_with_padding():
     def valid(x):
         return x.sum((1, 2))[:, None] * jnp.array([[1.0, 0.5]]) > 0.3
 
-    method, problem = sgd(mask_per="position"), problem_of(per_position, sequences, valid_fn=valid)
-    check_same(run(2, 2, method, problem), run(1, 1, method, problem))
+    problem = problem_of(per_position, sequences, valid_fn=valid)
+    check_mesh(2, 2, sgd(mask_per="position"), problem)
 
 
 def test_gradient_is_that_of_a_hand_written_loss():
@@ -212,36 +217,37 @@ def test_gradient_is_that_of_a_hand_written_loss():
     That one on one device, with the mask by sorting.
     """
     method = sgd(topk=2.0, schatten_p=1.0, schedule="constant", simplicity_coeff=0.2)
-    (before, _), _ = run(1, 1, method, num_steps=0)
-    (after, _), _ = run(1, 4, method, num_steps=1)
-    x = sample_fn(jax.random.key(1), 0)
-    factors = {name: (f.U, f.V) for name, f in before.factors.items()}
+    begin = initial(method, problem_of())
+    (after, _), _ = run(1, 4, method, problem_of(), begin, num_steps=1)
+    x = np.asarray(jax.jit(sample_fn)(jax.random.key(1), 0))
+    factors = {name: (f.U, f.V) for name, f in begin.components.factors.items()}
+    params = {name: np.asarray(a) for name, a in PARAMS.items()}
 
     def form(factors):
-        return {name: jnp.einsum("cim,cmo->cio", U, V) for name, (U, V) in factors.items()}
+        return {name: U @ V for name, (U, V) in factors.items()}
 
     weights = form(factors)
-    h = jax.nn.relu(x @ PARAMS["W"] + PARAMS["b"][None])
-    through_W = jnp.einsum("bi,cih,bh,ho->bco", x, weights["W"], 1.0 * (h > 0), PARAMS["V"])
-    moved = jnp.einsum("bh,cho->bco", h, weights["V"]) + through_W
-    scores = np.asarray(jnp.mean(moved**2, axis=-1))
+    h = np.maximum(x @ params["W"] + params["b"], 0)
+    through_W = np.einsum("bi,cih,bh,ho->bco", x, weights["W"], 1.0 * (h > 0), params["V"])
+    moved = np.einsum("bh,cho->bco", h, weights["V"]) + through_W
+    scores = np.mean(moved**2, axis=-1)
     mask = np.zeros(scores.size)
     mask[np.argsort(-scores.ravel(), kind="stable")[:32]] = 1
-    mask = jnp.asarray(mask.reshape(scores.shape), jnp.float32)
+    mask = mask.reshape(scores.shape).astype(np.float32)
 
     def loss(factors):
         weights = form(factors)
-        missing = sum(jnp.sum((PARAMS[name] - w.sum(0)) ** 2) for name, w in weights.items())
+        missing = sum(jnp.sum((params[name] - w.sum(0)) ** 2) for name, w in weights.items())
         through = jnp.einsum("bi,bc,cih->bh", x, mask, weights["W"])
-        h_sparse = jax.nn.relu(through + PARAMS["b"][None])
+        h_sparse = jax.nn.relu(through + params["b"][None])
         out = jnp.einsum("bh,bc,cho->bo", h_sparse, mask, weights["V"])
-        minimality = jnp.mean((out - h @ PARAMS["V"]) ** 2)
+        minimality = jnp.mean((out - h @ params["V"]) ** 2)
         norms = sum(
             jnp.sqrt(jnp.sum(U**2, 1) * jnp.sum(V**2, 2)).sum(1) for U, V in factors.values()
         )
         return missing / 50 + minimality + 0.2 * jnp.sum(mask * norms[None]) / (50 * 16)
 
-    for name, (dU, dV) in jax.grad(loss)(factors).items():
+    for name, (dU, dV) in jax.jit(jax.grad(loss))(factors).items():
         U, V = factors[name]
         for new, old, d in ((after.factors[name].U, U, dU), (after.factors[name].V, V, dV)):
             assert np.abs(d).max() > 1e-3
@@ -251,22 +257,13 @@ def test_gradient_is_that_of_a_hand_written_loss():
 # Eight devices, in a process of their own
 
 
-def test_eight_devices():
-    env = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
-    more = "os.environ['XLA_FLAGS'] += ' --xla_force_host_platform_device_count=8'"
-    code = f"import conftest, os; {more}; import meshes; meshes.print_errors()"
-    env["PYTHONPATH"] += f":{ROOT / 'tests' / 'train'}"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env=os.environ | env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    errors = json.loads(done.stdout.splitlines()[-1])
-    assert set(errors) == {"8x1", "4x2", "1x8"} and max(errors.values()) < 1e-5, errors
+def test_eight_devices(tmp_path):
+    """Two components on each, and one on each."""
+    process = Command("eight_devices", root=ROOT, env={"XLA_FLAGS": XLA_FLAGS}, printed=tmp_path)
+    printed, errors = process.communicate()
+    assert process.returncode == 0, errors
+    found = json.loads(printed.splitlines()[-1])
+    assert set(found) == {"4x2", "1x8"} and max(found.values()) < 1e-5, found
 
 
 # Refusals
