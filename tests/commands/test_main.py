@@ -125,18 +125,26 @@ def test_inspect_reads_the_checkpoints(run, main_here):
         assert word in result.stdout
 
 
-def test_evaluate_gives_the_same_numbers(run, cli):
+AGAIN = {"tms": RUNS["tms"][0], "resid_mlp": "--mode=evaluate"}
+
+
+def test_evaluated_again_it_gives_the_same_numbers(run, cli):
+    """By the same command, which finds everything trained, and by the mode for it."""
     workdir = run[0]
     before = json.loads((workdir / "evaluation.json").read_text())
+    trained = [workdir / "metrics.jsonl", workdir / "target" / "params.npz"]
+    contents = [file.read_bytes() for file in trained]
     (workdir / "figures" / "losses.png").unlink()
     (workdir / "evaluation.json").unlink()
-    result = cli("--mode=evaluate", f"--workdir={workdir}")
+    result = cli(AGAIN[workdir.name], f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
+    assert "target: step" not in result.stderr and "decomposition: step" not in result.stderr
     after = json.loads((workdir / "evaluation.json").read_text())
     assert {k: v for k, v in after.items() if k != "peak_rss_gib"} == {
         k: v for k, v in before.items() if k != "peak_rss_gib"
     }
     assert (workdir / "figures" / "losses.png").exists()
+    assert contents == [file.read_bytes() for file in trained]
 
 
 @ONE
@@ -163,22 +171,6 @@ def test_a_run_compared_with_itself(run, main_here):
         and "the median cosine is 1.000" in result.stdout.replace("\n", " ")
     )
     assert "None: all settings are the same." in (workdir / "compare.html").read_text()
-
-
-@ONE
-def test_the_same_command_again_finishes_at_once(run, main_here):
-    workdir, _, command, *_ = run
-    before = (
-        (workdir / "metrics.jsonl").read_text(),
-        (workdir / "target" / "params.npz").read_bytes(),
-    )
-    result = main_here(command, f"--workdir={workdir}")
-    assert result.returncode == 0, result.stderr
-    assert "target: step" not in result.stderr and "decomposition: step" not in result.stderr
-    assert before == (
-        (workdir / "metrics.jsonl").read_text(),
-        (workdir / "target" / "params.npz").read_bytes(),
-    )
 
 
 def test_another_config_is_refused_with_the_fields(run, main_here):
@@ -391,20 +383,16 @@ def check_two_instances(tmp_path, evaluation):
         )
 
 
-@pytest.mark.parametrize("num_instances", [1, 2])
-def test_a_method_with_a_learned_gate_and_numbers_of_sites(num_instances, tmp_path, main_here):
+def test_a_method_with_a_learned_gate_and_numbers_of_sites(tmp_path, main_here):
     """SPD: every site has components of its own, which the checkpoint alone does not say."""
     command = ["--config=configs/spd.py:tms,5-2,smoke", "--config.apd.num_components=3"]
-    result = main_here(
-        *command, f"--config.apd.num_instances={num_instances}", f"--workdir={tmp_path}"
-    )
+    result = main_here(*command, "--config.apd.num_instances=2", f"--workdir={tmp_path}")
     assert result.returncode == 0, result.stderr
     evaluation = json.loads((tmp_path / "evaluation.json").read_text())
     assert evaluation["num_components"] == 6  # three of W and of W_out
     assert {"minimality_stochastic", "minimality_gates"} <= set(evaluation)
     assert (tmp_path / "report.html").exists()
-    if num_instances == 2:
-        check_two_instances(tmp_path, evaluation)
+    check_two_instances(tmp_path, evaluation)
     looked = main_here("--mode=inspect", f"--workdir={tmp_path}")
     assert looked.returncode == 0, looked.stderr
     for word in ("components.tree.W.U", "gate.", "firing rate"):
