@@ -14,7 +14,7 @@ import safetensors.numpy
 from conftest import close, make_method
 from etils import epath
 from flax import nnx
-from untrained import decomposition, leaf, nested
+from untrained import begun, decomposition, leaf, nested
 
 import apd_jax
 from apd_jax import components as components_lib
@@ -163,8 +163,8 @@ METHODS = {
 def test_gates_and_numbers_of_sites(tmp_path, method, num_instances):
     """Of every method, one or two side by side: the gate's arrays, and which numbers sites hold."""
     params, apply_fn = nested("dict")
-    few = {"num_steps": 1, "batch_size": 16, "num_instances": num_instances}
-    before = apd_jax.decompose(apply_fn, params, [np.asarray(X)], METHODS[method].replace(**few))
+    few = {"batch_size": 16, "num_instances": num_instances}
+    before = begun(params, apply_fn, METHODS[method].replace(**few), X)
     assert jax.tree.leaves(before.gate)
     storage.save(before, tmp_path)
     after = storage.load(tmp_path, apply_fn)

@@ -44,6 +44,22 @@ def nested(x_to_y):
     }[x_to_y]
 
 
+ROWS = [{"step": 10, "total": 0.1, "faithfulness": [1e-7, 2.0]}]
+
+
+def begun(params, apply_fn, method, x):
+    """As a method begins on these inputs, with its gate; several side by side if it asks so."""
+    problem, count = Problem(apply_fn, params, [np.asarray(x)]), method.num_instances
+
+    def make(key):
+        components = method.make_components(key, problem)
+        return components, method.make_gate(key, problem, components)
+
+    keys = jax.random.split(jax.random.key(0), count)
+    components, gate = jax.jit(jax.vmap(make))(keys) if count > 1 else jax.jit(make)(keys[0])
+    return Decomposition(problem, components, method, ROWS, gate=gate)
+
+
 def decomposition(params, apply_fn, select=None, uses=None, layouts=None, **fields):
     """An untrained one."""
     method = make_method(num_components=5, topk=2.0, batch_size=16, rank=2, **fields)
@@ -57,6 +73,5 @@ def decomposition(params, apply_fn, select=None, uses=None, layouts=None, **fiel
         init_scale=3.0,
         layouts=layouts,
     )
-    rows = [{"step": 10, "total": 0.1, "faithfulness": [1e-7, 2.0]}]
     problem = Problem(apply_fn, params, None, select=select, uses=uses)
-    return Decomposition(problem, components, method, rows)
+    return Decomposition(problem, components, method, ROWS)

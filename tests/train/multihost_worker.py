@@ -6,6 +6,7 @@ with.
 python multihost_worker.py WORKDIR NUM_STEPS SIGNALLED_PROCESS SIGNAL_AT_STEP NUM_COMPONENT_SHARDS
 """
 
+import functools
 import os
 import signal
 import sys
@@ -25,6 +26,7 @@ from apd_jax.train import parallel
 TIED_SCORES = np.random.default_rng(0).integers(0, 3, (8, 5)).astype(np.float32)
 
 
+@functools.cache
 def make_problem(num_steps: int, num_component_shards: int = 1) -> tuple:
     """A one-layer network whose inputs are mostly zero, and its settings."""
     params = {"W": jnp.asarray(np.random.default_rng(0).normal(size=(6, 3)), jnp.float32)}
