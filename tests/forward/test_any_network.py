@@ -3,10 +3,13 @@
 Against materialised weights and `jax.jacrev`.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from draws import B, drawn_components
 from networks import NETWORKS
 
 from apd_jax import attributions, components, decompose, default_config
@@ -14,35 +17,38 @@ from apd_jax.attributions import tangents
 from apd_jax.components import layout
 from apd_jax.components.layout import Layout
 from apd_jax.forward import kappa, sparse
-from apd_jax.gates import selection as masks
 from apd_jax.network.outputs import outputs
 
 C = 3
 
 
+@functools.cache
 def setup(name):
     fn, params, x = NETWORKS[name]()
-    cs = components.init(
-        jax.random.key(0),
-        params,
-        num_components=C,
-        init_scale=4.0,
-        layouts=layout.infer(fn, params, x),
+    layouts = layout.infer(fn, params, x)
+    return fn, params, x, drawn_components(params, 4.0, num_components=C, layouts=layouts)
+
+
+def loose(name):
+    return 0.05 if name == "half_precision" else 2e-5
+
+
+def jacobian_and_parts(fn, params, cs, x):
+    """Of the network at its weights, and every P_c: of a leaf each, where it is decomposed."""
+    jacobian = jax.jacrev(lambda p: outputs(fn(p, x)))(params)
+    slots = (
+        jax.tree.leaves(tree, is_leaf=components.is_slot)
+        for tree in (jacobian, components.materialize(cs))
     )
-    return fn, params, x, cs
+    return [pair for pair in zip(*slots, strict=True) if pair[1] is not None]
 
 
-def jacobian_attributions(fn, params, cs, x):
-    """The definition: sqrt(mean_o (J P_c)²), by `jax.jacrev` and a contraction in float64."""
-    jacobian = jax.jit(jax.jacrev(lambda p: outputs(fn(p, x))))(params)
-    P = components.materialize(cs)
+def contracted(pairs):
+    """The definition of attributions: sqrt(mean_o (J P_c)²), in float64."""
     total = 0.0
-    for J, p in zip(
-        *(jax.tree.leaves(tree, is_leaf=components.is_slot) for tree in (jacobian, P)), strict=True
-    ):
-        if p is not None:
-            flat = np.asarray(J, np.float64).reshape(J.shape[0], -1, p[0].size)
-            total = total + np.einsum("bop,cp->boc", flat, np.asarray(p, np.float64).reshape(C, -1))
+    for J, P in (map(np.float64, pair) for pair in pairs):
+        flat = J.reshape(len(J), -1, P[0].size)
+        total = total + np.einsum("bop,cp->boc", flat, P.reshape(C, -1))
     return np.sqrt((total**2).mean(axis=1))
 
 
@@ -62,11 +68,20 @@ def test_forward_attributions_through_the_factors(name, monkeypatch):
     """Loops, convolutions, mixed precision, and a leaf that must be formed."""
     monkeypatch.setattr(tangents, "_TWO_PRODUCTS", 0)
     fn, params, x, cs = setup(name)
-    A = jacobian_attributions(fn, params, cs, x)
-    found = jax.jit(lambda cs: attributions.gradient(fn, params, cs, x, mode="forward"))(cs)
-    np.testing.assert_allclose(
-        found, A, atol=(0.05 if name == "half_precision" else 2e-5) * A.max()
-    )
+
+    @jax.jit
+    def both(cs):
+        found = attributions.gradient(fn, params, cs, x, mode="forward")
+        return found, jacobian_and_parts(fn, params, cs, x)
+
+    found, pairs = both(cs)
+    A = contracted(pairs)
+    np.testing.assert_allclose(found, A, atol=loose(name) * A.max())
+
+
+# Some components of every example, the first of all; one example with all.
+MASK = np.random.default_rng(0).uniform(size=(B, C)) < 0.4
+MASK[:, 0] = MASK[1] = True
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -75,25 +90,28 @@ def test_routes_and_attributions_agree(name, monkeypatch):
         sparse, "_TINY_LEAF", 0
     )  # or auto would form these small weights whatever the network does
     fn, params, x, cs = setup(name)
-    loose = 0.05 if name == "half_precision" else 2e-5
-
-    found = jax.jit(lambda cs: attributions.gradient(fn, params, cs, x))(cs)
-    A = jacobian_attributions(fn, params, cs, x)
-    np.testing.assert_allclose(found, A, atol=loose * A.max())
-    mask = masks.batch_topk(jnp.asarray(A, jnp.float32), 1.5).at[:, 0].set(True)
+    routes = ("materialize", "dispatch", *["auto"] * (name in LOOPS))
 
     def loss(cs, route):
+        mask = jnp.asarray(MASK)
         return jnp.mean(sparse.apply(fn, params, cs, mask, x, route=route, slots=2) ** 2)
 
-    routes = ("materialize", "dispatch", *["auto"] * (name in LOOPS))
-    results = jax.jit(lambda cs: {r: jax.value_and_grad(loss)(cs, r) for r in routes})(cs)
-    value, gradient = results["materialize"]
-    largest = max(jnp.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
+    @jax.jit
+    def everything(cs):
+        found = attributions.gradient(fn, params, cs, x)
+        by_route = {r: jax.value_and_grad(loss)(cs, r) for r in routes}
+        return found, jacobian_and_parts(fn, params, cs, x), by_route
+
+    found, pairs, by_route = everything(cs)
+    A = contracted(pairs)
+    np.testing.assert_allclose(found, A, atol=loose(name) * A.max())
+    value, gradient = by_route["materialize"]
+    largest = max(np.abs(leaf).max() for leaf in jax.tree.leaves(gradient))
     for route in routes[1:]:
-        other, other_gradient = results[route]
-        np.testing.assert_allclose(other, value, rtol=loose, err_msg=route)
+        other, other_gradient = by_route[route]
+        np.testing.assert_allclose(other, value, rtol=loose(name), err_msg=route)
         for a, b in zip(jax.tree.leaves(other_gradient), jax.tree.leaves(gradient), strict=True):
-            np.testing.assert_allclose(a, b, atol=loose * largest, err_msg=route)
+            np.testing.assert_allclose(a, b, atol=loose(name) * largest, err_msg=route)
 
 
 # The leaves that have to be formed for every example: no product or lookup of a plain view.
@@ -117,7 +135,7 @@ def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
     monkeypatch.setattr(
         kappa.Kappa, "materialise", lambda self: formed.add(self.name) or materialise(self)
     )
-    mask = jnp.ones((jax.tree.leaves(x)[0].shape[0], C), jnp.bool_)
+    mask = jnp.ones((B, C), jnp.bool_)
     whole, expected = jax.jit(
         lambda cs: (
             sparse.apply(fn, params, cs, mask, x, route="masked"),
@@ -125,9 +143,7 @@ def test_only_leaves_without_a_product_are_formed(name, monkeypatch):
         )
     )(cs)
     assert formed == FORMED.get(name, set())
-    np.testing.assert_allclose(
-        whole, expected, atol=(0.05 if name == "half_precision" else 2e-5) * np.abs(expected).max()
-    )
+    np.testing.assert_allclose(whole, expected, atol=loose(name) * np.abs(expected).max())
 
 
 @pytest.mark.parametrize(
@@ -176,7 +192,7 @@ def test_weights_of_a_loop_that_slices_nothing_are_matrices():
 
 def test_a_weight_that_a_loop_repeats_is_formed_once_where_that_is_cheaper():
     w, s, x = jnp.ones((4, 4)), jnp.array([1.0, 0.0, 1.0]), jnp.arange(4.0)[None]
-    cs = components.init(jax.random.key(0), {"w": w}, num_components=3)
+    cs = drawn_components({"w": w}, num_components=3)
     f = cs.factors["w"]
     once = kappa.kappa(f, s, None, like=w, name="w", flavor="cheaper", num_examples=1)
     # Multiplications of one row by the factors: 3·4·(4 + 4) = 96; by a formed weight 16, and

@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close
-from draws import B
+from draws import B, drawn_components
+from draws import uniform as draw
 from jax.sharding import PartitionSpec as P
 from networks import NETWORKS
 
@@ -22,21 +23,17 @@ C = 5
 IDS = (range(1, 4), (4, 0, 4), None, range(2), (2,))  # of the first, second, ... site, in turn
 
 
-def draw(i, *shape):
-    return jax.random.uniform(jax.random.key(i), shape, minval=-1.0, maxval=1.5)
-
-
+@functools.cache
 def setup(name):
     """A network whose sites hold different components."""
     fn, params, x = NETWORKS[name]()
     layouts = layout.infer(fn, params, x)
     names = components_lib.selected_paths(params, None, layouts)
-    cs = components_lib.init(
-        jax.random.key(0),
+    cs = drawn_components(
         params,
+        2.0,
         num_components=C,
         rank=2,
-        init_scale=2.0,
         layouts=layouts,
         ids={name: IDS[i % 5] for i, name in enumerate(names) if isinstance(IDS[i % 5], range)},
     )
@@ -113,37 +110,47 @@ def test_routes_equal_formed_weights_in_value_and_every_derivative(name):
     @jax.jit
     def everything(cs, floats, bools):
         derive = jax.value_and_grad(loss, argnums=(1, 2))
-        only_cs = jax.value_and_grad(loss, argnums=1)
-        return (
-            [derive(run, cs, floats) for run in (by_hand, route("masked"), route("materialize"))],
-            [only_cs(run, cs, bools) for run in (by_hand, route("dispatch", slots=2))],
-        )
+        both = jax.tree.map(lambda a, b: jnp.stack([a, b.astype(a.dtype)]), floats, bools)
+        expected = jax.vmap(lambda w: derive(by_hand, cs, w))(both)
+        found = [derive(route(name), cs, floats) for name in ("masked", "materialize")]
+        dispatch = functools.partial(loss, route("dispatch", slots=2))
+        return expected, found, jax.value_and_grad(dispatch)(cs, bools)
 
-    tolerance = 0.06 if name == "half_precision" else 5e-5
-    for expected, *others in everything(cs, floats, bools):
-        scale = max(float(jnp.abs(a).max()) for a in jax.tree.leaves(expected[1]))
-        for found in others:
-            close(found[0], expected[0], tolerance)
-            for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(expected[1]), strict=True):
-                np.testing.assert_allclose(a, b, atol=tolerance * scale)
+    def compare(found, expected, gradient):
+        value, tolerance = expected[0], 0.06 if name == "half_precision" else 5e-5
+        close(found[0], value, tolerance)
+        scale = max(np.abs(a).max() for a in jax.tree.leaves(gradient))
+        for a, b in zip(jax.tree.leaves(found[1]), jax.tree.leaves(gradient), strict=True):
+            np.testing.assert_allclose(a, b, atol=tolerance * scale)
+
+    by_hands, by_route, by_dispatch = jax.tree.map(np.asarray, everything(cs, floats, bools))
+    of_floats, of_bools = (jax.tree.map(lambda a, i=i: a[i], by_hands) for i in range(2))
+    for found in by_route:
+        compare(found, of_floats, of_floats[1])
+    compare(by_dispatch, of_bools, of_bools[1][0])
 
 
 @pytest.mark.parametrize("name", ["attention_tied_embedding", "scanned_layers", "half_precision"])
-@pytest.mark.parametrize("route", ["auto", "masked", "materialize"])
-def test_the_targets_own_weight_is_exact(name, route):
+def test_the_targets_own_weight_is_exact(name):
     fn, params, x, cs = setup(name)
     nothing = {
         name: SiteWeights(jnp.zeros((B, f.num_pieces)), jnp.ones(B))
         for name, f in cs.factors.items()
     }
     first = dict([next(iter(nothing.items()))])
-    found = jax.jit(
-        lambda: [sparse.run(fn, params, cs, w, x, route=route) for w in (nothing, first, {})]
+    found, expected = jax.jit(
+        lambda: (
+            {
+                (route, len(w)): sparse.run(fn, params, cs, w, x, route=route)
+                for route in ("auto", "masked", "materialize")
+                for w in (nothing, first, {})
+            },
+            fn(params, x),
+        )
     )()
-    expected = jax.jit(fn)(params, x)
-    for out in found:
+    for (route, _), out in found.items():
         # A few units in the last place: sums are taken in another order, as the CPU has it.
-        close(out, expected, 5e-3 if name == "half_precision" else 1e-6)
+        close(out, expected, 5e-3 if name == "half_precision" else 1e-6, err_msg=route)
 
 
 def test_many_rows_that_share_weights_are_formed_once():
@@ -151,10 +158,10 @@ def test_many_rows_that_share_weights_are_formed_once():
     params = {"w": draw(1, 80, 60), "v": draw(2, 60, 70)}
     fn = lambda p, x: jnp.mean(x @ p["w"], axis=1) @ p["v"]  # noqa: E731
     x = draw(3, 2, 200, 80)
-    cs = components_lib.init(jax.random.key(0), params, num_components=4, init_scale=9.0)
+    cs = drawn_components(params, 9.0, num_components=4)
     weights = {name: SiteWeights(draw(i, 2, 4), draw(9, 2)) for i, name in enumerate(cs.factors)}
     found = jax.jit(lambda w: sparse.run(fn, params, cs, w, x))(weights)
-    close(found, oracle(fn, params, cs, weights, x), 2e-5)
+    close(found, jax.jit(lambda w: oracle(fn, params, cs, w, x))(weights), 2e-5)
     # [2, 80, 60] is every example's own weight of the first site; none of shape [2, 60, 70].
     text = str(jax.make_jaxpr(lambda w: sparse.run(fn, params, cs, w, x))(weights))
     assert "f32[2,80,60]" in text and "f32[2,60,70]" not in text
@@ -164,7 +171,7 @@ def test_many_rows_that_share_weights_are_formed_once():
 
 T, V = 3, 5
 PARAMS = {"e": draw(1, 7, 4), "w": draw(2, 4, 6), "v": draw(3, 6, V)}
-TOKENS = jax.random.randint(jax.random.key(4), (B, T), 0, 7)
+TOKENS = jnp.asarray(np.random.default_rng(4).integers(7, size=(B, T)), jnp.int32)
 
 
 def network(p, tokens):
@@ -175,7 +182,7 @@ def network(p, tokens):
 
 def test_positions_have_their_own_share_of_the_target():
     some = {"e": range(2), "w": range(1, 4)}
-    cs = components_lib.init(jax.random.key(0), PARAMS, num_components=4, init_scale=3.0, ids=some)
+    cs = drawn_components(PARAMS, 3.0, num_components=4, ids=some)
     weights = weights_of(cs, (B, T))
 
     def by_hand(cs, weights):
@@ -211,19 +218,24 @@ def test_positions_have_their_own_share_of_the_target():
 
 
 def test_some_sites_per_position_others_per_example():
-    cs = components_lib.init(jax.random.key(0), PARAMS, num_components=4, init_scale=3.0)
+    cs = drawn_components(PARAMS, 3.0, num_components=4)
     mask = draw(0, B, 4)
     spread = jnp.broadcast_to(mask[:, None], (B, T, 4))
-    found, expected = (
-        sparse.run(
-            network,
-            PARAMS,
-            cs,
-            {n: SiteWeights(spread if n in per_position else mask) for n in PARAMS},
-            TOKENS,
-        )
-        for per_position in (("e", "v"), ())
-    )
+
+    @jax.jit
+    def both():
+        return [
+            sparse.run(
+                network,
+                PARAMS,
+                cs,
+                {n: SiteWeights(spread if n in per_position else mask) for n in PARAMS},
+                TOKENS,
+            )
+            for per_position in (("e", "v"), ())
+        ]
+
+    found, expected = both()
     close(found, expected, 1e-5)
 
 
@@ -233,9 +245,7 @@ def test_some_sites_per_position_others_per_example():
 @pytest.mark.parametrize("flavor", ["gradient", "tangent"])
 @pytest.mark.parametrize("per_position", [False, True])
 def test_derivatives_by_components_whatever_the_sites_hold(flavor, per_position):
-    cs = components_lib.init(
-        jax.random.key(0), PARAMS, num_components=4, ids={"e": range(2), "w": range(1, 4)}
-    )
+    cs = drawn_components(PARAMS, num_components=4, ids={"e": range(2), "w": range(1, 4)})
     twice = dataclasses.replace(
         cs.factors["v"], ids=(3, 0, 3), U=cs.factors["v"].U[:3], V=cs.factors["v"].V[:3]
     )
@@ -266,15 +276,18 @@ def test_derivatives_by_components_whatever_the_sites_hold(flavor, per_position)
             return jax.jvp(fn, (s,), (direction,))[1]
         return jax.vjp(fn, s)[1](jnp.ones((T, V)))[0]
 
+    @jax.jit
+    def both(x_b):
+        return [derivative(functools.partial(f, x_b=x_b)) for f in (through, moved)]
+
     for x_b in TOKENS[:2]:
-        found, expected = (derivative(functools.partial(f, x_b=x_b)) for f in (through, moved))
-        close(found, expected, 1e-5)
+        close(*both(x_b), 1e-5)
 
 
 def test_activation_of_a_component_with_several_pieces_at_a_site():
     """‖x·(P_0 + P_1)‖² is not ‖x·P_0‖² + ‖x·P_1‖²."""
     params, x = {"w": draw(1, 4, 6)}, draw(2, B, 4)
-    cs = components_lib.init(jax.random.key(0), params, num_components=3, init_scale=4.0)
+    cs = drawn_components(params, 4.0, num_components=3)
     merged = components_lib.merge(cs, [0, 2])
     P = components_lib.materialize(merged)["w"]
 
@@ -284,30 +297,31 @@ def test_activation_of_a_component_with_several_pieces_at_a_site():
         )
         return jax.vjp(f, jnp.zeros(2))[1](jnp.ones(6))[0]
 
-    close(jax.vmap(one)(x), jnp.sum(jnp.einsum("bd,cde->bce", x, P) ** 2, axis=-1), 1e-5)
+    expected = np.sum(np.einsum("bd,cde->bce", x, P) ** 2, axis=-1)
+    close(jax.jit(jax.vmap(one))(x), expected, 1e-5)
 
 
 # Components split over devices
 
 
 @pytest.mark.parametrize("name", ["attention_tied_embedding", "normalised_weights", "recurrent"])
-@pytest.mark.parametrize("route", ["auto", "materialize", "masked"])
-def test_the_target_is_added_once_where_components_are_split(name, route):
+def test_the_target_is_added_once_where_components_are_split(name):
     fn, params, x = NETWORKS[name]()
     layouts = layout.infer(fn, params, x)
-    cs = components_lib.init(
-        jax.random.key(0), params, num_components=4, rank=2, init_scale=3.0, layouts=layouts
-    )
+    cs = drawn_components(params, 3.0, num_components=4, rank=2, layouts=layouts)
     mask, target = draw(1, B, 4), draw(2, B)
+    routes = ("auto", "materialize", "masked")
 
-    def loss(cs, mask, target, axis=None):
+    def loss(cs, mask, target, axis, route):
         split = components_lib.split_over(cs, axis)
         weights = {name: SiteWeights(mask, target) for name in cs.factors}
         out = sparse.run(fn, params, split, weights, x, route=route)
         return jnp.mean(out**2), out
 
-    derive = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
-    (_, expected), gradient = jax.jit(derive)(cs, mask, target)
+    def derive(cs, mask, target, axis=None):
+        of = jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True)
+        return {route: of(cs, mask, target, axis, route) for route in routes}
+
     mesh = jax.sharding.Mesh(np.asarray(jax.devices()[:4]), ("component",))
     own = jax.tree.map(lambda _: P("component"), cs)
     specs = (own, P(None, "component"), P())
@@ -316,14 +330,16 @@ def test_the_target_is_added_once_where_components_are_split(name, route):
             lambda c, m, t: derive(c, m, t, "component"),
             mesh=mesh,
             in_specs=specs,
-            out_specs=((P(), P()), specs),
+            out_specs=dict.fromkeys(routes, ((P(), P()), specs)),
             check_vma=False,
         )
     )
-    (_, found), split_gradient = split(cs, mask, target)
-    close(found, expected, 2e-5)
-    for a, b in zip(jax.tree.leaves(split_gradient), jax.tree.leaves(gradient), strict=True):
-        close(a, b, 1e-4)
+    by_route, expected = split(cs, mask, target), jax.jit(derive)(cs, mask, target)
+    for route, ((_, found), split_gradient) in by_route.items():
+        (_, out), gradient = expected[route]
+        close(found, out, 2e-5, err_msg=route)
+        for a, b in zip(jax.tree.leaves(split_gradient), jax.tree.leaves(gradient), strict=True):
+            close(a, b, 1e-4, err_msg=route)
 
 
 @pytest.mark.parametrize(
@@ -349,6 +365,6 @@ def test_the_target_is_added_once_where_components_are_split(name, route):
     ],
 )
 def test_refused(weights, route, message):
-    cs = components_lib.init(jax.random.key(0), PARAMS, num_components=4)
+    cs = drawn_components(PARAMS, num_components=4)
     with pytest.raises(InputError, match=message):
         sparse.run(network, PARAMS, cs, weights, TOKENS, route=route, slots=2)
