@@ -1,6 +1,7 @@
 """What tests draw: B examples, arrays by seed, and components.
 
-By NumPy: JAX would compile a program for every shape.
+By NumPy: JAX would compile a program for every shape, and does so too where it takes over an array
+whose type is not said.
 """
 
 import math
@@ -17,12 +18,13 @@ B = 5
 
 def draw(i, *shape) -> jax.Array:
     values = np.random.default_rng(i).standard_normal(shape, dtype=np.float32)
-    return jnp.asarray(values * np.float32(0.7))
+    return jnp.asarray(values * np.float32(0.7), jnp.float32)
 
 
 def uniform(i, *shape) -> jax.Array:
     """From -1 to 1.5, so that what is positive is in the majority."""
-    return jnp.asarray(np.random.default_rng(i).uniform(-1.0, 1.5, shape), jnp.float32)
+    values = np.random.default_rng(i).uniform(-1.0, 1.5, shape)
+    return jnp.asarray(np.float32(values), jnp.float32)
 
 
 def drawn_components(params: Any, scale: float = 1.0, **options: Any) -> components_lib.Components:
@@ -32,6 +34,7 @@ def drawn_components(params: Any, scale: float = 1.0, **options: Any) -> compone
 
     def fill(a: Any) -> jax.Array:
         std = scale * math.sqrt(2 / ((shapes.num_components + 1) * math.prod(a.shape[-2:])))
-        return jnp.asarray(std * rng.standard_normal(a.shape), a.dtype)
+        values = np.asarray(std * rng.standard_normal(a.shape), a.dtype)
+        return jnp.asarray(values, a.dtype)
 
     return jax.tree.map(fill, shapes)

@@ -19,11 +19,12 @@ from apd_jax.network.outputs import outputs
 from apd_jax.train.state import begin_at
 from apd_jax.train.step import make_step
 
+_attributions = jax.jit(attributions.gradient, static_argnums=0)
+_simplicity = jax.jit(losses.simplicity, static_argnums=2)
+
 
 def attribute(golden, components):
-    return jax.jit(
-        lambda c: attributions.gradient(golden.target.attribution_fn, golden.params, c, golden.x)
-    )(components)
+    return _attributions(golden.target.attribution_fn, golden.params, components, golden.x)
 
 
 def released_simplicity(components, mask, p):
@@ -32,8 +33,10 @@ def released_simplicity(components, mask, p):
     That is (1e-16)^(p/2) for each of the m rank-one parts. We leave that constant out on purpose.
     Per matrix it is uses · (number off) · m · 1e-16^(p/2) / (N·B): 1e-4 for p = 0.5.
     """
-    off = jnp.sum(~mask) * sum(f.uses * f.U.shape[-1] for f in components.factors.values())
-    return losses.simplicity(components, mask, p) + off * 1e-16 ** (p / 2) / (
+    off = np.sum(~np.asarray(mask)) * sum(
+        f.uses * f.U.shape[-1] for f in components.factors.values()
+    )
+    return _simplicity(components, mask, p) + off * 1e-16 ** (p / 2) / (
         components.num_params * mask.shape[0]
     )
 
@@ -47,9 +50,14 @@ def compare(gradient, expected, tolerance=1e-5):
 
 
 def test_the_network_and_the_component_sum(golden):
-    close(outputs(golden.apply_fn(golden.params, golden.x)), golden["target_out"])
-    summed = components_lib.total(golden.components, golden.params)
-    close(outputs(golden.apply_fn(summed, golden.x)), golden["all_components_out"])
+    @jax.jit
+    def both(cs):
+        summed = components_lib.total(cs, golden.params)
+        return [outputs(golden.apply_fn(p, golden.x)) for p in (golden.params, summed)]
+
+    target_out, all_components_out = both(golden.components)
+    close(target_out, golden["target_out"])
+    close(all_components_out, golden["all_components_out"])
     close(
         losses.minimality(golden["all_components_out"], golden["target_out"]),
         golden["loss/out_recon"],
@@ -68,21 +76,22 @@ def test_gradient_attributions(golden):
     for squared in jax.jit(lambda: [run(fn, mode) for fn in fns for mode in modes])():
         close(np.sqrt(squared), golden["attributions/gradient_sqrt_mean"])
         # The released code's own form.
-        close(golden["meta/d_out"] * squared, golden["attributions/gradient_sum_of_squares"])
+        close(
+            golden["meta/d_out"] * np.asarray(squared),
+            golden["attributions/gradient_sum_of_squares"],
+        )
 
 
 def test_ablation_attributions(golden):
-    close(
-        attributions.ablation(golden.apply_fn, golden.params, golden.components, golden.x) ** 2,
-        golden["ablation/effect"],
-    )
+    ablation = jax.jit(attributions.ablation, static_argnums=0)
+    found = ablation(golden.apply_fn, golden.params, golden.components, golden.x)
+    close(np.square(found), golden["ablation/effect"])
 
 
 def test_activation_attributions(golden):
     """A tied weight counts both uses; TMS and ResidMLP alike, in the pass with all components."""
-    found = attributions.squared(
-        "activation", golden.apply_fn, golden.params, golden.components, golden.x
-    )
+    squared = jax.jit(attributions.squared, static_argnums=(0, 1))
+    found = squared("activation", golden.apply_fn, golden.params, golden.components, golden.x)
     close(found, golden["attributions/activation"])
 
 
@@ -108,25 +117,16 @@ def test_sparse_outputs(golden):
         ("dispatch", 1000),
     )
 
-    def run(mask, route, slots):
-        return sparse.apply(
-            golden.apply_fn,
-            golden.params,
-            golden.components,
-            mask,
-            golden.x,
-            route=route,
-            slots=slots,
-        )
+    @jax.jit
+    def every_route(mask):
+        args = (golden.apply_fn, golden.params, golden.components, mask, golden.x)
+        return [sparse.apply(*args, route=route, slots=slots) for route, slots in routes]
 
     for which, loss in (
         ("batch_topk", "topk_recon"),
         ("per_example_topk", "per_example_topk_recon"),
     ):
-        results = jax.jit(lambda mask: [run(mask, *route) for route in routes])(
-            golden[f"mask/{which}"]
-        )
-        for out, hidden in results:
+        for out, hidden in every_route(golden[f"mask/{which}"]):
             close(out, golden[f"sparse_out/{which}"])
             close(losses.minimality(out, golden["target_out"]), golden[f"loss/{loss}"])
             for name, values in hidden.items() if which == "batch_topk" else ():
@@ -141,7 +141,7 @@ def test_hidden_reconstruction(golden):
     }
     kept = {name: golden[f"act_recon_inputs/sparse/{name}"] for name in target}
     close(losses.hidden_reconstruction(kept, target), golden["loss/act_recon"])
-    for name, values in golden.apply_fn(golden.params, golden.x)[1].items():
+    for name, values in jax.jit(golden.apply_fn)(golden.params, golden.x)[1].items():
         close(values, target[name])
 
 
@@ -186,7 +186,7 @@ def test_simplicity(golden):
 
 def loss_functions(golden, mask):
     """Every term as a function of the components, at a fixed mask."""
-    target_out, target_hidden = golden.apply_fn(golden.params, golden.x)
+    target_out, target_hidden = jax.jit(golden.apply_fn)(golden.params, golden.x)
 
     def sparse_pass(c):
         return sparse.apply(golden.apply_fn, golden.params, c, mask, golden.x)
@@ -211,7 +211,7 @@ def test_gradients_of_every_loss(golden):
     for name, gradient in gradients.items():
         compare(gradient, golden.matrices(f"grad/{name}"))
     weighted = [
-        jax.tree.map(lambda g, w=golden[f"meta/coeff_{name}"]: w * g, gradient)
+        jax.tree.map(lambda g, w=golden[f"meta/coeff_{name}"]: w * np.asarray(g), gradient)
         for name, gradient in gradients.items()
     ]
     compare(jax.tree.map(lambda *parts: sum(parts), *weighted), golden.matrices("grad/total"))
@@ -263,7 +263,7 @@ def run_step(golden, **fields):
     step = jax.jit(make_step(problem, method))
     state, metrics = step(state, golden.params, jax.random.key(0))
     moment = optax.tree.get(state.opt_state, "mu").components
-    return state, metrics, jax.tree.map(lambda m: 10 * m, moment)
+    return state, metrics, jax.tree.map(lambda m: 10 * np.asarray(m), moment)
 
 
 def after_adamw(state, gradient, expected, old):
@@ -275,22 +275,23 @@ def after_adamw(state, gradient, expected, old):
     assert set(state.components.factors) == set(expected)
     for name, f in state.components.factors.items():
         for factor in ("U", "V"):
+            new, right = (np.asarray(a) for a in (getattr(f, factor), expected[name][factor]))
             small = np.abs(getattr(gradient.factors[name], factor)) < 1e-6
-            wrong = np.abs(getattr(f, factor) - expected[name][factor])
-            scale = np.abs(expected[name][factor]).max()
+            wrong = np.abs(new - right)
+            scale = np.abs(right).max()
             assert np.all(wrong[~small] <= 1e-5 * scale), (name, factor, wrong[~small].max())
             assert np.all(wrong[small] <= 1e-4), (name, factor)
             assert small.mean() < 0.02
-            assert not np.array_equal(getattr(f, factor), getattr(old.factors[name], factor))
+            assert not np.array_equal(new, getattr(old.factors[name], factor))
 
 
 def test_train_step(golden):
     state, metrics, gradient = run_step(golden)
     close(metrics["faithfulness"], golden["loss/param_match"])
     close(metrics["minimality"], golden["loss/topk_recon"])
-    off = released_simplicity(
+    off = released_simplicity(golden.components, golden["mask/batch_topk"], 0.9) - _simplicity(
         golden.components, golden["mask/batch_topk"], 0.9
-    ) - losses.simplicity(golden.components, golden["mask/batch_topk"], 0.9)
+    )
     close(metrics["simplicity"] + off, golden["loss/schatten_p0.9"])
     close(metrics["total"] + 3 * off, golden["loss/total"])
     np.testing.assert_allclose(
@@ -302,13 +303,13 @@ def test_train_step(golden):
 
 
 def test_train_step_with_unit_norm(golden):
-    normal = components_lib.normalize_U(golden.components)
+    normal = jax.jit(components_lib.normalize_U)(golden.components)
     squares = golden["meta/d_out"] * attribute(golden, normal) ** 2
     close(squares, golden["unit_norm/attributions_sum_of_squares"])
     mask = golden["unit_norm/mask_batch_topk"]
     np.testing.assert_array_equal(masks.batch_topk(squares, golden["meta/topk"]), mask)
     state, metrics, gradient = run_step(golden, unit_norm_U=True)
-    off = released_simplicity(normal, mask, 0.9) - losses.simplicity(normal, mask, 0.9)
+    off = released_simplicity(normal, mask, 0.9) - _simplicity(normal, mask, 0.9)
     close(metrics["total"] + 3 * off, golden["unit_norm/total_loss"])
     compare(gradient, golden.matrices("unit_norm/grad_projected"))
     after_adamw(state, gradient, golden.matrices("unit_norm/after_adamw"), golden.components)

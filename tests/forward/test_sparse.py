@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close
+from draws import drawn_components
 from flax import nnx
 
 from apd_jax import components as components_lib
@@ -20,10 +21,9 @@ B, C = 9, 4
 ROUTES = [
     ("materialize", None),
     ("masked", None),
-    ("dispatch", 1),
     ("dispatch", 3),
-    ("dispatch", 100),
 ]
+MORE_SLOTS = [("dispatch", 1), ("dispatch", 100)]  # of one network, and of one with several rows
 
 
 class Dense(nn.Module):
@@ -42,7 +42,7 @@ class DenseNNX(nnx.Module):
 
 def linen():
     model = Dense()
-    return model.apply, model.init(jax.random.key(1), jnp.zeros((1, 4)))
+    return model.apply, jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 4)))
 
 
 def flax_nnx():
@@ -51,10 +51,14 @@ def flax_nnx():
 
 
 def draw(**shapes):
+    rng = np.random.default_rng(2)
     return {
-        name: jax.random.normal(jax.random.fold_in(jax.random.key(2), i), shape)
-        for i, (name, shape) in enumerate(shapes.items())
+        name: jnp.asarray(rng.standard_normal(shape, np.float32), jnp.float32)
+        for name, shape in shapes.items()
     }
+
+
+X = draw(x=(B, 4))["x"]
 
 
 def plain(fn, **shapes):
@@ -145,13 +149,11 @@ def compare(actual, expected):
 
 @pytest.fixture(params=list(NETWORKS))
 def network(request):
-    """(apply_fn, params, components, x)"""
+    """(apply_fn, params, components)"""
     build, select = NETWORKS[request.param]
     apply_fn, params = build()
-    components = components_lib.init(
-        jax.random.key(3), params, num_components=C, rank=2, select=select, init_scale=2.0
-    )
-    return apply_fn, params, components, jax.random.normal(jax.random.key(4), (B, 4))
+    components = drawn_components(params, 2.0, num_components=C, rank=2, select=select)
+    return apply_fn, params, components
 
 
 # One component on everywhere, one nowhere, one example with none and one with all.
@@ -164,8 +166,9 @@ WEIGHTS = jnp.where(
 )
 
 
-def test_every_route_equals_the_definition_in_value_and_gradient(network):
-    apply_fn, params, components, x = network
+def test_every_route_equals_the_definition_in_value_and_gradient(network, request):
+    apply_fn, params, components = network
+    more = MORE_SLOTS if request.node.callspec.id in ("dense and a bias", "attention") else []
 
     def with_gradient(run, mask):
         def loss(components):
@@ -176,33 +179,31 @@ def test_every_route_equals_the_definition_in_value_and_gradient(network):
 
     def route(name, slots):
         return lambda components, mask: sparse.apply(
-            apply_fn, params, components, mask, x, route=name, slots=slots
+            apply_fn, params, components, mask, X, route=name, slots=slots
         )
 
     @jax.jit
     def all_of_them():
-        expected = [
-            with_gradient(lambda c, m: oracle(apply_fn, params, c, m, x), mask)
-            for mask in (MASK, WEIGHTS)
-        ]
+        masks = jnp.stack([MASK.astype(jnp.float32), WEIGHTS])
+        by_hand = lambda c, m: oracle(apply_fn, params, c, m, X)  # noqa: E731
         return (
-            expected,
-            [with_gradient(route(*r), MASK) for r in ROUTES],
+            jax.vmap(lambda mask: with_gradient(by_hand, mask))(masks),
+            [with_gradient(route(*r), MASK) for r in [*ROUTES, *more]],
             with_gradient(route("masked", None), WEIGHTS),
         )
 
-    (expected, expected_weighted), by_route, weighted = all_of_them()
+    expected, by_route, weighted = jax.tree.map(np.asarray, all_of_them())
+    of_mask, of_weights = (jax.tree.map(lambda a, i=i: a[i], expected) for i in range(2))
     for actual in by_route:
-        compare(actual, expected)
-    compare(weighted, expected_weighted)
+        compare(actual, of_mask)
+    compare(weighted, of_weights)
 
 
 def test_under_an_outer_vmap_over_instances():
     apply_fn, params = plain(dense, embed=(4, 6), w=(6, 5), b=(5,), v=(5, 3))()
-    x = jax.random.normal(jax.random.key(4), (2, B, 4))
-    masks = jnp.stack([MASK, ~MASK])
-    draw_one = lambda key: components_lib.init(key, params, num_components=C, select=["w", "v"])  # noqa: E731
-    several = jax.vmap(draw_one)(jax.random.split(jax.random.key(0), 2))
+    x, masks = jnp.stack([X, -X]), jnp.stack([MASK, ~MASK])
+    one = drawn_components(params, num_components=C, select=["w", "v"])
+    several = jax.tree.map(lambda a: jnp.stack([a, 1 - a]), one)
 
     def all_routes(components, mask, x):
         def loss(components, route, slots):
@@ -211,30 +212,28 @@ def test_under_an_outer_vmap_over_instances():
             )
             return jnp.sum(jnp.sin(out)) + jnp.sum(hidden["h"] ** 2)
 
-        return [jax.value_and_grad(loss)(components, *route) for route in ROUTES]
+        return [jax.value_and_grad(loss)(components, *r) for r in [*ROUTES, *MORE_SLOTS]]
 
     together, alone = jax.jit(jax.vmap(all_routes))(several, masks, x), jax.jit(all_routes)
-    for i in range(2):
-        compare(
-            jax.tree.map(lambda a, i=i: a[i], together),
-            alone(jax.tree.map(lambda a, i=i: a[i], several), masks[i], x[i]),
-        )
+    together = jax.tree.map(np.asarray, together)
+    for i, own in enumerate((one, jax.tree.map(lambda a: 1 - a, one))):
+        compare(jax.tree.map(lambda a, i=i: a[i], together), alone(own, masks[i], x[i]))
 
 
 @pytest.mark.parametrize("network", ["tied", "dense and a bias"], indirect=True)
 def test_auto_is_exact_and_all_kept_is_the_component_sum(network):
-    apply_fn, params, components, x = network
+    apply_fn, params, components = network
 
     @jax.jit
     def pairs(c):
         def run(mask):
-            found = sparse.apply(apply_fn, params, c, mask, x, slots=4)
-            return found, oracle(apply_fn, params, c, mask, x)
+            found = sparse.apply(apply_fn, params, c, mask, X, slots=4)
+            return found, oracle(apply_fn, params, c, mask, X)
 
         kept = sparse.apply(
-            apply_fn, params, c, jnp.ones((B, C), bool), x, route="dispatch", slots=2
+            apply_fn, params, c, jnp.ones((B, C), bool), X, route="dispatch", slots=2
         )
-        return run(MASK), run(WEIGHTS), (kept, apply_fn(components_lib.total(c, params), x))
+        return run(MASK), run(WEIGHTS), (kept, apply_fn(components_lib.total(c, params), X))
 
     for actual, expected in pairs(components):
         compare(actual, expected)
@@ -243,12 +242,15 @@ def test_auto_is_exact_and_all_kept_is_the_component_sum(network):
 def test_inputs_may_be_a_pytree():
     apply_fn = lambda p, x: x["a"] @ p["w"] + x["b"] @ p["w"]  # noqa: E731
     params = draw(w=(4, 3))
-    components = components_lib.init(jax.random.key(3), params, num_components=C)
+    components = drawn_components(params, num_components=C)
     x = {"a": jnp.ones((B, 4)), "b": jnp.arange(4.0 * B).reshape(B, 4)}
-    expected = oracle(lambda p, x: x @ p["w"], params, components, MASK, x["a"] + x["b"])
-    compare(
-        sparse.apply(apply_fn, params, components, MASK, x, route="dispatch", slots=2), expected
-    )
+
+    @jax.jit
+    def both(c):
+        found = sparse.apply(apply_fn, params, c, MASK, x, route="dispatch", slots=2)
+        return found, oracle(lambda p, x: x @ p["w"], params, c, MASK, x["a"] + x["b"])
+
+    compare(*both(components))
 
 
 def test_slots():
@@ -270,6 +272,6 @@ def test_slots():
 )
 def test_refused(mask, more, message):
     params = draw(w=(4, 3))
-    components = components_lib.init(jax.random.key(3), params, num_components=C)
+    components = drawn_components(params, num_components=C)
     with pytest.raises(InputError, match=message):
         sparse.apply(lambda p, x: x @ p["w"], params, components, mask, jnp.zeros((B, 4)), **more)
