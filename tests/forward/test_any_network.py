@@ -45,10 +45,10 @@ def jacobian_and_parts(fn, params, cs, x):
 
 def contracted(pairs):
     """The definition of attributions: sqrt(mean_o (J P_c)²), in float64."""
-    total = 0.0
-    for J, P in (map(np.float64, pair) for pair in pairs):
-        flat = J.reshape(len(J), -1, P[0].size)
-        total = total + np.einsum("bop,cp->boc", flat, P.reshape(C, -1))
+    total = np.zeros(())
+    for J, P in pairs:
+        flat = np.asarray(J, np.float64).reshape(len(J), -1, P[0].size)
+        total = total + np.einsum("bop,cp->boc", flat, np.asarray(P, np.float64).reshape(C, -1))
     return np.sqrt((total**2).mean(axis=1))
 
 

@@ -281,7 +281,8 @@ def test_derivatives_by_components_whatever_the_sites_hold(flavor, per_position)
         return [derivative(functools.partial(f, x_b=x_b)) for f in (through, moved)]
 
     for x_b in TOKENS[:2]:
-        close(*both(x_b), 1e-5)
+        found, expected = both(x_b)
+        close(found, expected, 1e-5)
 
 
 def test_activation_of_a_component_with_several_pieces_at_a_site():

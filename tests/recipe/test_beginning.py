@@ -32,6 +32,12 @@ def fewer_examples(monkeypatch):
     monkeypatch.setattr(modes, "NUM_EXAMPLES", 2048)
 
 
+@pytest.fixture
+def few_examples(monkeypatch):
+    """Where the search goes on to sixteen times as many, and finds nothing among those either."""
+    monkeypatch.setattr(modes, "NUM_EXAMPLES", 512)
+
+
 def begun(problem, method, r):
     return accepted(problem, method, r, scales.measure(problem, method))
 
@@ -131,7 +137,7 @@ def test_k_is_found_where_it_is_left_open(tmp_path, num_instances):
     assert rows[-1]["total"] == same[-1]["total"]
 
 
-def test_k_that_nobody_says():
+def test_k_that_nobody_says(few_examples):
     """Not the settings, and not the modes, which are left out, or explain too little.
 
     Without a recipe there are none.
@@ -157,16 +163,17 @@ def test_k_that_nobody_says():
         decompose()
 
 
-def test_where_modes_do_not_explain_the_network_they_are_not_used():
+def test_where_modes_do_not_explain_the_network_they_are_not_used(few_examples):
     assert begun(*twelve_dimensions()) is None
 
 
-def test_what_is_always_on_is_not_explained_by_modes(caplog):
+def test_what_is_always_on_is_not_explained_by_modes(caplog, monkeypatch):
     """Gated functions all read the same x.
 
     With one component always on, which could hold anything, the components sum to the network.
     """
     config = get_config("recipe", "gated,short")
+    monkeypatch.setattr(beginning, "_LOOKS", (4,))  # at once, not after looks at fewer
     target = targets.build(config.target, config.apd.batch_size)
     problem = target.problem(target.init_fn(jax.random.key(0)))
     with caplog.at_level("INFO"):
