@@ -14,7 +14,7 @@ import safetensors.numpy
 from conftest import close, make_method
 from etils import epath
 from flax import nnx
-from untrained import begun, decomposition, leaf, nested
+from untrained import begun, decomposition, leaf, nested, side_by_side
 
 import apd_jax
 from apd_jax import components as components_lib
@@ -158,20 +158,21 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("num_instances", [1, 2])
 @pytest.mark.parametrize("method", METHODS)
-def test_gates_and_numbers_of_sites(tmp_path, method, num_instances):
+def test_gates_and_numbers_of_sites(tmp_path, method):
     """Of every method, one or two side by side: the gate's arrays, and which numbers sites hold."""
     params, apply_fn = nested("dict")
-    few = {"batch_size": 16, "num_instances": num_instances}
-    before = begun(params, apply_fn, METHODS[method].replace(**few), X)
-    assert jax.tree.leaves(before.gate)
-    storage.save(before, tmp_path)
-    after = storage.load(tmp_path, apply_fn)
-    assert_same(before, after)
-    one, other = (d.instance(num_instances - 1).activity(X) for d in (before, after))
-    np.testing.assert_array_equal(one.values, other.values)
-    assert f"method `{before.method.name}`" in (tmp_path / "README.md").read_text()
+    one = begun(params, apply_fn, METHODS[method].replace(batch_size=16), X)
+    assert jax.tree.leaves(one.gate)
+    two = side_by_side(one, jax.tree.map(lambda a: 0.5 * a, one.trained))
+    for before in (one, two):
+        storage.save(before, tmp_path)
+        after = storage.load(tmp_path, apply_fn)
+        assert_same(before, after)
+        last = before.method.num_instances - 1
+        ours, theirs = (d.instance(last).activity(X) for d in (before, after))
+        np.testing.assert_array_equal(ours.values, theirs.values)
+        assert f"method `{before.method.name}`" in (tmp_path / "README.md").read_text()
 
 
 def test_numbers_in_any_order(tmp_path):

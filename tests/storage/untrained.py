@@ -48,16 +48,23 @@ ROWS = [{"step": 10, "total": 0.1, "faithfulness": [1e-7, 2.0]}]
 
 
 def begun(params, apply_fn, method, x):
-    """As a method begins on these inputs, with its gate; several side by side if it asks so."""
-    problem, count = Problem(apply_fn, params, [np.asarray(x)]), method.num_instances
+    """As a method begins on these inputs, with its gate."""
+    problem = Problem(apply_fn, params, [np.asarray(x)])
 
+    @jax.jit
     def make(key):
         components = method.make_components(key, problem)
         return components, method.make_gate(key, problem, components)
 
-    keys = jax.random.split(jax.random.key(0), count)
-    components, gate = jax.jit(jax.vmap(make))(keys) if count > 1 else jax.jit(make)(keys[0])
+    components, gate = make(jax.random.key(0))
     return Decomposition(problem, components, method, ROWS, gate=gate)
+
+
+def side_by_side(one, other):
+    """Two instances: of a decomposition, and of the same one with other numbers."""
+    trained = jax.tree.map(lambda a, b: jnp.stack([a, b]), one.trained, other)
+    method = one.method.replace(num_instances=2)
+    return Decomposition(one.problem, trained.components, method, ROWS, gate=trained.gate)
 
 
 def decomposition(params, apply_fn, select=None, uses=None, layouts=None, **fields):
