@@ -136,7 +136,7 @@ def test_initial_components_are_those_of_one_device():
 def test_gathering_as_several_processes_do_it():
     placed = placement.arrange(sgd(num_component_shards=4), jax.devices())
     problem, method = problem_of(select=["W"]), sgd(mask="learned", threshold=0.1)
-    make = jax.vmap(lambda key: init_state(key, problem, method))
+    make = jax.jit(jax.vmap(lambda key: init_state(key, problem, method)))
     state = jax.tree.map(np.asarray, make(jax.random.split(jax.random.key(0))))
     on_devices = placed.put(state)
     gathered = jax.tree.map(placed._gathered, on_devices, placement._specs(on_devices))
