@@ -3,11 +3,14 @@
 Against plain definitions.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import make_method, make_problem, seen
+from draws import drawn_components
 
 import apd_jax
 from apd_jax import attributions, components, losses
@@ -17,12 +20,22 @@ from apd_jax.train.state import init_state
 from apd_jax.train.step import make_step
 
 B, T, V, C = 4, 3, 5, 3
+rng = np.random.default_rng(0)
 PARAMS = {
-    "e": jax.random.normal(jax.random.key(1), (7, 4)),
-    "w": jax.random.normal(jax.random.key(2), (4, 6)),
+    name: jnp.asarray(rng.standard_normal(shape, np.float32), jnp.float32)
+    for name, shape in {"e": (7, 4), "w": (4, 6), "v": (6, V)}.items()
 }
-PARAMS |= {"v": jax.random.normal(jax.random.key(3), (6, V)), "b": jnp.linspace(-0.5, 0.5, 6)}
-TOKENS = jax.random.randint(jax.random.key(4), (B, T), 0, 7)
+PARAMS |= {"b": jnp.asarray(np.linspace(-0.5, 0.5, 6), jnp.float32)}
+TOKENS = jnp.asarray(rng.integers(7, size=(B, T)), jnp.int32)
+# One program each; the first arguments are names and functions.
+squared = jax.jit(
+    attributions.squared, static_argnums=(0, 1), static_argnames=("mode", "metric", "num_probes")
+)
+squared_per_position = jax.jit(
+    functools.partial(attributions.squared, per_position=True),
+    static_argnums=(0, 1),
+    static_argnames=("mode", "num_probes"),
+)
 
 
 def network(p, tokens):
@@ -45,9 +58,7 @@ def by_hand(weights, tokens):
 
 @pytest.fixture(scope="module")
 def cs():
-    return components.init(
-        jax.random.key(0), PARAMS, num_components=C, init_scale=3.0, select=["e", "w", "v"]
-    )
+    return drawn_components(PARAMS, 3.0, num_components=C, select=["e", "w", "v"])
 
 
 def per_position(cs, s, base=0.0):
@@ -74,28 +85,28 @@ def test_every_position_uses_its_own_components(cs):
         )
         return jnp.sum(out**2), out
 
-    results = {
-        r: jax.jit(jax.value_and_grad(loss, has_aux=True), static_argnums=1)(cs, r)
-        for r in ("oracle", "masked", "dispatch", "materialize")
-    }
+    same = jnp.broadcast_to(mask[:, :1], mask.shape)
+    derive = jax.value_and_grad(loss, has_aux=True)
+    routes = ("oracle", "masked", "dispatch", "materialize")
+    results, of_positions, of_examples = jax.jit(
+        lambda cs: (
+            {r: derive(cs, r) for r in routes},
+            sparse.apply(network, PARAMS, cs, same, TOKENS),
+            sparse.apply(network, PARAMS, cs, mask[:, 0], TOKENS),
+        )
+    )(cs)
     (_, expected), gradient = results.pop("oracle")
     for route, ((_, out), other) in results.items():
         np.testing.assert_allclose(out, expected, rtol=1e-4, atol=1e-5, err_msg=route)
         jax.tree.map(
             lambda a, b: np.testing.assert_allclose(
-                a, b, rtol=1e-3, atol=1e-4 * float(jnp.abs(b).max())
+                a, b, rtol=1e-3, atol=1e-4 * float(np.abs(b).max())
             ),
             other,
             gradient,
         )
     # The same mask at every position is a mask per example.
-    same = jnp.broadcast_to(mask[:, :1], mask.shape)
-    np.testing.assert_allclose(
-        sparse.apply(network, PARAMS, cs, same, TOKENS),
-        sparse.apply(network, PARAMS, cs, mask[:, 0], TOKENS),
-        rtol=1e-4,
-        atol=1e-5,
-    )
+    np.testing.assert_allclose(of_positions, of_examples, rtol=1e-4, atol=1e-5)
 
 
 def test_attributions_of_each_positions_use(cs):
@@ -105,21 +116,26 @@ def test_attributions_of_each_positions_use(cs):
         )  # [T, V, T, C]
         return jnp.sqrt(jnp.mean(jacobian**2, axis=(0, 1)))
 
-    expected = jax.vmap(one)(TOKENS)
-    found = attributions.gradient(network, PARAMS, cs, TOKENS, per_position=True)
+    expected = jax.jit(jax.vmap(one))(TOKENS)
+    found = jax.jit(
+        lambda cs: attributions.gradient(network, PARAMS, cs, TOKENS, per_position=True)
+    )(cs)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
 
 
 def test_probes_are_unbiased_and_their_error_falls_as_stated(cs):
-    exact = attributions.squared("gradient", network, PARAMS, cs, TOKENS)
-    probe = jax.jit(
-        lambda key, n: attributions.squared(
-            "gradient", network, PARAMS, cs, TOKENS, mode="probe", rng=key, num_probes=n
-        ),
-        static_argnums=1,
-    )
+    args = ("gradient", network, PARAMS, cs, TOKENS)
+    exact = np.asarray(squared(*args))
     errors = {
-        n: np.stack([probe(jax.random.key(i), n) / exact - 1 for i in range(100)]) for n in (2, 32)
+        n: np.stack(
+            [
+                np.asarray(squared(*args, mode="probe", rng=jax.random.key(i), num_probes=n))
+                / exact
+                - 1
+                for i in range(100)
+            ]
+        )
+        for n in (2, 32)
     }
     for n, error in errors.items():
         spread = error.std(axis=0)
@@ -127,32 +143,27 @@ def test_probes_are_unbiased_and_their_error_falls_as_stated(cs):
             spread <= 1.25 * np.sqrt(2 / n)
         ).all()  # 100 draws: the estimate of a deviation is off by 7 %
         assert (np.abs(error.mean(axis=0)) < 4 * spread / 10).all()
-    every = attributions.squared("gradient", network, PARAMS, cs, TOKENS, per_position=True)
-    many = attributions.squared(
-        "gradient",
-        network,
-        PARAMS,
-        cs,
-        TOKENS,
-        mode="probe",
-        rng=jax.random.key(0),
-        num_probes=2000,
-        per_position=True,
-    )
+    every = np.asarray(squared_per_position(*args))
+    many = squared_per_position(*args, mode="probe", rng=jax.random.key(0), num_probes=2000)
     np.testing.assert_allclose(many, every, rtol=0.25, atol=1e-3 * float(every.max()))
 
 
 @pytest.mark.parametrize("mode", ["forward", "reverse", "probe"])
 def test_kl_metric_is_twice_the_divergence(cs, mode):
     options = {"rng": jax.random.key(0), "num_probes": 3000} if mode == "probe" else {}
-    found = attributions.squared(
-        "gradient", network, PARAMS, cs, TOKENS, mode=mode, metric="kl", **options
+    found = np.asarray(
+        squared("gradient", network, PARAMS, cs, TOKENS, mode=mode, metric="kl", **options)
     )
-    step, target = 1e-2, network(PARAMS, TOKENS)
-    P = components.materialize(cs)
+    run, step = jax.jit(network), np.float32(1e-2)
+    target = run(PARAMS, TOKENS)
+    P = {n: None if p is None else np.asarray(p) for n, p in components.materialize(cs).items()}
     for c in range(C):
-        moved = network(
-            {n: PARAMS[n] + (0 if P[n] is None else step * P[n][c]) for n in PARAMS}, TOKENS
+        moved = run(
+            {
+                n: PARAMS[n] if p is None else np.asarray(PARAMS[n]) + step * p[c]
+                for n, p in P.items()
+            },
+            TOKENS,
         )
         p, q = (np.exp(np.asarray(out, np.float64)) for out in (target, moved))
         p, q = p / p.sum(-1, keepdims=True), q / q.sum(-1, keepdims=True)
@@ -164,14 +175,18 @@ def test_integrated_gradients_are_complete():
     """One component that is the network, one output: what the output loses without it."""
     one = components.from_materialized({n: None if n == "b" else PARAMS[n][None] for n in PARAMS})
     fn = lambda p, x: jnp.tanh(0.05 * network(p, x).sum((1, 2)))[:, None]  # noqa: E731
-    nothing = fn({n: PARAMS[n] if n == "b" else jnp.zeros_like(PARAMS[n]) for n in PARAMS}, TOKENS)
-    found = attributions.integrated_gradient(fn, PARAMS, one, TOKENS)
-    np.testing.assert_allclose(found, jnp.abs(fn(PARAMS, TOKENS) - nothing), rtol=0.05)
-    np.testing.assert_allclose(
-        attributions.ablation(fn, PARAMS, one, TOKENS),
-        jnp.abs(fn(PARAMS, TOKENS) - nothing),
-        rtol=1e-4,
-    )
+    nothing = {n: PARAMS[n] if n == "b" else jnp.zeros_like(PARAMS[n]) for n in PARAMS}
+    found, ablated, whole, without = jax.jit(
+        lambda cs: (
+            attributions.integrated_gradient(fn, PARAMS, cs, TOKENS),
+            attributions.ablation(fn, PARAMS, cs, TOKENS),
+            fn(PARAMS, TOKENS),
+            fn(nothing, TOKENS),
+        )
+    )(one)
+    lost = np.abs(np.subtract(whole, without))
+    np.testing.assert_allclose(found, lost, rtol=0.05)
+    np.testing.assert_allclose(ablated, lost, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -246,7 +261,7 @@ def test_weighted_losses_are_means_over_what_counts():
     ],
 )
 def test_refused(select, options, sentence):
-    some = components.init(jax.random.key(0), PARAMS, num_components=2, select=select)
+    some = drawn_components(PARAMS, num_components=2, select=select)
     with pytest.raises(InputError, match=sentence):
         attributions.squared(
             options.pop("kind", "gradient"),
@@ -261,7 +276,7 @@ def test_refused(select, options, sentence):
 
 def test_positions_that_are_gone_are_refused():
     fn = lambda p, x: jnp.mean(x, axis=1) @ p["w"]  # noqa: E731
-    some = components.init(jax.random.key(0), {"w": PARAMS["w"]}, num_components=2)
+    some = drawn_components({"w": PARAMS["w"]}, num_components=2)
     sentence = r"leaf 'w' meets activations of shape \(1, 4\), .* carries the 3 positions \(none is"
     with pytest.raises(InputError, match=sentence):
         sparse.apply(
