@@ -27,10 +27,12 @@ def uniform(i, *shape) -> jax.Array:
     return jnp.asarray(np.float32(values), jnp.float32)
 
 
-def drawn_components(params: Any, scale: float = 1.0, **options: Any) -> components_lib.Components:
+def drawn_components(
+    params: Any, scale: float = 1.0, seed: int = 0, **options: Any
+) -> components_lib.Components:
     """What `components.init` makes, with the spread that it gives, of other numbers."""
     shapes = jax.eval_shape(lambda: components_lib.init(jax.random.key(0), params, **options))
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
 
     def fill(a: Any) -> jax.Array:
         std = scale * math.sqrt(2 / ((shapes.num_components + 1) * math.prod(a.shape[-2:])))

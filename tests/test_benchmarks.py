@@ -5,6 +5,7 @@ And the quick forms as documented.
 
 import csv
 import json
+import runpy
 import subprocess
 import sys
 
@@ -140,17 +141,18 @@ def test_a_row_of_the_language_models():
     assert row["tokens_per_s"] == pytest.approx(8 * 64 * 1000 / row["step_ms"])
 
 
-def test_an_unknown_language_model_is_refused():
-    command = [sys.executable, "benchmarks/language.py", "--only", "GPT-5"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "unknown networks ['GPT-5']" in done.stderr
-
-
-def test_an_unknown_part_is_refused():
-    done = subprocess.run(
-        [sys.executable, "benchmarks", "--only", "speed"], cwd=ROOT, capture_output=True, text=True
-    )
-    assert done.returncode == 2 and "unknown parts ['speed']" in done.stderr
+@pytest.mark.parametrize(
+    ("script", "name", "sentence"),
+    [
+        ("benchmarks/language.py", "GPT-5", "unknown networks ['GPT-5']"),
+        ("benchmarks", "speed", "unknown parts ['speed']"),
+    ],
+)
+def test_what_is_unknown_is_refused(script, name, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [script, "--only", name])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    assert stopped.value.code == 2 and sentence in capsys.readouterr().err
 
 
 def test_when_a_seed_succeeds():

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close
+from draws import drawn_components
 
 from apd_jax import attributions, components
 from apd_jax.attributions import groups, tangents
@@ -43,9 +44,7 @@ def some(numbers):
     tree = {}
     for i, (name, ids) in enumerate(numbers.items()):
         n = 6 if ids is None else len(ids)
-        one = components.init(
-            jax.random.key(i), {name: PARAMS[name]}, num_components=n, rank=1, init_scale=3.0
-        )
+        one = drawn_components({name: PARAMS[name]}, 3.0, i, num_components=n, rank=1)
         tree[name] = dataclasses.replace(one.factors[name], ids=ids)
     return Components(tree, 6)
 
@@ -65,18 +64,23 @@ WAYS = {
 }
 
 
-def of_every_way(cs):
-    return {
-        way: attributions.squared(kind, network, PARAMS, cs, X, **options)
-        for way, (kind, options) in WAYS.items()
-    }
+# The other ways are these with other weights of outputs, or along a path: with two cases.
+BARE = ("forward", "reverse", "auto")
 
 
 @pytest.mark.parametrize("numbers", NUMBERS)
 def test_as_the_same_components_aligned(numbers, monkeypatch):
     cs = some(NUMBERS[numbers])
-    found = jax.jit(of_every_way)(cs)
-    expected = jax.jit(of_every_way)(components.aligned(cs))
+    ways = WAYS if numbers in ("own numbers", "two pieces of one number") else BARE
+
+    @jax.jit
+    def of_every_way(cs):
+        return {
+            way: attributions.squared(WAYS[way][0], network, PARAMS, cs, X, **WAYS[way][1])
+            for way in ways
+        }
+
+    found, expected = of_every_way(cs), of_every_way(components.aligned(cs))
     for way, wanted in expected.items():
         close(found[way], wanted, err_msg=way)
         assert found[way].shape[-1] == 6 and np.asarray(wanted).any()
@@ -109,7 +113,7 @@ def test_sites_that_share_numbers_are_taken_together():
 
 
 def test_components_with_all_numbers_everywhere_are_left_as_they_are():
-    cs = components.init(jax.random.key(0), PARAMS, num_components=3)
+    cs = drawn_components(PARAMS, num_components=3)
     (group,) = groups.groups(cs)
     assert group.components is cs and group.numbers is None
 
@@ -127,20 +131,21 @@ twice.defvjp(lambda a: (2 * a, None), lambda _, g: (2 * g,))
 
 def test_functions_without_tangents_are_taken_in_reverse():
     """Those with a custom_vjp, in inner functions too."""
-    cs = components.init(jax.random.key(0), PARAMS, num_components=3, init_scale=3.0)
+    cs = drawn_components(PARAMS, num_components=3, scale=3.0)
 
     def other(p, x):
         return jax.jit(lambda p, x: twice(network(p, x)))(p, x)
 
-    expected = attributions.gradient(network, PARAMS, cs, X)
-    close(attributions.gradient(other, PARAMS, cs, X), 2 * expected)
+    gradient = jax.jit(attributions.gradient, static_argnums=0)
+    expected = np.asarray(gradient(network, PARAMS, cs, X))
+    close(gradient(other, PARAMS, cs, X), 2 * expected)
     with pytest.raises(TypeError, match="custom_vjp"):
         attributions.gradient(other, PARAMS, cs, X, mode="forward")
 
 
 def test_errors_of_the_network_are_not_taken_for_missing_tangents():
     """Also where their text would say so."""
-    cs, calls = components.init(jax.random.key(0), PARAMS, num_components=3), []
+    cs, calls = drawn_components(PARAMS, num_components=3), []
 
     def broken(p, x):
         calls.append(x)
@@ -154,7 +159,7 @@ def test_errors_of_the_network_are_not_taken_for_missing_tangents():
 def test_probes_of_integrated_gradients_are_in_the_metric_of_the_weights_themselves():
     """kl: p is that of the outputs at θ, not of their average over the path. 3 outputs at T = 2
     positions: with each of the 2⁶ signs once the mean is exact; 4,000 draws come near it."""
-    cs = components.init(jax.random.key(0), PARAMS, num_components=3, init_scale=3.0)
+    cs = drawn_components(PARAMS, num_components=3, scale=3.0)
 
     def of(**options):
         return attributions.squared(

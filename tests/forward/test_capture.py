@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import close
-from draws import draw
+from draws import draw, drawn_components
 from jax import lax
 from networks import NETWORKS
 from test_links import Transformer
@@ -24,8 +24,10 @@ B = 4
 
 def captured(fn, params, sites, x, **options):
     """The rows of every site, after a look at the result."""
-    result, found = jax.jit(lambda x: capture.inputs(fn, params, sites, x, **options))(x)
-    jax.tree.map(lambda a, b: close(a, b, 1e-5), result, fn(params, x))
+    (result, found), expected = jax.jit(
+        lambda x: (capture.inputs(fn, params, sites, x, **options), fn(params, x))
+    )(x)
+    jax.tree.map(lambda a, b: close(a, b, 1e-5), result, expected)
     assert {reading.side for reading in found.values()} == {"in"}
     return {name: reading.rows for name, reading in found.items()}
 
@@ -34,7 +36,7 @@ def test_mlp():
     params = {"w": draw(1, 5, 6), "b": draw(2, 6), "v": draw(3, 6, 2)}
     fn = lambda p, x: jax.nn.relu(x @ p["w"] + p["b"][None]) @ p["v"]  # noqa: E731
     x = draw(4, B, 5)
-    cs = components.init(jax.random.key(0), params, num_components=3, select=["w", "v"])
+    cs = drawn_components(params, num_components=3, select=["w", "v"])
     found = captured(fn, params, cs, x)
     close(found["w"], x)
     close(found["v"], jax.nn.relu(x @ params["w"] + params["b"][None]))
@@ -47,7 +49,7 @@ def test_a_tied_weight_by_its_first_use():
     assert captured(fn, params, ["w"], x)["w"].shape == (B, 5)
     close(captured(fn, params, ["w"], x)["w"], x)
 
-    cs = components.init(jax.random.key(0), params, num_components=3)
+    cs = drawn_components(params, num_components=3)
     turned = {"w": dataclasses.replace(cs.factors["w"], layout=Layout((), (1,), (0,)))}
     turned["w"] = dataclasses.replace(turned["w"], U=draw(3, 3, 2, 4), V=draw(4, 3, 4, 5))
     _, found = capture.inputs(fn, params, components.Components(turned, 3), x)
@@ -162,8 +164,7 @@ def unstacked(p, x):
 @pytest.mark.parametrize("per_position", [False, True])
 def test_stacked_layers(fn, per_position):
     params, x = {"w": draw(1, 3, 4, 5), "v": draw(2, 3, 5, 4)}, draw(3, B, 2, 4)
-    sites = components.init(
-        jax.random.key(0),
+    sites = drawn_components(
         params,
         num_components=2,
         layouts=dict.fromkeys(params, Layout((0,), (1,), (2,))),
@@ -212,8 +213,7 @@ USED_ONCE = {
 def test_inner_activations_are_those_of_the_sparse_pass(name):
     """Σ over rows of ‖h_c V_c‖² is what the activation attribution adds up in the network."""
     fn, params, x = NETWORKS[name]()
-    cs = components.init(
-        jax.random.key(0),
+    cs = drawn_components(
         params,
         num_components=3,
         select=USED_ONCE[name],
@@ -250,9 +250,10 @@ def test_inner_of_lookups_and_stacks():
     f = components.Factors(
         draw(1, 3, 5, 2, 7, 2), draw(2, 3, 5, 2, 2, 4), (5, 2, 7, 4), layout=both
     )
-    ids = jax.random.randint(jax.random.key(0), (B, 6, 5, 2), 0, 7)
-    h = capture.inner(f, capture.Reading(ids))
-    close(h, capture.inner(f, capture.Reading(jax.nn.one_hot(ids, 7))))
+    ids = np.random.default_rng(0).integers(7, size=(B, 6, 5, 2))
+    inner = jax.jit(lambda rows: capture.inner(f, capture.Reading(rows)))
+    h = inner(jnp.asarray(ids, jnp.int32))
+    close(h, inner(jnp.asarray(np.eye(7)[ids], jnp.float32)))
     assert h.shape == (B, 6, 5, 2, 3, 2)
 
 

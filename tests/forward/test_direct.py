@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from conftest import close
+from draws import drawn_components
 
-from apd_jax import components as components_lib
 from apd_jax.components import Layout
 from apd_jax.forward import capture, direct
 from apd_jax.forward.sparse import SiteWeights
@@ -24,9 +24,7 @@ def network(params, x):
 
 def test_reads_and_their_derivatives():
     layouts = {"W": Layout((0,), (1,), (2,))}
-    components = components_lib.init(
-        jax.random.key(0), PARAMS, num_components=n, rank=1, layouts=layouts
-    )
+    components = drawn_components(PARAMS, num_components=n, rank=1, layouts=layouts)
     f = components.factors["W"]
     U, V = np.asarray(f.U)[..., 0], np.asarray(f.V)[..., 0, :]  # [n, L, D]
 

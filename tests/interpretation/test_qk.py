@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 from checkpoint_files import (
@@ -20,8 +19,8 @@ from checkpoint_files import (
     write_folder,
 )
 from conftest import close
+from draws import drawn_components
 
-from apd_jax import components as components_lib
 from apd_jax import language
 from apd_jax.components import Layout, leaf_total
 from apd_jax.errors import InputError
@@ -67,8 +66,7 @@ def components_of(model, roles, rank=1):
     names = [model.config.name(role, 1) for role in roles]
     first = model.config.inputs_first
     layout = Layout((), (0,) if first else (1,), (1,) if first else (0,))
-    return components_lib.init(
-        jax.random.key(0),
+    return drawn_components(
         model.params,
         num_components=PIECES,
         rank=rank,
