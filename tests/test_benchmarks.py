@@ -131,7 +131,9 @@ def test_the_quick_form_of_scaling_runs(tmp_path):
     assert {row["gradient_bytes"] for row in more} == {4 * 16 * 16 * 2 * (40 + 6)}
 
 
-def test_a_row_of_the_language_models():
+def test_a_row_of_the_language_models(monkeypatch):
+    peaks = common.Peaks(100.0, 10.0, 50.0, 2.0)  # measured where scaling runs
+    monkeypatch.setattr(language, "measure_peaks", lambda: peaks)
     row = language.measure("glassllm", "spd", 1.0, quick=True)
     assert set(language.COLUMNS.values()) <= set(row)
     assert row["components"] == 32  # of one matrix [16, 16]: SPD gives it twice its rank

@@ -1,5 +1,6 @@
 """The pages in a real browser: they open from disk, alone, and compute what Python computes."""
 
+import functools
 import json
 import shutil
 
@@ -51,6 +52,7 @@ def browser(tmp_path_factory):
     driver.quit()
 
 
+@functools.cache
 def network(name):
     """(target, params, components, inputs) of a golden file, or of a smoke variant.
 
@@ -67,8 +69,8 @@ def network(name):
         for name, leaf in params.items()
     }  # of every entry
     shared = {
-        name: jnp.moveaxis(jnp.asarray(share[name], jnp.float32), -1, 0) * leaf[None]
-        for name, leaf in params.items()
+        name: jnp.asarray(np.moveaxis(np.float32(share[name]), -1, 0) * leaf[None], jnp.float32)
+        for name, leaf in jax.device_get(params).items()
     }
     components = components_lib.from_materialized(
         {name: shared[name] if name in chosen else None for name in params}
@@ -207,7 +209,7 @@ def equal(given, expected, size=1.0):
 
 
 def doubled(tree):
-    return jax.tree.map(lambda a: jnp.asarray(a, jnp.float64), tree)
+    return jax.tree.map(lambda a: jnp.asarray(np.asarray(a, np.float64), jnp.float64), tree)
 
 
 @pytest.mark.parametrize(
@@ -229,7 +231,7 @@ def test_the_panel_computes_what_python_computes(name, at, browser, tmp_path):
     kept = attributions[mask]
     np.testing.assert_allclose(cuts, np.full(C, kept[kept > 0].min()), rtol=2e-5)
     busy = np.argsort(-attributions.sum(axis=1))[:4]  # four inputs, on which something happens
-    x = x[busy]
+    x = np.asarray(x)[busy]
     scales = np.random.default_rng(0).uniform(size=(4, C)).astype(np.float32)
     scales[1], scales[2] = 1.0, np.arange(C) % 2
 
@@ -245,10 +247,10 @@ def test_the_panel_computes_what_python_computes(name, at, browser, tmp_path):
         attribute = jax.jit(d.method.attribute(problem))
         attributions = np.sqrt(attribute(parts, weights, inputs, jax.random.key(0)))
         masks = attributions > np.array(cuts)
-        target = np.asarray(outputs(problem.apply_fn(weights, inputs)))
+        target = np.asarray(jax.jit(lambda w: outputs(problem.apply_fn(w, inputs)))(weights))
         sparse_out, edited = (np.asarray(masked(doubled(mask))) for mask in (masks, scales))
     # 1, or the 6 of biases that shut a gate.
-    largest = [float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(problem.params)]
+    largest = [float(np.abs(leaf).max()) for leaf in jax.tree.leaves(problem.params)]
     size = max(1.0, *largest)
     for b in range(4):
         browser.execute_script(
