@@ -54,14 +54,17 @@ def test_logits_and_tokens_are_those_of_its_own_code(package, weights, monkeypat
 
 
 def test_the_tutorial_runs(package, tmp_path, monkeypatch, capsys):
-    """As it stands, but for fewer steps and batches."""
+    """As it stands, but for fewer steps, and fewer and smaller batches."""
     page = (ROOT / "docs" / "tutorials" / "language.md").read_text()
     code = "\n".join(re.findall(r"```py\n(.*?)```", page, re.DOTALL))
     for written, fewer in (
         ('"num_steps": 300', '"num_steps": 20'),
         ("num_batches=40", "num_batches=9"),
+        ("num_batches=4,", "num_batches=1,"),
+        ("batch_size=128", "batch_size=32"),
+        ("length=32", "length=16"),
     ):
-        assert code.count(written) == 1
+        assert code.count(written) == (4 if written == "length=32" else 1)
         code = code.replace(written, fewer)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "glassllm").symlink_to(package)
