@@ -36,7 +36,7 @@ from apd_jax.network.outputs import outputs
 
 BASE = {"C": 64, "rank": 16, "batch": 512}
 GRID = {"C": (16, 32, 128, 256), "rank": (4, 8, 32), "batch": (128, 256, 1024, 2048)}
-QUICK_GRID = {"C": (8,), "batch": (32,)}
+QUICK_GRID = {"C": (8,)}
 TERMS = ("attributions", "sparse_pass", "faithfulness")
 DEVICES = (1, 2, 4)
 
