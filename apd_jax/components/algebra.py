@@ -289,7 +289,7 @@ def aligned(components: Components) -> Components:
     components one by one. Cost: C·m·(d_in + d_out) numbers per site, whatever it held.
     """
     C = components.num_components
-    whole = map_sites(lambda f: f if f.ids is None else _aligned(f, C), components)
+    whole = map_sites(lambda f: _aligned(f, C), components)
     return dataclasses.replace(whole, count=None)
 
 
@@ -328,8 +328,10 @@ def _no_number_twice(f: Factors, C: int) -> Factors:
 
 
 def _aligned(f: Factors, C: int) -> Factors:
+    if f.ids is None:
+        return f
     pieces: dict[int, list[int]] = defaultdict(list)
-    for j, c in enumerate(f.ids or ()):
+    for j, c in enumerate(f.ids):
         pieces[c].append(j)
     most = max(map(len, pieces.values()))
     place = np.full((C, most), f.num_pieces, np.int32)  # one past the last piece: zeros
