@@ -6,15 +6,11 @@ pentagon whose decomposition is known, and the command line, in this process or 
 
 import atexit
 import importlib.util
-import inspect
 import mmap
 import os
-import re
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
 def _known_to_xla(flag: str) -> bool:
@@ -55,37 +51,19 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
-import jaxtyping
+import shapes
 
-_ARRAYS = re.compile(r"\b(Bool|Float|Inexact|Int|Key|Num|Shaped|UInt)\[")
-_jaxtyped = jaxtyping.jaxtyped
-
-
-def _arrays_jaxtyped(*, typechecker: Any) -> Callable:
-    """The shapes in signatures are checked; the rest is the static checker's.
-
-    Functions inside of functions are not: each call of the outer one would compile their checks
-    anew, a tenth of what all tests take.
-    """
-
-    def decorate(fn: Any) -> Any:
-        inner = "<locals>" in fn.__qualname__
-        plain = not isinstance(fn, type) and not _ARRAYS.search(str(inspect.get_annotations(fn)))
-        return fn if inner or plain else _jaxtyped(fn, typechecker=typechecker)
-
-    return decorate
-
-
-jaxtyping.jaxtyped = _arrays_jaxtyped
-jaxtyping.install_import_hook("apd_jax", "beartype.beartype")
+shapes.check()
 
 import dataclasses
 import gc
 import importlib
+import inspect
 import math
 import sys
-import threading
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +72,6 @@ import processes
 import pytest
 import shared_programs
 from absl import flags
-from jax._src.interpreters import mlir
 from ml_collections import ConfigDict
 
 from apd_jax import components as components_lib
@@ -125,20 +102,6 @@ for node in (*NODES, Activity, Observation, *registry.METHODS.values()):
 # No gc.freeze(): what is frozen has no referrers, of which hypothesis warns.
 gc.set_threshold(50_000, 10, 10)
 
-# Each program is lowered in a context of MLIR of its own, and making it costs more than lowering
-# a small program. Here each thread keeps one for some programs, then frees their constants.
-_contexts = threading.local()
-_make_ir_context = mlir.make_ir_context
-
-
-def _shared_ir_context() -> Any:
-    _contexts.used = getattr(_contexts, "used", 0) + 1
-    if _contexts.used % 50 == 1:
-        _contexts.context = _make_ir_context()
-    return _contexts.context
-
-
-mlir.make_ir_context = _shared_ir_context
 shared_programs.install()
 
 jax.config.update("jax_numpy_rank_promotion", "raise")

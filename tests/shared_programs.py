@@ -2,18 +2,24 @@
 
 A test that stops a run and resumes it, or compares two, would else trace and compile its step for
 each. Shared is what `train.loop` builds: how a state begins, and the step.
+
+Programs share a context of MLIR, too. jax makes one for each, which costs more than lowering a
+small program.
 """
 
 import functools
+import threading
 from collections import OrderedDict
 from typing import Any
 
 import jax
 from jax._src import core
+from jax._src.interpreters import mlir
 
 from apd_jax.train import loop, parallel, placement
 
 KEPT = 8  # a program that is kept takes memory
+LOWERED = 50  # programs in a context, which holds their constants
 _built: OrderedDict[Any, tuple[Any, Any]] = OrderedDict()
 _build = loop._build
 _pmap_program = functools.lru_cache(KEPT)(parallel.pmap_program)
@@ -44,8 +50,21 @@ def build(problem: Any, method: Any, settings: Any, placed: Any) -> Any:
     return _built[key][1]
 
 
+_make_ir_context = mlir.make_ir_context
+_contexts = threading.local()  # each thread has one of its own
+
+
+def ir_context() -> Any:
+    """`mlir.make_ir_context`; a new one after `LOWERED` programs."""
+    _contexts.used = getattr(_contexts, "used", 0) + 1
+    if _contexts.used % LOWERED == 1:
+        _contexts.context = _make_ir_context()
+    return _contexts.context
+
+
 def install() -> None:
     """From now on, in this process."""
+    mlir.make_ir_context = ir_context
     loop._build = build
     parallel.pmap_program = lambda step, num_steps, devices: _pmap_program(
         step, num_steps, tuple(devices)
