@@ -11,6 +11,7 @@ docs/language.md). Then
     spd, vpd, whole, targeted, apd   the method; spd if none is named
     mlp, attention                   decompose only these matrices of a layer; else all of them
     layer0, layer1, ...              only these layers
+    shuffled                         control: MODEL with the entries of each matrix in random places
     smoke                            every stage in seconds on a CPU; the result means nothing
 The text is any glob pattern over UTF-8 files; without one, half of a novel that comes with the
 package, which is enough to see that everything works. A tenth of its documents is held out for the
@@ -35,7 +36,7 @@ def get_config(arg: str = "prose") -> ConfigDict:
       InputError: an unknown variant, or two methods.
     """
     model, *rest = arg.split(",")
-    known = (*METHODS, *SITES, "smoke")
+    known = (*METHODS, *SITES, "smoke", "shuffled")
     named, layers = configs.variants(
         "language", ",".join(rest), known, size=r"layer\d+", form="layer0"
     )
@@ -53,6 +54,7 @@ def get_config(arg: str = "prose") -> ConfigDict:
     target.document_chars = 5000
     target.sites = sites.pop() if sites else "all"
     target.layers = tuple(int(name.removeprefix("layer")) for name in layers)  # (): all
+    target.shuffled = "shuffled" in named
     target.dtype = "float32"
     target.remat = False
     target.vocab_size = 2048

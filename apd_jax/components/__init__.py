@@ -26,7 +26,7 @@ from apd_jax.components.algebra import (
     total,
     weighted_sum,
 )
-from apd_jax.components.draws import normals
+from apd_jax.components.draws import normals, shuffled
 from apd_jax.components.factors import (
     Components,
     Factors,
@@ -87,6 +87,7 @@ __all__ = [
     "replace_leaves",
     "selected_paths",
     "short_name",
+    "shuffled",
     "singular_values",
     "split",
     "split_over",

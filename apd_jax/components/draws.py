@@ -46,3 +46,13 @@ def pairs_of_keys(rng: PRNGKeyArray, count: int) -> list[tuple[Array, Array]]:
     """split(fold_in(rng, i)) of i = 0 ... count - 1."""
     pairs = jax.lax.map(lambda i: jax.random.split(jax.random.fold_in(rng, i)), jnp.arange(count))
     return [(pair[0], pair[1]) for pair in pairs]
+
+
+def shuffled(rng: PRNGKeyArray, leaves: Mapping[str, Array]) -> dict[str, Array]:
+    """The same arrays with the entries of each in random places."""
+    return {
+        name: jax.random.permutation(jax.random.fold_in(rng, i), leaf.reshape(-1)).reshape(
+            leaf.shape
+        )
+        for i, (name, leaf) in enumerate(leaves.items())
+    }

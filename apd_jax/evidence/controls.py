@@ -31,11 +31,7 @@ def random_params(case: Case, key: PRNGKeyArray) -> PyTree:
 def shuffled(case: Case, key: PRNGKeyArray) -> PyTree:
     """The target with the entries of each decomposed leaf in random places."""
     leaves = components_lib.decomposed_leaves(case.subject.components, case.subject.params)
-    draws = {name: jax.random.fold_in(key, i) for i, name in enumerate(leaves)}
-    mixed = {
-        name: jax.random.permutation(draws[name], leaf.reshape(-1)).reshape(leaf.shape)
-        for name, leaf in leaves.items()
-    }
+    mixed = components_lib.shuffled(key, leaves)
     return components_lib.replace_leaves(case.subject.params, mixed)
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from etils import epath
 from jaxtyping import Array
 
+from apd_jax import components as components_lib
 from apd_jax.errors import InputError, one_of
 from apd_jax.language import LanguageModel, Tokenizer, families, load, pretrained
 from apd_jax.language import tokens as tokens_lib
@@ -73,6 +74,9 @@ def build(config: Config, batch_size: int, folder: epath.Path | None = None) -> 
         )
     T, apply_fn = config.context, model.apply_fn
     trained, loaded = tokens.rows(T), bool(config.model)
+    select, shuffled = tuple(model.matrices(config.sites, layers)), config.get("shuffled", False)
+    if shuffled and not loaded:
+        raise InputError("target.shuffled is for a model from a path, which prose is not.")
     held_out = (chosen or tokens).rows(T, held_out=True)
     sampler = trained.sampler(batch_size)
 
@@ -81,7 +85,7 @@ def build(config: Config, batch_size: int, folder: epath.Path | None = None) -> 
 
     return LanguageTarget(
         name="language",
-        init_fn=(lambda key: model.params) if loaded else _initialiser(model),
+        init_fn=_loader(model, select, shuffled) if loaded else _initialiser(model),
         apply_fn=apply_fn,
         loss_fn=None if loaded else loss_fn,
         pretrain_sample_fn=None if loaded else trained.sampler(config.pretrain.batch_size),
@@ -90,12 +94,24 @@ def build(config: Config, batch_size: int, folder: epath.Path | None = None) -> 
         held_out_fn=held_out.sampler(min(batch_size, len(held_out))),
         valid_fn=predicting,
         keep_fn=functools.partial(_keep, tokens=tokens, chosen=chosen),
-        select=tuple(model.matrices(config.sites, layers)),
+        select=select,
         model=model,
         tokens=tokens,
         rows=trained if chosen is None else chosen.rows(T),
         held_out=held_out,
     )
+
+
+def _loader(
+    model: LanguageModel, select: Sequence[str], shuffled: bool
+) -> Callable[[Array], dict[str, Array]]:
+    """The weights of the file; `shuffled`: with the entries of what is decomposed mixed up."""
+
+    def params(key: Array) -> dict[str, Array]:
+        chosen = {name: model.params[name] for name in select}
+        return model.params | (components_lib.shuffled(key, chosen) if shuffled else {})
+
+    return params
 
 
 def _initialiser(model: LanguageModel) -> Callable[[Array], Any]:

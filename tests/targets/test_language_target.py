@@ -114,6 +114,20 @@ def test_methods_on_a_loaded_model(arg, model, text):
     assert set(params) == set(language.load(model).params)
 
 
+def test_the_control_has_the_entries_of_each_matrix_in_random_places(model, text):
+    params = language.load(model).params
+    target = build(config_of(f"{model},smoke,mlp,shuffled", text))
+    mixed = target.init_fn(jax.random.key(0))
+    for name, leaf in params.items():
+        if name not in target.select:
+            np.testing.assert_array_equal(mixed[name], leaf)
+            continue
+        assert np.mean(np.asarray(mixed[name]) == np.asarray(leaf)) < 0.1
+        np.testing.assert_array_equal(np.sort(mixed[name], None), np.sort(leaf, None))
+    with pytest.raises(InputError, match="shuffled is for a model from a path"):
+        build(config_of("prose,smoke,shuffled", text))
+
+
 @pytest.mark.parametrize(
     ("arg", "message"),
     [
