@@ -210,6 +210,7 @@ class Decomposition:
         tokens: Any = None,
         harvest: Any = None,
         effects: Any = None,
+        decoder: Any = None,
     ) -> epath.Path:
         """Writes one HTML file that shows every component: see `apd_jax.report.html.report`.
 
@@ -217,7 +218,7 @@ class Decomposition:
         """
         if harvest is None:
             return _HOOKS["report"](self, path, x, tokens)
-        return _HOOKS["text_report"](self, path, x, tokens, harvest, effects)
+        return _HOOKS["text_report"](self, path, x, tokens, harvest, effects, decoder)
 
     def evidence(self, **options: Any) -> Any:
         """What can be said for these components, and what not: see `apd_jax.evidence.evidence`."""

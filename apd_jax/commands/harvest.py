@@ -20,7 +20,7 @@ from apd_jax.interpretation import harvest as harvest_lib
 from apd_jax.interpretation import labels as labels_lib
 from apd_jax.interpretation.harvest import Harvest
 from apd_jax.paths import user_path
-from apd_jax.report import words
+from apd_jax.report import text, words
 from apd_jax.report.source import Source
 from apd_jax.report.text import TextSource
 from apd_jax.targets.language import LanguageTarget
@@ -111,7 +111,8 @@ def page(
     serve = f"python -m apd_jax.serve --workdir={folder}"
     said, labels = labelled(folder, found)
     made = effects.load(folder / FOLDER, found)
-    return TextSource(source, found, made, labels, said, serve, live)
+    attention = text.partners(one, target.model.config, found)
+    return TextSource(source, found, made, labels, said, serve, live, attention)
 
 
 def labelled(folder: epath.Path, found: Harvest) -> tuple[str, dict[int, str]]:

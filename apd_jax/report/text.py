@@ -25,9 +25,12 @@ from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.interpretation import effects as effects_lib
+from apd_jax.interpretation import qk
 from apd_jax.interpretation.effects import Effects
 from apd_jax.interpretation.harvest import Harvest
+from apd_jax.interpretation.qk import Partners
 from apd_jax.interpretation.reading import Reading, quantised, read
+from apd_jax.language import DecoderConfig
 from apd_jax.paths import user_path
 from apd_jax.report import drawn, html, tables, words
 from apd_jax.report.source import Source
@@ -47,6 +50,7 @@ class TextSource:
     source: as of every report; its x are tokens [B, T] for passages, its words their names.
     labels: what components are called; labelled_by: who said so.
     serve_command: what opens the page with a box to type in. live: it is this page.
+    attention: the partners of queries and of keys; None: none, or no `language.Decoder`.
     """
 
     source: Source
@@ -56,6 +60,7 @@ class TextSource:
     labelled_by: str = ""
     serve_command: str = ""
     live: bool = False
+    attention: tuple[Partners, Partners] | None = None
 
 
 def report(
@@ -65,6 +70,7 @@ def report(
     tokens: Any = None,
     harvest: Harvest | None = None,
     effects: Effects | None = None,
+    decoder: DecoderConfig | None = None,
 ) -> epath.Path:
     """Writes one HTML file that shows where on text every component is on, and what it does.
 
@@ -73,9 +79,10 @@ def report(
       tokens: their names, see `apd_jax.report.words.of`; None: numbers.
       harvest: of this decomposition.
       effects: of this harvest; None: they are measured.
+      decoder: of a `language.Decoder`, its config; None: the page has no partners in attention.
     Raises:
       InputError: the harvest is of another decomposition.
-    Cost: that of `effects`, and the gate on x.
+    Cost: that of `effects` and `qk.partners`, and the gate on x.
     """
     assert harvest is not None
     harvest.must_be_of(decomposition)
@@ -86,7 +93,16 @@ def report(
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
     settings = {"apd": d.method.to_dict()}
     source = Source(name, d, x, settings=settings, metrics=metrics, words=words.of(tokens))
-    return write(path, TextSource(source, harvest, effects))
+    attention = partners(d, decoder, harvest) if decoder else None
+    return write(path, TextSource(source, harvest, effects, attention=attention))
+
+
+def partners(
+    decomposition: Decomposition, decoder: DecoderConfig, harvest: Harvest
+) -> tuple[Partners, Partners] | None:
+    """Those of components that are ever on, see `qk.partners`."""
+    components, params = decomposition.components, decomposition.problem.params
+    return qk.partners(components, params, decoder, harvest.firing_rate > 0)
 
 
 def write(path: epath.PathLike, source: TextSource) -> epath.Path:
@@ -245,6 +261,8 @@ def _data(
         "up": made and pair(made.up_token, made.up),
         "down": made and pair(made.down_token, made.down),
         "others": {"number": packed(found.coactive + 1), "share": packed(found.coactive_share)},
+        "attention": source.attention
+        and dict(zip(("queries", "keys"), map(_attention, source.attention), strict=True)),
         "passages": None,
         "shards": None,
         "losses": drawn.losses(of.decomposition.history, None),
@@ -253,6 +271,19 @@ def _data(
         arrays = {n: packed(getattr(passages, n)) for n in ("starts", "component", "activity")}
         data["passages"] = {"tokens": word(passages.tokens)} | arrays
     return data
+
+
+def _attention(found: Partners) -> dict[str, Any]:
+    """number: from 1. peak: max |S(τ)|; level: S(τ) in 127ths of it, and 128 for 0."""
+    peak = np.abs(found.values).max(axis=2)
+    level = 128 + np.rint(127 * found.values / np.maximum(peak, 1e-30)[..., None])
+    return {
+        "number": packed(found.component + 1),
+        "layer": packed(found.layer),
+        "head": packed(found.head),
+        "peak": packed(peak),
+        "level": packed(level.astype(int)),
+    }
 
 
 def packed(array: np.ndarray) -> dict[str, Any]:

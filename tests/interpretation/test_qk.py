@@ -21,6 +21,7 @@ from checkpoint_files import (
 from conftest import close
 from draws import drawn_components
 
+from apd_jax import components as components_lib
 from apd_jax import language
 from apd_jax.components import Layout, leaf_total
 from apd_jax.errors import InputError
@@ -62,13 +63,13 @@ def model_of(name, folder, file=LLAMA_CONFIG, weights=llama_weights):
     return dataclasses.replace(model, config=dataclasses.replace(model.config, **pairs))
 
 
-def components_of(model, roles, rank=1):
-    names = [model.config.name(role, 1) for role in roles]
+def components_of(model, roles, rank=1, layers=(1,), num_components=PIECES):
+    names = [model.config.name(role, i) for i in layers for role in roles]
     first = model.config.inputs_first
     layout = Layout((), (0,) if first else (1,), (1,) if first else (0,))
     return drawn_components(
         model.params,
-        num_components=PIECES,
+        num_components=num_components,
         rank=rank,
         select=names,
         layouts=dict.fromkeys(names, layout),
@@ -116,6 +117,72 @@ def test_learned_scales_of_queries_and_keys_are_in_the_table(tmp_path):
     root = np.sqrt(config.d_head)
     close(plain.values[..., 0], np.einsum("qhd,khd->hqk", q, k) / root)
     close(got.values[..., 0], np.einsum("qhd,khd,d->hqk", q, k, scales[0] * scales[1]) / root)
+
+
+def scores_by_hand(model, cs, layer, distances):
+    """S(τ) of every query and key by its definition, R_τ a matrix: {(query, key): [H, T]}."""
+    config, (q, k) = model.config, (cs.factors[model.config.name(r, layer)] for r in "qk")
+    d, found = config.d_head, {}
+    for i, c in enumerate(q.ids or range(q.num_pieces)):
+        for j, e in enumerate(k.ids or range(k.num_pieces)):
+            u_q, u_k = np.asarray(q.V[i, 0]), np.asarray(k.V[j, 0])
+            v = np.linalg.norm(q.U[i]) * np.linalg.norm(k.U[j])
+            values = np.zeros((H, distances))
+            for h in range(H):
+                group = h * config.num_kv_heads // H
+                own, other = u_q[h * d : (h + 1) * d], u_k[group * d : (group + 1) * d]
+                for t in range(distances):
+                    R = np.zeros((d, d))
+                    for m in range(d // 2):
+                        angle = t * config.rope_base ** (-2 * m / d)
+                        a, b = m, m + d // 2
+                        R[a, a] = R[b, b] = np.cos(angle)
+                        R[b, a], R[a, b] = np.sin(angle), -np.sin(angle)
+                    values[h, t] = v * (R @ own) @ other / np.sqrt(d)
+            before = found.get((c, e))
+            if before is None or np.abs(before).max() < np.abs(values).max():
+                found[c, e] = values  # of several pieces those with the highest peak
+    return found
+
+
+@pytest.mark.parametrize("ids", [None, (0, 1, 0, 2, 3, 3, 1)])
+def test_partners_are_those_with_the_highest_peaks(ids, tmp_path, monkeypatch):
+    monkeypatch.setattr(qk, "_BLOCK", 2)  # several blocks, the last one not full
+    model = model_of("llama", tmp_path)
+    cs = components_of(model, ["q", "k"], layers=(0, 1), num_components=7)
+    if ids is not None:  # components with several pieces in a matrix
+        cs = components_lib.relabel(cs, ids)
+    most, distances = 2, 4
+    on = np.arange(cs.num_components) != 1
+    found = qk.partners(cs, model.params, model.config, on, distances=distances, most=most)
+    by_hand = [
+        (c, e, layer, int(np.abs(values).max(axis=1).argmax()), values)
+        for layer in range(2)
+        for (c, e), values in scores_by_hand(model, cs, layer, distances).items()
+        if on[c] and on[e]
+    ]
+    for side, got in enumerate(found):
+        for c in range(cs.num_components):
+            own = [pair for pair in by_hand if pair[side] == c]
+            own = sorted(own, key=lambda pair: -np.abs(pair[4]).max())[:most]
+            if not on[c]:
+                assert not own and (got.component[c] == -1).all()
+                continue
+            assert got.component[c].tolist() == [pair[1 - side] for pair in own]
+            assert got.layer[c].tolist() == [pair[2] for pair in own]
+            assert got.head[c].tolist() == [pair[3] for pair in own]
+            close(got.values[c], np.stack([pair[4][pair[3]] for pair in own]), 1e-5)
+
+
+def test_no_partners_where_queries_or_keys_are_missing(tmp_path):
+    model = model_of("llama", tmp_path)
+    args = (model.params, model.config, np.ones(PIECES, bool))
+    assert qk.partners(components_of(model, ["q", "v"]), *args) is None
+    cs = components_of(model, ["q", "k"])
+    assert qk.partners(cs, *args[:2], np.zeros(PIECES, bool)) is None
+    one = qk.partners(cs, *args[:2], np.arange(PIECES) == 2, distances=99)
+    assert one is not None and one[0].component.tolist() == [[-1] * 5] * 2 + [[2] + [-1] * 4]
+    assert one[0].values.shape[2] == min(99, model.config.context)
 
 
 def test_what_has_no_table(tmp_path):

@@ -95,6 +95,17 @@ def test_its_report_shows_text(harvested, workdir, main_here):
     assert json.loads(data)["num_components"] == found.num_components
 
 
+def test_its_page_has_partners_in_the_attention_of_its_model(harvested, workdir, monkeypatch):
+    found = load(workdir / "harvest")
+    assert commands.page(harvested, workdir).attention is None  # of MLPs alone
+    asked = []
+    monkeypatch.setattr(commands.text.qk, "partners", lambda *given: asked.append(given))
+    commands.page(harvested, workdir)
+    ((components, _, decoder, on),) = asked
+    assert components.num_components == 9 and decoder is harvested.target.model.config
+    assert on.tolist() == (found.firing_rate > 0).tolist()
+
+
 def test_a_harvest_of_what_the_run_was_before_is_not_shown(harvested, tmp_path):
     run = harvested
     found = load(run.folder / "harvest")

@@ -15,12 +15,17 @@ from test_browser import browser, open_page, pytestmark, shows  # noqa: F401
 from test_html import embedded
 
 from apd_jax.errors import InputError
+from apd_jax.interpretation import qk
 from apd_jax.interpretation.effects import effects
 from apd_jax.interpretation.harvest import harvest
 from apd_jax.interpretation.reading import quantised
+from apd_jax.language import DecoderConfig
 from apd_jax.language.tokens import Tokens
 from apd_jax.report import text, words
 from apd_jax.report.source import Source
+
+# Of an attention with one head, whose queries, keys and values were the planted matrix.
+DECODER = DecoderConfig(V, V, 1, 1, 1, V // 3, V, 6, {"qkv": "W"}, qkv="packed", rotary=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +46,7 @@ def made(planted, found):
 @pytest.fixture(scope="module")
 def page(planted, found, made, tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "planted.html"
-    return planted.report(path, TEXT[0], WORDS, found, made)
+    return planted.report(path, TEXT[0], WORDS, found, made, DECODER)
 
 
 def ink(g):
@@ -151,6 +156,44 @@ def test_labels_are_shown_and_found(browser, planted, found, made, tmp_path):  #
     assert browser.get_log("browser") == []
 
 
+def mixed(element):
+    """What the browser made of a mixture of colours, in [0, 255]: color(srgb r g b)."""
+    value = element.value_of_css_property("background-color")
+    return [255 * float(part) for part in re.findall(r"[\d.]+", value)[:3]]
+
+
+def tint(level):
+    """From white to the house's blue (0, 114, 178) at 1 and its vermilion (213, 94, 0) at -1."""
+    part, to = round(100 * abs(level)) / 100, (213, 94, 0) if level < 0 else (0, 114, 178)
+    return tuple(255 + (c - 255) * part for c in to)
+
+
+def test_partners_in_attention_are_shown(browser, page, planted, found):  # noqa: F811
+    params, on = planted.problem.params, found.firing_rate > 0
+    sides = qk.partners(planted.components, params, DECODER, on)
+    for c, count in ((0, 1), (3, 2)):  # 0 writes no query
+        loaded(browser, page, f"#component-{c}")
+        tables = browser.find_elements(By.CSS_SELECTOR, "#component-page .attention")
+        assert len(tables) == count
+        for table, side in zip(tables, sides[-count:], strict=True):
+            rows = table.find_elements(By.TAG_NAME, "tr")
+            there = side.component[c] >= 0
+            links = [row.find_element(By.TAG_NAME, "a") for row in rows]
+            assert [int(link.text) for link in links] == side.component[c, there].tolist()
+            assert "layer 0, head 0" in rows[0].text
+            curves = side.values[c, there]
+            for row, curve in zip(rows, curves, strict=True):
+                cells = row.find_elements(By.CSS_SELECTOR, ".strip i")
+                assert len(cells) == DECODER.context == len(curve)
+                for cell, value in zip(cells, curve / np.abs(curve).max(), strict=True):
+                    assert np.allclose(mixed(cell), tint(round(127 * value) / 127), atol=1)
+            assert (curves > 0).any() and (curves < 0).any()  # both colours
+        other = links[-1].text
+        links[-1].click()
+        shows(browser, "#component-page h1", f"Component {other}")
+    assert browser.get_log("browser") == []
+
+
 def test_a_page_says_what_it_left_out(planted, found, made, tmp_path, monkeypatch):
     whole = embedded(planted.report(tmp_path / "a.html", TEXT[0], WORDS, found, made))
     assert whole["top"]["tokens"]["shape"] == [C, 5, 5]
@@ -248,7 +291,10 @@ def test_what_does_not_belong_is_refused(planted, found, made, tmp_path):
 
 def test_without_names_and_passages_words_are_numbers(planted, found, tmp_path):
     data = embedded(planted.report(tmp_path / "report.html", harvest=found))
-    assert data["passages"] is None and data["words"] == ["", *map(str, range(V))]
+    assert data["passages"] is data["attention"] is None and data["words"] == [
+        "",
+        *map(str, range(V)),
+    ]
 
 
 def test_the_example_of_the_docs_runs(planted, found, tmp_path, monkeypatch):
@@ -259,8 +305,13 @@ def test_the_example_of_the_docs_runs(planted, found, tmp_path, monkeypatch):
     held_out = np.arange(len(documents)) < 4
     tokens = Tokens(np.concatenate(documents), starts, held_out, Letters())
     monkeypatch.chdir(tmp_path)
-    space = {"found": planted, "tokens": tokens, "model": SimpleNamespace(tokenizer=Letters())}
+    space = {
+        "found": planted,
+        "tokens": tokens,
+        "model": SimpleNamespace(tokenizer=Letters(), config=DECODER),
+    }
     exec(example, space)
     batches = [tokens.rows(8).batch(4, seed=0, step=step) for step in range(5)]
     assert space["seen"].num_tokens == sum((batch[:, 1:] >= 0).sum() for batch in batches)
-    assert embedded(tmp_path / "text.html")["num_components"] == C
+    data = embedded(tmp_path / "text.html")
+    assert data["num_components"] == C and len(data["attention"]) == 2

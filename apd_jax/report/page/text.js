@@ -86,12 +86,20 @@
   const section = (title, caption, ...rest) => element("section", {}, element("h2", {}, title), element("p", { class: "caption" }, caption), ...rest);
   const contexts = (kind, c) => element("ul", { class: `contexts ${kind}` }, ...windows(kind, c).map((w) => element("li", {}, element("span", { class: "g" }, (w.levels[w.levels.length >> 1] / 255).toFixed(2)), element("span", {}, ...coloured(w)))));
   const others = (c) => Array.from(apd.at(text.others.number, c), (d, i) => ({ c: d - 1, share: apd.at(text.others.share, c)[i] })).filter((d) => d.c >= 0);
+  // Attention: partners of queries, and of keys; levels by how many words the key is before the query.
+  const partners = (side, c) => Array.from(apd.at(side.number, c), (d, i) => ({ c: d - 1, at: [c, i], place: `layer ${apd.at(side.layer, c)[i]}, head ${apd.at(side.head, c)[i]}`, peak: apd.at(side.peak, c)[i], levels: Array.from(apd.at(side.level, c, i), (level) => (level - 128) / 127) })).filter((d) => d.c >= 0);
+  const strip = (peak, levels) => element("span", { class: "strip" }, ...levels.map((level, i) => element("i", { title: `${apd.number(level * peak)}, key ${i} before`, style: `background-color:${apd.tint(level)}` })));
+  const attention = (c) => (text.attention ? [["Attends to", "query", "keys", text.attention.queries], ["Attended to by", "key", "queries", text.attention.keys]] : []).flatMap(([title, own, other, side]) => {
+    const found = partners(side, c);
+    return found.length ? [section(title, `What it, as a ${own}, and ${other} add to a head's attention score, at inputs of length 1 along what each reads, by how many words the key is before the query: from the left, 0 to ${found[0].levels.length - 1}. Blue adds where both activations have one sign, vermilion takes away. The largest of components that are ever on; how often both are is not in it.`, element("table", { class: "list attention" }, element("tbody", {}, ...found.map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d.c}` }, String(d.c)), " ", ...gist(d.c)), element("td", { class: "num" }, strip(d.peak, d.levels), " ", apd.number(d.peak), element("br"), element("span", { class: "muted small" }, d.place)))))))] : [];
+  });
   const page = (c) => {
     const alive = rate(c) > 0, step = (by, label) => element("a", { href: `#component-${(c + by + C) % C}` }, label);
     const strongest = text.up && alive ? Math.max(push(c), -apd.at(text.down.value, c)[0]) || 1 : 1, nats = "PMI", columns = ["word", "nats", "times"];
     const left = element("div", {}, section("Strongest contexts", "The importance of the component at every word; the underlined word is the one that the number is of.", contexts("top", c)), section("Any contexts", "A uniform sample of the words where it is on.", contexts("random", c)));
     const right = element("div", {},
       ...(text.up ? [section("Pushes up", "Logits of the next word with the component, less those without it, at its strongest contexts.", wordTable(text.up, c, ["next word", "logits"], strongest)), section("Pushes down", "The same, at the other end.", wordTable(text.down, c, ["next word", "logits"], strongest))] : []),
+      ...attention(c),
       section("Fires on", `${nats} of a word with the component being on at it.`, wordTable(text.input, c, columns)),
       section("Comes before", `${nats} of the next word with the component being on.`, wordTable(text.next, c, columns)),
       section("Often on with", "Share of its firings in which the other is on as well.", element("table", { class: "list" }, element("tbody", {}, ...others(c).map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d.c}` }, String(d.c)), " ", ...gist(d.c)), element("td", { class: "num" }, apd.meter(d.share), ` ${apd.percent(d.share)}`)))))));

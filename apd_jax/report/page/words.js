@@ -45,6 +45,9 @@ apd.ink = (g) => {
   return `rgb(${mix(230)}, ${mix(159)}, ${mix(0)})`;
 };
 
+// Blue above 0, vermilion below, at 1 and -1 the house's own.
+apd.tint = (level) => `color-mix(in srgb, ${level < 0 ? apd.colors.vermilion : apd.colors.blue} ${Math.round(100 * Math.abs(level))}%, white)`;
+
 // A word of text. g: how much the component is on there, in [0, 1].
 apd.token = (text, g = 0, { centre = false, ...more } = {}) => apd.element("span", {
   class: `tok${centre ? " centre" : ""}${/^⏎+$/.test(text) ? " break" : ""}`, style: g > 0 ? `background-color:${apd.ink(g)}` : null, title: g > 0 ? g.toFixed(2) : null, ...more }, text);
