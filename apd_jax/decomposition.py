@@ -211,6 +211,7 @@ class Decomposition:
         harvest: Any = None,
         effects: Any = None,
         decoder: Any = None,
+        groups: Any = None,
     ) -> epath.Path:
         """Writes one HTML file that shows every component: see `apd_jax.report.html.report`.
 
@@ -218,7 +219,7 @@ class Decomposition:
         """
         if harvest is None:
             return _HOOKS["report"](self, path, x, tokens)
-        return _HOOKS["text_report"](self, path, x, tokens, harvest, effects, decoder)
+        return _HOOKS["text_report"](self, path, x, tokens, harvest, effects, decoder, groups)
 
     def evidence(self, **options: Any) -> Any:
         """What can be said for these components, and what not: see `apd_jax.evidence.evidence`."""

@@ -8,6 +8,7 @@ python -m apd_jax.main --mode=report --workdir=runs/tms
 python -m apd_jax.main --mode=compare --workdir=runs/tms --other=runs/tms_seed_1
 python -m apd_jax.main --mode=harvest --workdir=runs/prose
 python -m apd_jax.main --mode=labels --workdir=runs/prose
+python -m apd_jax.main --mode=clusters --workdir=runs/prose
 python -m apd_jax.main --mode=graph --workdir=runs/prose --prompt="She said that"
 python -m apd_jax.main --mode=curve --workdir=runs/prose --prices=0.3,1,3 --steps=500
 
@@ -25,7 +26,7 @@ from collections.abc import Sequence
 from absl import app, flags
 from ml_collections import config_flags
 
-from apd_jax.commands import curve, experiment, graph, harvest, labels
+from apd_jax.commands import clusters, curve, experiment, graph, harvest, labels
 from apd_jax.commands.cli import (
     keep_programs,
     make_console,
@@ -53,6 +54,7 @@ _READERS = {
     "inspect": experiment.inspect,
     "report": experiment.report,
     "harvest": lambda *of: harvest.harvest(*of, options=_HARVEST()),
+    "clusters": lambda *of: clusters.clusters(*of, options=_CLUSTERS()),
     "graph": lambda *of: graph.graph(*of, options=_GRAPH()),
     "labels": lambda *of: labels.labels(*of, options=_LABELS()),
 }
@@ -61,6 +63,7 @@ _EXPLAIN = flags.DEFINE_string(
 )
 _GIVEN = define_flags()
 _HARVEST = harvest.define_flags()
+_CLUSTERS = clusters.define_flags()
 _GRAPH = graph.define_flags()
 _CURVE = curve.define_flags()
 _LABELS = labels.define_flags()

@@ -79,7 +79,7 @@ from apd_jax import targets
 from apd_jax.ablations.adversary import Kept
 from apd_jax.ablations.base import Sources
 from apd_jax.commands import cli as cli_lib
-from apd_jax.commands import curve, given, graph, harvest, labels
+from apd_jax.commands import clusters, curve, given, graph, harvest, labels
 from apd_jax.components import Components, Factors
 from apd_jax.forward.capture import Reading
 from apd_jax.forward.sparse import SiteWeights
@@ -314,6 +314,7 @@ _FLAGS = (
     "criterion",
     "explain",
     "thorough",
+    *clusters.NAMES,
     *curve.NAMES,
     *given.NAMES,
     *graph.NAMES,

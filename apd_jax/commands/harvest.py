@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -15,7 +15,7 @@ from rich.table import Table
 from apd_jax.commands.given import Given
 from apd_jax.commands.runs import Restored, restore, unfinished
 from apd_jax.errors import InputError
-from apd_jax.interpretation import columns, effects
+from apd_jax.interpretation import clusters, columns, effects
 from apd_jax.interpretation import harvest as harvest_lib
 from apd_jax.interpretation import labels as labels_lib
 from apd_jax.interpretation.harvest import Harvest
@@ -64,19 +64,25 @@ def harvest(
     target, folder = language_target(run, "--mode=harvest"), user_path(workdir) / FOLDER
     if run.step < run.method.num_steps:
         console.print(unfinished(run))
-    rows, size = target.rows, min(run.method.batch_size, len(target.rows))
-    most = len(rows) // size
-    per_batch = size * float(np.mean(rows.spans[:, 1] - rows.spans[:, 0] - 1))
-    num_batches = min(most, max(1, round(options.num_tokens / per_batch)))
-    stream = iter(rows.batches(size, run.seed))
+    batches, count = stream(run, target, options.num_tokens)
     one = run.decomposition(0)
-    found = harvest_lib.harvest(one, stream, num_batches=num_batches, folder=folder, seed=run.seed)
+    found = harvest_lib.harvest(one, batches, num_batches=count, folder=folder, seed=run.seed)
     if not (folder / effects.FILE).exists():
         effects.save(effects.effects(one, found), found, folder)
     console.print(table(found))
     if found.num_tokens < 0.9 * options.num_tokens:
         console.print(f"The text has no more than {found.num_tokens:,} tokens that count.")
     console.print(f"Harvest: {folder}   Its page: --mode=report", soft_wrap=True)
+
+
+def stream(
+    run: Restored, target: LanguageTarget, num_tokens: int
+) -> tuple[Iterator[np.ndarray], int]:
+    """Batches of the run's text, and how many of them have so many tokens, or all."""
+    rows, size = target.rows, min(run.method.batch_size, len(target.rows))
+    per_batch = size * float(np.mean(rows.spans[:, 1] - rows.spans[:, 0] - 1))
+    count = min(len(rows) // size, max(1, round(num_tokens / per_batch)))
+    return iter(rows.batches(size, run.seed)), count
 
 
 def page(
@@ -112,7 +118,19 @@ def page(
     said, labels = labelled(folder, found)
     made = effects.load(folder / FOLDER, found)
     attention = text.partners(one, target.model.config, found)
-    return TextSource(source, found, made, labels, said, serve, live, attention)
+    groups, grouped_by = grouped(folder / FOLDER, found)
+    return TextSource(source, found, made, labels, said, serve, live, attention, groups, grouped_by)
+
+
+def grouped(folder: epath.Path, found: Harvest) -> tuple[np.ndarray | None, str]:
+    """The group of every component, and how they were made; (None, "") where they were not."""
+    if not (folder / clusters.FILE).exists():
+        return None, ""
+    kept = clusters.load(folder, found)
+    by = f"alpha = {kept['alpha']:g}"
+    if kept["agreement"] is not None:
+        by += f", {kept['restarts']} restarts that agree on {kept['agreement']:.0%} of components"
+    return kept["partition"], by
 
 
 def labelled(folder: epath.Path, found: Harvest) -> tuple[str, dict[int, str]]:

@@ -28,19 +28,24 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, first_line
+from apd_jax.interpretation.harvest import Harvest
+from apd_jax.paths import user_path
 
+FILE = "clusters.json"
 _BLOCK = 8192  # words of 64 positions that are unpacked at once, over all components
 
 
@@ -122,7 +127,8 @@ class Clustering:
     """partition: the group of every component, numbered by their first members; length: its L.
 
     partitions, lengths: those of all restarts. distance: the mean over pairs of restarts of
-    `hamming`; NaN for one restart. single: L with every component alone.
+    `hamming`, of the components that fire; NaN for one restart. single: L with every component
+    alone.
     """
 
     partition: Int[np.ndarray, " C"]
@@ -206,7 +212,9 @@ def cluster(
         length=float(lengths[best]),
         partitions=partitions,
         lengths=lengths,
-        distance=float(np.mean([hamming(a, b) for a, b in pairs])) if pairs else float("nan"),
+        distance=float(np.mean([hamming(a[fires], b[fires]) for a, b in pairs]))
+        if pairs
+        else float("nan"),
         single=_length(np.diag(together), ranks, alpha),
     )
 
@@ -274,6 +282,41 @@ def hamming(first: Int[np.ndarray, " C"], second: Int[np.ndarray, " D"]) -> floa
     shared = np.zeros((int(first.max()) + 1, int(second.max()) + 1), np.int64)
     np.add.at(shared, (first, second), 1)
     return 1 - shared[linear_sum_assignment(shared, maximize=True)].sum() / len(first)
+
+
+def save(found: Clustering, folder: epath.PathLike, harvest: Harvest, alpha: float) -> epath.Path:
+    """Writes `FILE` into a folder. harvest: of the same decomposition."""
+    path = user_path(folder) / FILE
+    about = {
+        "harvest": harvest.fingerprint,
+        "alpha": alpha,
+        "restarts": len(found.lengths),
+        "length": found.length,
+        "single": found.single,
+        "agreement": None if len(found.lengths) == 1 else 1 - found.distance,
+        "lengths": found.lengths.tolist(),
+        "partition": found.partition.tolist(),
+    }
+    path.write_text(json.dumps(about))
+    return path
+
+
+def load(folder: epath.PathLike, harvest: Harvest) -> dict[str, Any]:
+    """What `save` has written there; "partition" is [C], the group of every component.
+
+    Raises:
+      InputError: there is none, or it is torn or of another decomposition.
+    """
+    where = user_path(folder) / FILE
+    try:
+        found = json.loads(where.read_text())
+        found["partition"] = np.asarray(found["partition"], np.int64)
+        of = found["harvest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{where} holds no clusters ({first_line(error)}).") from None
+    if of != harvest.fingerprint:
+        raise InputError(f"{where} holds clusters of another decomposition; make them anew.")
+    return found
 
 
 def merged(decomposition: Decomposition, partition: Any) -> Decomposition:

@@ -51,6 +51,7 @@ class TextSource:
     labels: what components are called; labelled_by: who said so.
     serve_command: what opens the page with a box to type in. live: it is this page.
     attention: the partners of queries and of keys; None: none, or no `language.Decoder`.
+    groups: of components that fire together; grouped_by: how they were found.
     """
 
     source: Source
@@ -61,6 +62,8 @@ class TextSource:
     serve_command: str = ""
     live: bool = False
     attention: tuple[Partners, Partners] | None = None
+    groups: Int[np.ndarray, " C"] | None = None
+    grouped_by: str = ""
 
 
 def report(
@@ -71,6 +74,7 @@ def report(
     harvest: Harvest | None = None,
     effects: Effects | None = None,
     decoder: DecoderConfig | None = None,
+    groups: Any = None,
 ) -> epath.Path:
     """Writes one HTML file that shows where on text every component is on, and what it does.
 
@@ -80,8 +84,9 @@ def report(
       harvest: of this decomposition.
       effects: of this harvest; None: they are measured.
       decoder: of a `language.Decoder`, its config; None: the page has no partners in attention.
+      groups: [C], of components that fire together, e.g. `clusters.Clustering.partition`.
     Raises:
-      InputError: the harvest is of another decomposition.
+      InputError: the harvest is of another decomposition, or groups are not one number for each.
     Cost: that of `effects` and `qk.partners`, and the gate on x.
     """
     assert harvest is not None
@@ -94,7 +99,19 @@ def report(
     settings = {"apd": d.method.to_dict()}
     source = Source(name, d, x, settings=settings, metrics=metrics, words=words.of(tokens))
     attention = partners(d, decoder, harvest) if decoder else None
-    return write(path, TextSource(source, harvest, effects, attention=attention))
+    groups = None if groups is None else _checked(np.asarray(groups), harvest.num_components)
+    shown = TextSource(source, harvest, effects, attention=attention, groups=groups)
+    return write(path, shown)
+
+
+def _checked(groups: np.ndarray, num_components: int) -> np.ndarray:
+    whole = np.issubdtype(groups.dtype, np.integer) and groups.min(initial=0) >= 0
+    if not whole or groups.shape != (num_components,):
+        raise InputError(
+            f"groups need a whole number from 0 for each of {num_components} components; got "
+            f"{groups.dtype} {groups.shape}."
+        )
+    return groups
 
 
 def partners(
@@ -188,6 +205,7 @@ def _around(source: TextSource, data: Mapping[str, Any]) -> dict[str, Any]:
         "live": source.live,
         "serve_command": source.serve_command,
         "labelled_by": source.labelled_by,
+        "grouped_by": source.grouped_by,
         "headline": html.headline(of),
         "tiles": _tiles(of.metrics, found),
         "evidence": html.evidence_card(of),
@@ -263,6 +281,7 @@ def _data(
         "others": {"number": packed(found.coactive + 1), "share": packed(found.coactive_share)},
         "attention": source.attention
         and dict(zip(("queries", "keys"), map(_attention, source.attention), strict=True)),
+        "group": None if source.groups is None else packed(source.groups),
         "passages": None,
         "shards": None,
         "losses": drawn.losses(of.decomposition.history, None),

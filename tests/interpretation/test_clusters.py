@@ -13,6 +13,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.interpretation import clusters
 from apd_jax.interpretation.clusters import Firings, cluster, gains, hamming, length
+from apd_jax.interpretation.harvest import Harvest
 from apd_jax.methods.apd import APD
 from apd_jax.methods.spd import SPD
 from apd_jax.methods.whole import Whole
@@ -89,6 +90,9 @@ def test_planted_groups_are_found():
     truth = np.array([*np.repeat(np.arange(4), 5), 4, 5])[order]
     assert hamming(found.partition, truth) == 0 and found.num_groups == 6
     assert found.length < found.single and found.lengths[0] == found.length
+    fires = fired.any(axis=0)[order]
+    pairs = itertools.combinations(found.partitions[:, fires], 2)
+    assert found.distance == pytest.approx(np.mean([hamming(a, b) for a, b in pairs]))
     # Groups are numbered in the order of their first members.
     firsts = [found.partition.tolist().index(g) for g in range(6)]
     assert firsts == sorted(firsts)
@@ -100,6 +104,24 @@ def test_the_draw_of_a_rank():
     draws = np.bincount([clusters._draw(3, 1.0, rng) for _ in range(20_000)])
     weights = np.exp(-np.arange(3.0))
     close(draws / 20_000, weights / weights.sum(), 0.02)
+
+
+def test_clusters_are_kept_beside_their_harvest(tmp_path):
+    fired = drawn(0, (50, 4))
+    harvest = object.__new__(Harvest)  # of which nothing else is read
+    vars(harvest).update(fingerprint="one")
+    for restarts, agreement in ((1, None), (2, 1.0)):
+        found = cluster(Firings.of(fired, [1, 1, 1, 1]), alpha=9.0, restarts=restarts)
+        clusters.save(found, tmp_path, harvest, alpha=9.0)
+        kept = clusters.load(tmp_path, harvest)
+        assert kept["partition"].tolist() == [0, 1, 2, 3] and kept["alpha"] == 9.0
+        assert kept["length"] == found.length and kept["agreement"] == agreement
+    vars(harvest).update(fingerprint="another")
+    with pytest.raises(InputError, match="clusters of another decomposition"):
+        clusters.load(tmp_path, harvest)
+    (tmp_path / clusters.FILE).write_text("{")
+    with pytest.raises(InputError, match="holds no clusters"):
+        clusters.load(tmp_path, harvest)
 
 
 def test_hamming_does_not_see_names():

@@ -14,7 +14,7 @@ from etils import epath
 from rich.console import Console
 
 from apd_jax import targets
-from apd_jax.commands import experiment, graph
+from apd_jax.commands import clusters, experiment, graph
 from apd_jax.commands import harvest as commands
 from apd_jax.commands import labels as label_commands
 from apd_jax.commands.runs import Restored
@@ -48,7 +48,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def workdir(run, monkeypatch):
-    for module in (commands, experiment, graph):
+    for module in (clusters, commands, experiment, graph):
         monkeypatch.setattr(module, "restore", lambda *of: run)
     return run.folder
 
@@ -104,6 +104,26 @@ def test_its_page_has_partners_in_the_attention_of_its_model(harvested, workdir,
     ((components, _, decoder, on),) = asked
     assert components.num_components == 9 and decoder is harvested.target.model.config
     assert on.tolist() == (found.firing_rate > 0).tolist()
+
+
+def test_its_components_are_clustered(harvested, workdir, main_here):
+    done = main_here("--mode=clusters", f"--workdir={workdir}", "--alpha=0.1", "--restarts=2")
+    assert done.returncode == 0, done.stderr
+    found = load(workdir / "harvest")
+    path = workdir / "harvest" / "clusters.json"
+    kept = json.loads(path.read_text())
+    assert kept["alpha"] == 0.1 and kept["harvest"] == found.fingerprint
+    said = dict(re.findall(r"│ (.*?) *│ *(.*?) *│", done.stdout))
+    assert said["tokens"] == f"{found.num_tokens:,}" and str(path) in done.stdout
+    assert said["components that are ever on"] == str((found.firing_rate > 0).sum())
+    source = commands.page(harvested, workdir)
+    assert source.groups.tolist() == kept["partition"]
+    agree = f"alpha = 0.1, 2 restarts that agree on {kept['agreement']:.0%} of components"
+    assert source.grouped_by == agree
+    path.unlink()
+    assert commands.page(harvested, workdir).groups is None
+    refused = main_here("--mode=clusters", f"--workdir={workdir}", "--restarts=0")
+    assert refused.returncode == 2 and "at least 1 restart" in refused.stderr
 
 
 def test_a_harvest_of_what_the_run_was_before_is_not_shown(harvested, tmp_path):

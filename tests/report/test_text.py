@@ -156,6 +156,28 @@ def test_labels_are_shown_and_found(browser, planted, found, made, tmp_path):  #
     assert browser.get_log("browser") == []
 
 
+def test_groups_are_shown_and_found(browser, planted, found, made, tmp_path):  # noqa: F811
+    path = tmp_path / "grouped.html"
+    planted.report(path, None, WORDS, found, made, groups=[4, 1, 4, 1])
+    loaded(browser, path)
+    browser.find_element(By.CSS_SELECTOR, "th[data-column=group] button").click()
+    cells = browser.find_elements(By.CSS_SELECTOR, "#table tbody td:nth-child(5)")
+    # 0 is alone, since 2 never fires.
+    assert [cell.text for cell in cells] == ["1 of 2", "1 of 2", "", ""]
+    browser.find_element(By.LINK_TEXT, "1").click()
+    shows(browser, "#component-page h1", "Component 1")
+    others = browser.find_elements(By.CSS_SELECTOR, "#component-page .group a")
+    assert [link.text for link in others] == ["3"]
+    browser.find_element(By.LINK_TEXT, "All 2 of group 1").click()
+    shows(browser, "#count", "2 of 4 components, 2 ever on")
+    links = browser.find_elements(By.CSS_SELECTOR, "#table tbody td:first-child a")
+    assert sorted(link.text for link in links) == ["1", "3"]
+    at(browser, "#component-0")
+    shows(browser, "#component-page h1", "Component 0")
+    assert not browser.find_elements(By.CSS_SELECTOR, "#component-page .group")
+    assert browser.get_log("browser") == []
+
+
 def mixed(element):
     """What the browser made of a mixture of colours, in [0, 255]: color(srgb r g b)."""
     value = element.value_of_css_property("background-color")
@@ -287,6 +309,9 @@ def test_what_does_not_belong_is_refused(planted, found, made, tmp_path):
         decomposition(scale=2.0).report(tmp_path / "report.html", TEXT[0], WORDS, harvest=found)
     with pytest.raises(InputError, match="passages are tokens"):
         planted.report(tmp_path / "report.html", np.ones((2, 3)), WORDS, found, made)
+    for groups in ([0, 1], [0, 1, -1, 0], [0.0, 1.0, 1.0, 0.0]):
+        with pytest.raises(InputError, match="a whole number from 0 for each of 4 components"):
+            planted.report(tmp_path / "report.html", None, WORDS, found, made, groups=groups)
 
 
 def test_without_names_and_passages_words_are_numbers(planted, found, tmp_path):

@@ -12,6 +12,11 @@
   const push = (c) => (text.up ? apd.at(text.up.value, c)[0] : 0);
   const labelled = text.labels.some((label) => label), gist = (c) => (text.labels[c] ? [text.labels[c]] : chips(text.input, c, 3, "nats"));
 
+  // Groups of components that fire together; those that are alone are in none.
+  const members = d3.group(text.group ? numbers.filter((c) => rate(c) > 0) : [], (c) => text.group.flat[c]);
+  const group = (c) => (text.group && members.get(text.group.flat[c])?.length > 1 ? text.group.flat[c] : null);
+  const groupLink = (c, says = "") => element("a", { href: `#group-${group(c)}` }, `${says}${group(c)}`);
+
   // Where the page has no room for all windows, they lie in files beside it, by number.
   const files = text.shards?.files ?? [], parts = [], read = apd.beside(files), said = new Map();
   const partOf = (c) => (text.shards ? Math.floor(c / text.shards.size) : 0), missing = (c) => files.length > 0 && !parts[partOf(c)];
@@ -39,11 +44,12 @@
     { name: "rate", label: "on at", num: true, says: "share of tokens", value: rate, cell: (c) => apd.percent(rate(c)) },
     { name: "mean", label: "importance", num: true, says: "mean where it is on", value: whenOn, cell: (c) => apd.number(whenOn(c), 2) },
     ...(labelled ? [{ name: "label", label: "label", value: (c) => text.labels[c] || "~", cell: (c) => text.labels[c] }] : []),
+    ...(text.group ? [{ name: "group", label: "group", num: true, says: "and how many are in it", value: (c) => group(c) ?? Infinity, cell: (c) => (group(c) === null ? "" : element("span", {}, groupLink(c), ` of ${members.get(group(c)).length}`)) }] : []),
     { name: "input", label: "fires on", cell: (c) => element("span", {}, ...chips(text.input, c, 4, "nats")) },
     ...(text.up ? [{ name: "push", label: "pushes up", says: "sorted by the largest change of a logit", value: push, cell: (c) => element("span", {}, ...chips(text.up, c, 4, "logits")) }] : []),
     { name: "snippet", label: "strongest context", cell: (c) => { const first = windows("top", c)[0]; return element("div", { class: "snippet" }, ...(first ? coloured(first, 7) : [])); } },
   ];
-  const head = element("tr", {}, ...columns.map((column) => element("th", { scope: "col", "data-column": column.name, class: column.num ? "num" : null, title: column.says }, column.value ? element("button", { type: "button", click: () => { state.descending = state.by === column.name ? !state.descending : !["component", "where", "label"].includes(column.name); state.by = column.name; state.shown = 50; fill(); } }, column.label) : column.label)));
+  const head = element("tr", {}, ...columns.map((column) => element("th", { scope: "col", "data-column": column.name, class: column.num ? "num" : null, title: column.says }, column.value ? element("button", { type: "button", click: () => { state.descending = state.by === column.name ? !state.descending : !["component", "where", "label", "group"].includes(column.name); state.by = column.name; state.shown = 50; fill(); } }, column.label) : column.label)));
   const body = element("tbody");
   find("table").replaceChildren(element("thead", {}, head), body);
   const fill = () => {
@@ -66,16 +72,17 @@
     }
     return said.get(c);
   };
+  const groupAsked = (asked) => (text.group ? /^group (\d+)$/.exec(asked)?.[1] : null);
   const search = (says) => {
-    const asked = find("search").value.trim().toLowerCase();
-    state.found = asked ? numbers.filter((c) => String(c) === asked || all(c).includes(asked)) : numbers;
+    const asked = find("search").value.trim().toLowerCase(), one = groupAsked(asked);
+    state.found = one ? members.get(Number(one)) ?? [] : asked ? numbers.filter((c) => String(c) === asked || all(c).includes(asked)) : numbers;
     state.says = asked ? says : "";
     state.shown = 50;
     fill();
     return asked;
   };
   find("search").addEventListener("input", async () => {
-    const toRead = files.filter((_, i) => !parts[i]).length;
+    const toRead = groupAsked(find("search").value.trim().toLowerCase()) ? 0 : files.filter((_, i) => !parts[i]).length;
     if (!search(toRead ? "; reading contexts …" : "") || !toRead) return;
     const lost = (await Promise.allSettled(files.map((_, i) => arrive(i)))).filter((one) => one.status === "rejected").length;
     search(lost ? `; ${lost} of ${files.length} files of contexts are missing beside this page` : "");
@@ -93,6 +100,11 @@
     const found = partners(side, c);
     return found.length ? [section(title, `What it, as a ${own}, and ${other} add to a head's attention score, at inputs of length 1 along what each reads, by how many words the key is before the query: from the left, 0 to ${found[0].levels.length - 1}. Blue adds where both activations have one sign, vermilion takes away. The largest of components that are ever on; how often both are is not in it.`, element("table", { class: "list attention" }, element("tbody", {}, ...found.map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d.c}` }, String(d.c)), " ", ...gist(d.c)), element("td", { class: "num" }, strip(d.peak, d.levels), " ", apd.number(d.peak), element("br"), element("span", { class: "muted small" }, d.place)))))))] : [];
   });
+  const grouped = (c) => {
+    if (group(c) === null) return [];
+    const rest = members.get(group(c)).filter((d) => d !== c), shown = rest.slice(0, 30);
+    return [section("Its group", "Components that are on at the same words, so that one name for all of them takes fewer bits than one for each.", element("table", { class: "list group" }, element("tbody", {}, ...shown.map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d}` }, String(d)), " ", ...gist(d)), element("td", { class: "num muted small" }, short(where(d)[0]?.name ?? "")))))), element("p", { class: "small" }, groupLink(c, `All ${rest.length + 1} of group `)))];
+  };
   const page = (c) => {
     const alive = rate(c) > 0, step = (by, label) => element("a", { href: `#component-${(c + by + C) % C}` }, label);
     const strongest = text.up && alive ? Math.max(push(c), -apd.at(text.down.value, c)[0]) || 1 : 1, nats = "PMI", columns = ["word", "nats", "times"];
@@ -102,7 +114,8 @@
       ...attention(c),
       section("Fires on", `${nats} of a word with the component being on at it.`, wordTable(text.input, c, columns)),
       section("Comes before", `${nats} of the next word with the component being on.`, wordTable(text.next, c, columns)),
-      section("Often on with", "Share of its firings in which the other is on as well.", element("table", { class: "list" }, element("tbody", {}, ...others(c).map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d.c}` }, String(d.c)), " ", ...gist(d.c)), element("td", { class: "num" }, apd.meter(d.share), ` ${apd.percent(d.share)}`)))))));
+      section("Often on with", "Share of its firings in which the other is on as well.", element("table", { class: "list" }, element("tbody", {}, ...others(c).map((d) => element("tr", {}, element("td", {}, element("a", { href: `#component-${d.c}` }, String(d.c)), " ", ...gist(d.c)), element("td", { class: "num" }, apd.meter(d.share), ` ${apd.percent(d.share)}`)))))),
+      ...grouped(c));
     const beside = element("p", { id: "beside", class: "muted small", role: "status" }, alive && missing(c) ? "Reading more contexts …" : "");
     if (alive && missing(c)) arrive(partOf(c)).then(() => { if (location.hash === `#component-${c}`) page(c); }, () => { beside.textContent = `More contexts are in ${files[partOf(c)]}, which is missing beside this page.`; });
     find("component-page").replaceChildren(
@@ -118,12 +131,16 @@
   fill();
   if (text.losses?.length) find("loss-chart").replaceChildren(apd.losses(text.losses, { width: Math.max(320, Math.min(880, document.documentElement.clientWidth - 40)) }));
   const route = () => {
-    const number = Number(/^#component-(\d+)$/.exec(location.hash)?.[1] ?? NaN), opened = number < C;
+    const asked = /^#group-(\d+)$/.exec(location.hash)?.[1], number = Number(/^#component-(\d+)$/.exec(location.hash)?.[1] ?? NaN), opened = number < C;
     find("overview-page").hidden = opened;
     find("component-page").hidden = !opened;
     if (opened) {
       page(number);
       scrollTo(0, 0);
+    } else if (asked) {
+      find("search").value = `group ${asked}`;
+      search("");
+      find("components").scrollIntoView();
     } else if (location.hash.length > 1) document.getElementById(decodeURIComponent(location.hash.slice(1)))?.scrollIntoView();
   };
   addEventListener("hashchange", route);
