@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from apd_jax import components as components_lib
@@ -44,6 +45,9 @@ class Behaviour:
     damage: Float[np.ndarray, " C"]  # in units of the minimality loss
     examples: Int[np.ndarray, "C n"]  # indices into the batch
     change: Float[np.ndarray, "C O"]  # in units of the output
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def behaviour(decomposition: Decomposition, x: PyTree, *, num_examples: int = 6) -> Behaviour:
@@ -130,6 +134,9 @@ class Matrix:
     target_columns: Int[np.ndarray, " s"]
     target: Float[np.ndarray, "r s"]
     total: Float[np.ndarray, "r s"]  # of the sum of components
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def matrices(

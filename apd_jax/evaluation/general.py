@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Array, Float, PyTree
 
 from apd_jax import components as components_lib
@@ -52,6 +53,9 @@ class Evaluation:
     panels: dict[str, Panel] = dataclasses.field(default_factory=dict)
     labels: dict[str, str] = dataclasses.field(default_factory=dict)
     grids: tuple[Grid, ...] = ()
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def fired(activity: Activity) -> Array:

@@ -27,6 +27,17 @@ class Evidence:
     provenance: Mapping[str, Any]
     checks: Sequence[Check]
 
+    def __repr__(self) -> str:
+        return f"<Evidence: {self.verdict}>"
+
+    def __rich__(self) -> Table:
+        """What `rich.print` shows."""
+        return self.table()
+
+    def _repr_mimebundle_(self, **asked: Any) -> dict[str, str]:
+        """What a notebook shows."""
+        return self.table()._repr_mimebundle_(**{"include": (), "exclude": ()} | asked)
+
     def __getitem__(self, name: str) -> Check:
         return next(check for check in self.checks if check.name == name)
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import PyTree
 
 from apd_jax import evaluation as evaluation_lib
@@ -47,6 +48,9 @@ class Check:
     # {heading: a value per row}, for the card
     columns: Mapping[str, np.ndarray] = dataclasses.field(default_factory=dict)
     panels: Mapping[str, Panel] = dataclasses.field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     def to_json(self) -> dict[str, Any]:
         """All but arrays, columns and figures.

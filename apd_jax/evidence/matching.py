@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Float, Int
 
 from apd_jax.components import Components
@@ -26,6 +27,9 @@ class Agreement:
     match: Int[np.ndarray, " C"]
     cosine: Float[np.ndarray, " C"]
     large: np.ndarray
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @property
     def mean_cosine(self) -> float:

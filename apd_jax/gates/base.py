@@ -11,6 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import wadler_lindig as wl
 from jax import lax
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
@@ -58,6 +59,9 @@ class Activity:
     active: Bool[Array, "B *T C"]
     scores: Float[Array, "B *T C"]
     upper: Float[Array, "B *T C"] | None = None
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @property
     def hard(self) -> bool:

@@ -34,6 +34,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from etils import epath
 from jaxtyping import Bool, Float, Int
 from scipy.optimize import linear_sum_assignment
@@ -60,6 +61,9 @@ class Firings:
     packed: np.ndarray
     ranks: Int[np.ndarray, " C"]
     num_positions: int
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @staticmethod
     def of(fired: Bool[np.ndarray, "N C"], ranks: Int[np.ndarray, " C"] | Sequence[int]) -> Firings:
@@ -137,6 +141,9 @@ class Clustering:
     lengths: Float[np.ndarray, " R"]
     distance: float
     single: float
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @property
     def num_groups(self) -> int:

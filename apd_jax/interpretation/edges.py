@@ -34,6 +34,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -58,6 +59,9 @@ class Columns:
     sites: tuple[str, ...]
     site: Int[np.ndarray, " K"]
     component: Int[np.ndarray, " K"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @staticmethod
     def of(decomposition: Decomposition, x: PyTree) -> Columns:
@@ -115,6 +119,9 @@ class PromptEdges:
     gate: Float[np.ndarray, " n"]
     weight: Float[np.ndarray, "n n"]
     to_output: Float[np.ndarray, " n"] | None = None
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def of_prompt(
@@ -199,6 +206,9 @@ class DataEdges:
     weight: Float[np.ndarray, "n K"]
     mass: Float[np.ndarray, " K"]
     size: Float[np.ndarray, " K"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def over_data(

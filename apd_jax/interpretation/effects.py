@@ -20,6 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from etils import epath
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -48,6 +49,9 @@ class Effects:
     up: Float[np.ndarray, "C n"]
     down_token: Int[np.ndarray, "C n"]
     down: Float[np.ndarray, "C n"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def effects(

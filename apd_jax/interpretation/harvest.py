@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from etils import epath
 from jaxtyping import Array, Float, Int, PyTree
 
@@ -77,6 +78,9 @@ class Harvest:
     coactive: Int[np.ndarray, "C N"]
     coactive_share: Float[np.ndarray, "C N"]
     settings: str = ""  # what it was asked for, as JSON
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     def is_of(self, decomposition: Decomposition) -> bool:
         """Whether it was made of this very decomposition."""

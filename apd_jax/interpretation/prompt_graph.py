@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import wadler_lindig as wl
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
@@ -89,6 +90,9 @@ class Pruned:
     kl: float
     kl_attacked: float
 
+    def __repr__(self) -> str:
+        return wl.pformat(self)
+
     @property
     def nodes(self) -> Bool[np.ndarray, "T C"]:
         return self.gates > 0
@@ -115,6 +119,9 @@ class PromptGraph:
     robust: Pruned
     plain: Pruned
     edges: PromptEdges
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def prompt_graph(

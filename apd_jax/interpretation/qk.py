@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from apd_jax import components as components_lib
@@ -49,6 +50,9 @@ class Table:
     queries: Int[np.ndarray, " q"]
     keys: Int[np.ndarray, " k"]
     values: Float[np.ndarray, "H q k T"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def table(
@@ -94,6 +98,9 @@ class Partners:
     layer: Int[np.ndarray, "C P"]
     head: Int[np.ndarray, "C P"]
     values: Float[np.ndarray, "C P T"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def partners(

@@ -21,6 +21,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Bool, Float, Int
 
 from apd_jax.decomposition import Decomposition
@@ -44,6 +45,9 @@ class Window:
 
     tokens: Int[np.ndarray, " W"]
     marked: Bool[np.ndarray, " W"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @property
     def plain(self) -> Bool[np.ndarray, " W"]:

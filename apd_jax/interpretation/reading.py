@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Float, Int, UInt8
 
 from apd_jax.decomposition import Decomposition
@@ -26,6 +27,9 @@ class Reading:
     starts: Int[np.ndarray, " ends"]
     component: Int[np.ndarray, " n"]
     activity: UInt8[np.ndarray, " n"]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def read(

@@ -12,6 +12,7 @@ import zlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from etils import epath
 from jaxtyping import Float, Int
 
@@ -37,6 +38,9 @@ class State:
     step: int = 0
     crc: int = 0
     crc_kept: int = 0
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     def read(self, tokens: np.ndarray, again: int | None = None) -> None:
         """Remembers a batch's tokens.

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Float, Int
 
 WAITING = 2**22  # pairs that are held before they are added to the table
@@ -35,6 +36,9 @@ class TokenCounts:
     taken: Int[np.ndarray, " C"]
     total: Int[np.ndarray, " V"]
     waiting: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @staticmethod
     def empty(num_components: int, vocab_size: int, slots: int) -> TokenCounts:

@@ -21,6 +21,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Array, Bool, PyTree
 
 from apd_jax import components as components_lib
@@ -44,6 +45,9 @@ class Intervention:
     apply_fn: Callable
     params: PyTree
     weights: PyTree
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 def steer(

@@ -22,6 +22,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import wadler_lindig as wl
 from jaxtyping import Array, Float
 
 from apd_jax.errors import InputError
@@ -41,6 +42,9 @@ class LastToken:
     params: dict[str, Array]
     apply_fn: Callable[[Any, Inputs], Float[Array, "B V"]]
     inputs: Callable[[Any], dict[str, Array]]
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
 
 class _Rest(Decoder):

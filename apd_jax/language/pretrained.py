@@ -52,6 +52,13 @@ class LanguageModel:
     ignored: tuple[str, ...] = ()
     source: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        c, count = self.config, sum(a.size for a in self.params.values())
+        return (
+            f"<LanguageModel: {count:,} parameters, {c.num_layers} layers of width {c.d_model}, "
+            f"{c.vocab_size:,} tokens, context {c.context}>"
+        )
+
     @functools.cached_property
     def module(self) -> Decoder:
         return Decoder(self.config, DTYPES[self.dtype], self.remat)

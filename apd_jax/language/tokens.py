@@ -21,6 +21,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
+import wadler_lindig as wl
 from etils import epath
 from jaxtyping import Array, Bool, Float, Int
 
@@ -80,6 +81,9 @@ class Tokens:
     starts: Int[np.ndarray, " ends"]
     held_out: Bool[np.ndarray, " D"]
     tokenizer: Tokenizer
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     @staticmethod
     def of(
@@ -193,6 +197,9 @@ class Rows:
     array: np.ndarray
     spans: Int[np.ndarray, "n 2"]
     length: int
+
+    def __repr__(self) -> str:
+        return wl.pformat(self)
 
     def __len__(self) -> int:
         return len(self.spans)

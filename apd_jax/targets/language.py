@@ -74,7 +74,7 @@ def build(config: Config, batch_size: int, folder: epath.Path | None = None) -> 
         )
     T, apply_fn = config.context, model.apply_fn
     trained, loaded = tokens.rows(T), bool(config.model)
-    select, shuffled = tuple(model.matrices(config.sites, layers)), config.get("shuffled", False)
+    select, shuffled = tuple(model.matrices(config.sites, layers)), config.shuffled
     if shuffled and not loaded:
         raise InputError("target.shuffled is for a model from a path, which prose is not.")
     held_out = (chosen or tokens).rows(T, held_out=True)
