@@ -12,7 +12,11 @@ feature at a layer is here a component at a site:
                     arrive at a node, summed over all ways to the logit
   weight            the edge, with its sign; to the logit: of the token above the mean of all
 
-Tokens of the prompt are nodes without links: edges begin at components.
+Its "mlp reconstruction error" is here what the nodes at a site and a position leave over of what
+the target hands on there, where that reaches a node or the logit; links begin at it, and none end.
+Tokens of the prompt are nodes without links: edges begin at sites.
+
+Shapes: n nodes. Sources: the nodes, then the errors. Rows: the nodes, and the logit last.
 """
 
 from __future__ import annotations
@@ -21,13 +25,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from apd_jax.interpretation.edges import PromptEdges
 from apd_jax.interpretation.prompt_graph import PromptGraph
 
 VERSION = 1
 _FEATURE = "cross layer transcoder"  # the one kind that the frontend draws as a component
+_ERROR = "mlp reconstruction error"
 
 
 def to_json(
@@ -57,13 +62,18 @@ def to_json(
             ids, found.site.tolist(), found.component.tolist(), found.position.tolist(), strict=True
         )
     ]
-    for i, (node, reached) in enumerate(zip(nodes, influence(found), strict=True)):
+    for i, node in enumerate(nodes):
         c = int(found.component[i])
         node |= {
             "clerp": labels.get(c, f"{found.sites[found.site[i]]} {c}"),
-            "influence": float(reached),
             "activation": float(found.activation[i]),
         }
+    for t, s in errors(found).tolist():
+        ids.append(f"{s}_-1_{t}")
+        nodes.append(_node(ids[-1], -1, str(s), t, _ERROR, f"{s}_-1-{t}"))
+        nodes[-1]["clerp"] = f"{found.sites[s]}, what is left over"
+    for node, reached in zip(nodes, influence(found).tolist(), strict=True):
+        node["influence"] = reached
     for t, token in enumerate(graph.tokens.tolist()):
         nodes.append(_node(f"E_{token}_{t}", t, "E", t, "embedding", f"E_{token}-{t}"))
     last = _node(logit, graph.token, str(top), at, "logit", f"L_{graph.token}-{at}")
@@ -98,7 +108,7 @@ def to_json(
 
 
 def _links(found: PromptEdges, ids: Sequence[str], logit: str) -> list[dict[str, Any]]:
-    targets = [*ids, logit]
+    targets = [*ids[: len(found.component)], logit]
     return [
         {"source": ids[j], "target": targets[i], "weight": float(weight)}
         for i, row in enumerate(_rows(found))
@@ -107,28 +117,41 @@ def _links(found: PromptEdges, ids: Sequence[str], logit: str) -> list[dict[str,
     ]
 
 
-def _rows(found: PromptEdges) -> Float[np.ndarray, "rows n"]:
-    """The edges to every node, and to the logit last."""
-    if found.to_output is None:
-        return found.weight
-    return np.concatenate([found.weight, found.to_output[None]])
+def errors(found: PromptEdges) -> Int[np.ndarray, "errors 2"]:
+    """Position and site of everything left over that reaches a node or the logit."""
+    if found.rest is None:
+        return np.zeros((0, 2), int)
+    return np.argwhere(_above(found.rest, found.rest_to_output).any(axis=0))
 
 
-def shares(found: PromptEdges) -> Float[np.ndarray, "rows n"]:
-    """|edges| as shares of all that arrive at a node (the logit last); rows of 0 stay 0."""
+def _rows(found: PromptEdges) -> Float[np.ndarray, "rows sources"]:
+    """The edges to every node, and to the logit last: from every node, then from every error."""
+    rows = _above(found.weight, found.to_output)
+    if found.rest is None:
+        return rows
+    t, s = errors(found).T
+    return np.concatenate([rows, _above(found.rest, found.rest_to_output)[:, t, s]], axis=1)
+
+
+def _above(nodes: np.ndarray, logit: np.ndarray | None) -> np.ndarray:
+    return nodes if logit is None else np.concatenate([nodes, logit[None]])
+
+
+def shares(found: PromptEdges) -> Float[np.ndarray, "rows sources"]:
+    """|edges| as shares of all that arrives at a node; rows of 0 stay 0."""
     rows = np.abs(_rows(found))
     total = rows.sum(axis=1, keepdims=True)
     return np.divide(rows, total, out=np.zeros_like(rows), where=total > 0)
 
 
-def influence(found: PromptEdges) -> Float[np.ndarray, " n"]:
-    """See above. The strongest node has the least, its own share."""
-    part = shares(found)
-    within, step = part[: len(found.component)], part[-1]
+def influence(found: PromptEdges) -> Float[np.ndarray, " sources"]:
+    """See above. The strongest has the least, its own share."""
+    part, n = shares(found), len(found.component)
+    within, step = part[:n], part[-1]
     total = np.zeros_like(step)
-    for _ in range(len(step)):  # no way is longer
+    for _ in range(n + 1):  # no way is longer
         total = total + step
-        step = step @ within
+        step = step[:n] @ within
         if not step.any():
             break
     order = np.argsort(-total, kind="stable")

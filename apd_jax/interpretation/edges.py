@@ -16,13 +16,18 @@ Since c' hands on w a_c' V_c' (w = 1), (∂a_c/∂a_c') a_c' = ∂a_c/∂w, and 
 `forward.direct` gives the edges from all sources to one target. Edges of a target whose activation
 is no length change their sign with that of U_c.
 
+At a site l and a position the nodes hand on Σ_c' g_c' a_c' V_c', and the target a θ*. What is left
+over, of Δ = θ* - Σ P and of components that are no nodes, has the direct effect
+
+  rest(l → c) = ∂a_c/∂β_l - Σ_c' edge(c' → c)      κ_l = β_l θ*_l + Σ w P, over the nodes c' there
+
 Over data, t and t' positions that count, with A_c² the mean of a_c² over these:
 
   edge(c' → c) = Σ_x Σ_tt' (∂a_c(t) / ∂w_c'(t')) g_c'(t') / (Σ_xt' g_c'(t') · A_c)
 
 that is, how much of c's usual size one firing of c' adds, summed over where it arrives.
 
-Shapes: T positions, C components, K columns: every component at every site that holds it.
+Shapes: T positions, C components, L sites, K columns: every component at every site that holds it.
 """
 
 from __future__ import annotations
@@ -46,6 +51,7 @@ from apd_jax.forward.sparse import SiteWeights
 from apd_jax.network.outputs import outputs
 
 _TOGETHER = 16  # backward passes at once
+_ROUNDING = 1e-5  # of what is subtracted from each other
 _LEAST = 1e-12  # below the root of a length: a finite gradient at 0
 
 
@@ -71,13 +77,20 @@ class Columns:
         site = np.repeat(np.arange(len(sites)), [len(own) for own in numbers])
         return Columns(sites, site, np.concatenate(numbers))
 
-    def weights(self, w: Array, components: Components, target: bool) -> dict[str, SiteWeights]:
-        """w [T, K] as weights of pieces; with `target` beside the target's own weight."""
-        found, beside = {}, jnp.ones(len(w)) if target else None
+    def weights(
+        self, w: Array, beside: Array | None, components: Components
+    ) -> dict[str, SiteWeights]:
+        """w [T, K] as weights of pieces, and beside [T, L] as those of the target's own, β."""
+        found = {}
         for i, name in enumerate(self.sites):
             place = _numbers(components.factors[name])[1]
-            found[name] = SiteWeights(w[:, self.site == i][:, place], beside)
+            own = None if beside is None else beside[:, i]
+            found[name] = SiteWeights(w[:, self.site == i][:, place], own)
         return found
+
+    def ones(self, T: int) -> Float[Array, "T L"]:
+        """β of the target's own pass."""
+        return jnp.ones((T, len(self.sites)))
 
     def activations(
         self, components: Components, read: Mapping[str, capture.Reading]
@@ -109,6 +122,8 @@ class PromptEdges:
     position, site, component: [n]; sites: names by number. activation: a_c. gate: g_c.
     weight: [n, n], weight[i, j] from node j to node i. to_output: [n], to the logit of `token` at
     position `at` above the mean of all logits; None where none is asked for.
+    rest: [n, T, L], of what is left over at every position and site, to node i; rest_to_output:
+    [T, L], to the logit. 0 where it is rounding; None for derivatives in the masked pass.
     """
 
     sites: tuple[str, ...]
@@ -119,6 +134,8 @@ class PromptEdges:
     gate: Float[np.ndarray, " n"]
     weight: Float[np.ndarray, "n n"]
     to_output: Float[np.ndarray, " n"] | None = None
+    rest: Float[np.ndarray, "n T L"] | None = None
+    rest_to_output: Float[np.ndarray, "T L"] | None = None
 
     def __repr__(self) -> str:
         return wl.pformat(self)
@@ -141,7 +158,7 @@ def of_prompt(
       masked: take derivatives in the pass of Σ_c g_c P_c; else in the target's own.
     Raises:
       InputError: nothing is on, or activations that cannot be told (`capture.inputs`).
-    Cost: n backward passes of the sparse pass of all pieces, n nodes; n² numbers.
+    Cost: n backward passes of the sparse pass of all pieces, n nodes; n² + n·T·L numbers.
     """
     problem, components = decomposition.problem, decomposition.components
     g = gates_on(decomposition, x) if gates is None else jnp.asarray(gates, jnp.float32)
@@ -152,26 +169,28 @@ def of_prompt(
         raise InputError("no component is on anywhere in this prompt, so there are no edges.")
 
     def jacobian(params: PyTree, components: Components, x: PyTree, wide: Array) -> Any:
-        def nodes(w: Array) -> tuple[Array, Array]:
-            out, a = _pass(problem.apply_fn, params, components, columns, w, x, not masked)
+        def nodes(w: Array, beside: Array | None) -> tuple[Array, Array]:
+            out, a = _pass(problem.apply_fn, params, components, columns, w, beside, x)
             chosen = a[position, column]
             if output is None:
                 return chosen, chosen
             logits = outputs(out)[output[0]]
             return jnp.append(chosen, logits[output[1]] - jnp.mean(logits)), chosen
 
+        beside = None if masked else columns.ones(len(wide))
         start = wide if masked else jnp.zeros_like(wide)
-        z, pullback, a = jax.vjp(nodes, start, has_aux=True)
-        rows = lax.map(
-            lambda i: pullback(jnp.zeros_like(z).at[i].set(1))[0][position, column],
-            jnp.arange(len(z)),
-            batch_size=_TOGETHER,
-        )
-        return rows * wide[position, column][None], a
+        z, pullback, a = jax.vjp(nodes, start, beside, has_aux=True)
+
+        def row(i: Array) -> tuple[Array, Array | None]:
+            by_w, by_beside = pullback(jnp.zeros_like(z).at[i].set(1))
+            return by_w[position, column] * wide[position, column], by_beside
+
+        return lax.map(row, jnp.arange(len(z)), batch_size=_TOGETHER), a
 
     one = jax.tree.map(jnp.asarray, x)
-    rows, a = jax.jit(jacobian)(problem.params, components, one, wide)
-    rows, n = np.asarray(rows), len(position)
+    (rows, whole), a = jax.jit(jacobian)(problem.params, components, one, wide)
+    rows, n, asked = np.asarray(rows), len(position), output is not None
+    rest = None if masked else _rest(np.asarray(whole), rows, position, columns.site[column])
     return PromptEdges(
         columns.sites,
         position,
@@ -180,8 +199,23 @@ def of_prompt(
         np.asarray(a),
         np.asarray(wide)[position, column],
         rows[:n],
-        rows[n] if output is not None else None,
+        rows[n] if asked else None,
+        None if rest is None else rest[:n],
+        rest[n] if asked and rest is not None else None,
     )
+
+
+def _rest(
+    whole: Float[np.ndarray, "rows T L"],
+    nodes: Float[np.ndarray, "rows n"],
+    position: Int[np.ndarray, " n"],
+    site: Int[np.ndarray, " n"],
+) -> Float[np.ndarray, "rows T L"]:
+    """What all that a site hands on does, less what its nodes do."""
+    rest, size = whole.copy(), np.abs(whole)
+    np.subtract.at(rest, (slice(None), position, site), nodes)
+    np.add.at(size, (slice(None), position, site), np.abs(nodes))
+    return np.where(np.abs(rest) > _ROUNDING * size, rest, 0)
 
 
 def gates_on(decomposition: Decomposition, x: PyTree) -> Float[Array, "T C"]:
@@ -264,7 +298,8 @@ def _summed(decomposition: Decomposition, columns: Columns, targets: np.ndarray)
 
     def one(params: PyTree, components: Components, x: PyTree, g: Array, counts: Array) -> Any:
         def nodes(w: Array) -> tuple[Array, Array]:
-            a = _pass(apply_fn, params, components, columns, w, x, True)[1]
+            beside = columns.ones(len(w))
+            a = _pass(apply_fn, params, components, columns, w, beside, x)[1]
             return jnp.sum(a * counts[:, None], axis=0)[targets], a
 
         _, pullback, a = jax.vjp(nodes, jnp.zeros_like(g), has_aux=True)
@@ -289,10 +324,10 @@ def _pass(
     components: Components,
     columns: Columns,
     w: Float[Array, "T K"],
+    beside: Float[Array, "T L"] | None,
     x: PyTree,
-    target: bool,
 ) -> tuple[Any, Float[Array, "T K"]]:
-    weights = columns.weights(w, components, target)
+    weights = columns.weights(w, beside, components)
     out, read = direct.reads(apply_fn, params, components, weights, x)
     return out, columns.activations(components, read)
 

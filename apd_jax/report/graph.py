@@ -63,7 +63,8 @@ def page(
             "says": f"next: {next_word!r}, p = {graph.probability:.3f}",
         }
     )
-    drawn, left_out = _edges(graph, places)
+    part = shares(found)
+    drawn, left_out = _edges(graph, places, part[:, :top])
     return html.render(
         "graph.html",
         {
@@ -76,6 +77,7 @@ def page(
             "nodes": nodes,
             "edges": drawn,
             "left_out": left_out,
+            "errors": None if found.rest is None else float(part[-1, top:].sum()),
             "words": list(zip(places.columns, words, strict=True)),
             "sites": list(zip(places.rows, found.sites, strict=True)),
             "width": places.width,
@@ -126,9 +128,11 @@ def _placed(graph: PromptGraph) -> _Places:
     )
 
 
-def _edges(graph: PromptGraph, places: _Places) -> tuple[list[dict[str, Any]], int]:
-    """The strongest edges, weakest first; how many others there are."""
-    found, part = graph.edges, shares(graph.edges)
+def _edges(
+    graph: PromptGraph, places: _Places, part: np.ndarray
+) -> tuple[list[dict[str, Any]], int]:
+    """The strongest edges, weakest first; how many others there are. part: shares of edges."""
+    found = graph.edges
     assert found.to_output is not None
     signs = np.concatenate(
         [found.weight * np.sign(found.activation)[:, None], found.to_output[None]]

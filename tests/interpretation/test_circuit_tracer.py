@@ -1,5 +1,6 @@
 """The exported graph fits circuit-tracer's schema and says what edges say; the page shows it."""
 
+import dataclasses
 import json
 import re
 from xml.etree import ElementTree
@@ -109,6 +110,43 @@ def test_influence_is_the_share_of_all_ways_to_the_logit():
     assert influence(EDGES) == pytest.approx([0.8 / 1.8, 1.0, 1.6 / 1.8])
 
 
+# Beside these W1 leaves over at word 1 what drives the third by 4, and W2 there what adds 3 to the
+# logit.
+REST = np.zeros((3, 2, 2))
+REST[2, 1, 0] = 4.0
+LEFT = dataclasses.replace(EDGES, rest=REST, rest_to_output=np.array([[0, 0], [0, 3.0]]))
+
+
+def test_what_is_left_over_is_a_node(graph, exported):
+    one = dataclasses.replace(graph, edges=LEFT)
+    found = json.loads(json.dumps(to_json(one, WORDS, "x", name="mine")))
+    nodes = {node["node_id"]: node for node in found["nodes"]}
+    more = [nodes[i] for i in nodes if i not in {n["node_id"] for n in exported["nodes"]}]
+    assert [(n["node_id"], n["jsNodeId"]) for n in more] == [
+        ("0_-1_1", "0_-1-1"),
+        ("1_-1_1", "1_-1-1"),
+    ]
+    for node, clerp in zip(more, ("W1, what is left over", "W2, what is left over"), strict=True):
+        fits(node, NODE)
+        assert node["feature_type"] == "mlp reconstruction error" and node["feature"] == -1
+        assert node["clerp"] == clerp and node["ctx_idx"] == 1
+    links = [link for link in found["links"] if link not in exported["links"]]
+    assert links == [
+        {"source": "0_-1_1", "target": "1_7_1", "weight": 4.0},
+        {"source": "1_-1_1", "target": "3_4_1", "weight": 3.0},
+    ]
+    # Straight: 1, 0, 4 of 8, and 3 from W2. By way of the third: half of (3, 1, 0), and 4 from W1,
+    # of 8. In all .3125, .0625, .5, and .25 and .375 left over, of 1.5.
+    reached = np.array([0.5 + 0.375 + 0.3125, 1.5, 0.5, 1.4375, 0.5 + 0.375]) / 1.5
+    assert influence(LEFT) == pytest.approx(reached)
+    assert [n["influence"] for n in more] == pytest.approx(reached[3:])
+    page = report.page(one, WORDS, "x", name="mine")
+    assert "of all that arrives at the next word it is 38 %" in page
+    widths = [float(w) for w in re.findall(r'stroke-width="([\d.]+)"', page)]
+    shares = [1 / 8, 1 / 8, 3 / 8, 4 / 8]  # weakest first
+    assert widths == pytest.approx([0.3 + 5 * share for share in shares], abs=0.01)
+
+
 def test_the_page_draws_nodes_and_edges(graph):
     page = report.page(graph, WORDS, "</svg>", name="mine", labels={7: "end"})
     svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", page, re.DOTALL)[0])
@@ -125,4 +163,9 @@ def test_the_page_draws_nodes_and_edges(graph):
     assert float(circles["0"].get("cx")) < float(circles["1"].get("cx"))  # later words right
     said = circles["2"].find("title").text
     assert "end at W2" in said and "activation 1.5" in said
-    assert "<td>without</td>" in page and ">3.000<" in page and "://" not in page
+    assert (
+        "leave over" not in page
+        and "<td>without</td>" in page
+        and ">3.000<" in page
+        and "://" not in page
+    )

@@ -61,16 +61,47 @@ def differences(found, weights, position, token):
     for t in range(T):
         for c in range(9):
             s, j = divmod(c, PER_SITE)
-            sides = []
-            for e in (1e-4, -1e-4):
-                added = [np.zeros_like(h) for h in held]
-                added[s][t] = e * a[t, c] * V[s][j]
-                moved, logits, _ = inner(found, added, held)
-                row = logits[position]
-                sides.append((moved, row[token] - row.mean()))
-            to[:, :, t, c] = (sides[0][0] - sides[1][0]) / 2e-4
-            out[t, c] = (sides[0][1] - sides[1][1]) / 2e-4
+            to[:, :, t, c], out[t, c] = difference(
+                found, held, s, t, a[t, c] * V[s][j], position, token
+            )
     return to, out, a
+
+
+def difference(found, held, s, t, handed, position, token):
+    """What a vector more from site s at t adds: to a [T, 9], and to the logit."""
+    sides = []
+    for e in (1e-4, -1e-4):
+        added = [np.zeros_like(h) for h in held]
+        added[s][t] = e * handed
+        moved, logits, _ = inner(found, added, held)
+        row = logits[position]
+        sides.append((moved, row[token] - row.mean()))
+    return [(plus - minus) / 2e-4 for plus, minus in zip(*sides, strict=True)]
+
+
+def test_what_the_nodes_leave_over_has_its_own_effect(found):
+    got = edges.of_prompt(found, TOKENS, GATES, output=(T - 1, 5))
+    a, _, held = inner(found, None, None)
+    on, V = GATES > 0, arrays(found)[2]
+    for s in range(len(SITES)):
+        own = slice(PER_SITE * s, PER_SITE * (s + 1))
+        left = held[s] - (GATES[:, own] * a[:, own]) @ V[s]  # a θ* less what nodes hand on
+        for t in range(T):
+            to, out = difference(found, held, s, t, left[t], T - 1, 5)
+            close(got.rest[:, t, s], to[on], 1e-4)
+            close(got.rest_to_output[t, s], out, 1e-4)
+    assert (np.abs(got.rest) > 1e-3).mean() > 0.05
+
+
+def test_nothing_is_left_over_where_the_components_are_all(found):
+    # The target's weights are Σ P, and all are on: what is left is rounding, and is said to be 0.
+    params = components_lib.total(found.components, found.problem.params)
+    whole = dataclasses.replace(found, problem=dataclasses.replace(found.problem, params=params))
+    got = edges.of_prompt(whole, TOKENS, np.ones((T, 9), np.float32), output=(T - 1, 5))
+    assert (got.rest == 0).all() and (got.rest_to_output == 0).all()
+    assert (got.to_output != 0).any()
+    masked = edges.of_prompt(whole, TOKENS, GATES, output=(T - 1, 5), masked=True)
+    assert masked.rest is masked.rest_to_output is None
 
 
 @pytest.mark.parametrize("masked", [False, True])

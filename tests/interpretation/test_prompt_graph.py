@@ -52,6 +52,9 @@ def test_what_is_asked_and_which_edges(graph):
     assert (got.weight == 0).all()
     own = PIECES[:, 1, 4] - PIECES[:, 1].mean(-1)
     close(got.to_output, own * graph.robust.gates[1])
+    # The target writes what component 0 does; what the gates leave over of that, and the nodes that
+    # cancel, is no node.
+    close(got.rest_to_output, [[0], [own[0] - (own * graph.robust.gates[1]).sum()]])
 
 
 def test_what_makes_no_graph():
