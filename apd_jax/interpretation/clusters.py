@@ -171,10 +171,15 @@ def gains(
 ) -> Float[np.ndarray, "k k"]:
     """ΔL of every pair of groups, in bits; negative where merging them makes L shorter."""
     s, k = np.diag(together), len(together)
-    union = s[:, None] + s[None] - together
-    own = s * ranks
     whole = s.sum() * (np.log2(k - 1) - np.log2(k)) - together * np.log2(k - 1)
-    return whole + alpha * (union * (ranks[:, None] + ranks[None]) - own[:, None] - own[None])
+    return whole + alpha * _ranked_more(together, s[:, None], ranks[:, None], s, ranks)
+
+
+def _ranked_more(
+    together: np.ndarray, s: np.ndarray, r: np.ndarray, others: np.ndarray, of_others: np.ndarray
+) -> np.ndarray:
+    """s_∪ (r_i + r_j) - s_i r_i - s_j r_j."""
+    return (s + others - together) * (r + of_others) - s * r - others * of_others
 
 
 def cluster(
@@ -236,13 +241,18 @@ def _path(
 ) -> tuple[Int[np.ndarray, " C"], float]:
     """From single components to one group: (the partition of least L, its L)."""
     masks, ranks = firings.packed[fires], firings.ranks[fires].astype(np.float64)
-    together, lower = together.copy(), np.tri(len(fires), dtype=bool)
+    together, s = together.copy(), np.diag(together)
+    more = alpha * _ranked_more(together, s[:, None], ranks[:, None], s, ranks)
+    np.fill_diagonal(more, np.inf)
+    room = np.empty(together.size)
     members = [[int(c)] for c in fires]
     groups = np.arange(len(firings.packed))
     best, least = groups.copy(), _length(np.diag(together), ranks, alpha)
     for k in range(len(fires), 1, -1):
-        table = np.where(lower[:k, :k], np.inf, gains(together[:k, :k], ranks[:k], alpha))
-        i, j = divmod(_ranked(table.ravel(), _draw(k * (k - 1) // 2, gamma, rng)), k)
+        table = room[: k * k].reshape(k, k)  # `gains`, but for what is the same for all pairs
+        np.multiply(together[:k, :k], -np.log2(k - 1), out=table)
+        table += more[:k, :k]
+        i, j = sorted(_ranked(table, _draw(k * (k - 1) // 2, gamma, rng)))
         masks[i] |= masks[j]
         ranks[i] += ranks[j]
         groups[members[j]] = groups[members[i][0]]
@@ -251,9 +261,14 @@ def _path(
         masks[j], ranks[j], members[j] = masks[last], ranks[last], members[last]
         together[j, :k], together[:k, j] = together[last, :k], together[:k, last]
         together[j, j] = together[last, last]
+        more[j, :k], more[:k, j] = more[last, :k], more[:k, last]
+        more[j, j] = np.inf
         shared = np.bitwise_count(masks[:last] & masks[i]).sum(axis=1, dtype=np.int64)
         together[i, :last] = together[:last, i] = shared
-        here = _length(np.diag(together)[:last], ranks[:last], alpha)
+        s, r = np.diag(together)[:last], ranks[:last]
+        more[i, :last] = more[:last, i] = alpha * _ranked_more(shared, s[i], r[i], s, r)
+        more[i, i] = np.inf
+        here = _length(s, r, alpha)
         if here < least:
             best, least = groups.copy(), here
     return _dense(best), least
@@ -265,9 +280,16 @@ def _draw(pairs: int, gamma: float, rng: np.random.Generator) -> int:
     return min(int(-np.log1p(u * np.expm1(-gamma * pairs)) / gamma), pairs - 1)
 
 
-def _ranked(values: Float[np.ndarray, " n"], number: int) -> int:
-    """Where the value is that has so many smaller ones."""
-    return int(np.argpartition(values, number)[number])
+def _ranked(table: Float[np.ndarray, "k k"], number: int) -> tuple[int, int]:
+    """The pair that has so many smaller ones, in a table that has every pair twice.
+
+    The m least values are in the m rows with the least minima.
+    """
+    least, k = table.min(axis=1), len(table)
+    rows = np.argpartition(least, min(2 * number + 1, k - 1))[: 2 * number + 2]
+    values = table[rows].ravel()
+    at, j = divmod(int(np.argpartition(values, 2 * number)[2 * number]), k)
+    return int(rows[at]), j
 
 
 def _dense(groups: Int[np.ndarray, " C"]) -> Int[np.ndarray, " C"]:

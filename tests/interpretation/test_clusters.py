@@ -79,6 +79,33 @@ def test_a_merge_changes_the_length_by_its_gain():
             assert gain[i, j] == gain[j, i] == pytest.approx(after - before)
 
 
+def test_the_way_is_that_of_the_gains():
+    # Every merge anew from firings alone, always the best pair: the first restart's.
+    fired, ranks, alpha = drawn(3, (60, 9)), np.arange(1, 10), 0.2
+    fired[:, 4] = fired[:, 2] | drawn(4, 60, 0.1)
+    partition = np.arange(9)
+    seen = [(length(Firings.of(fired, ranks), partition, alpha), partition)]
+    while len(groups := np.unique(partition)) > 1:
+        union = np.stack([fired[:, partition == g].any(1) for g in groups], axis=1).astype(int)
+        summed = np.array([ranks[partition == g].sum() for g in groups])
+        gain = gains((union.T @ union).astype(float), summed.astype(float), alpha)
+        i, j = min(itertools.combinations(range(len(groups)), 2), key=lambda pair: gain[pair])
+        partition = np.where(partition == groups[j], groups[i], partition)
+        seen.append((length(Firings.of(fired, ranks), partition, alpha), partition))
+    best, by_hand = min(seen, key=lambda one: one[0])
+    assert 1 < len(np.unique(by_hand)) < 9
+    found = cluster(Firings.of(fired, ranks), alpha=alpha, restarts=1)
+    assert hamming(found.partition, by_hand) == 0 and found.length == pytest.approx(best)
+
+
+def test_the_pair_of_a_rank():
+    table = np.random.default_rng(0).normal(size=(7, 7))
+    table += table.T
+    np.fill_diagonal(table, np.inf)
+    pairs = sorted(itertools.combinations(range(7), 2), key=lambda pair: table[pair])
+    assert [tuple(sorted(clusters._ranked(table, n))) for n in range(21)] == pairs
+
+
 def test_planted_groups_are_found():
     # 4 groups of 5 that fire together but for 2 %, among 2 that never fire.
     centres = drawn(0, (4000, 4), 0.05)
