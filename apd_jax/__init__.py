@@ -19,6 +19,7 @@ from apd_jax.methods.vpd import VPD
 from apd_jax.methods.whole import Whole
 from apd_jax.network import data
 from apd_jax.network.headed import Headed
+from apd_jax.recipe.contrast import contrast
 from apd_jax.recipe.numbers import default_recipe
 from apd_jax.train.progress import log_to_wandb
 
@@ -61,6 +62,7 @@ __all__ = [
     "Whole",
     "attributions",
     "components",
+    "contrast",
     "data",
     "decompose",
     "default_config",

@@ -25,6 +25,7 @@ from apd_jax.components.algebra import (
     svd_of_product,
     total,
     weighted_sum,
+    without,
 )
 from apd_jax.components.draws import normals, shuffled
 from apd_jax.components.factors import (
@@ -96,5 +97,6 @@ __all__ = [
     "tables_of",
     "total",
     "weighted_sum",
+    "without",
     "without_arrays",
 ]

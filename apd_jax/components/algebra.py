@@ -51,6 +51,15 @@ def total(components: Components, params: PyTree) -> PyTree:
     return replace_leaves(params, sums)
 
 
+def without(components: Components, params: PyTree) -> PyTree:
+    """θ* - Σ_c P_c as a pytree like params: the weights without what these components do."""
+    leaves = decomposed_leaves(components, params)
+    left = {
+        n: leaves[n] - leaf_total(f).astype(leaves[n].dtype) for n, f in components.factors.items()
+    }
+    return replace_leaves(params, left)
+
+
 def relative_parameter_error(components: Components, params: PyTree) -> Float[Array, ""]:
     """Σ_l ‖θ*_l - Σ_c P_{c,l}‖² / Σ_l ‖θ*_l‖² over the decomposed leaves, in single precision."""
     missing, whole = jnp.zeros(()), jnp.zeros(())
