@@ -89,7 +89,7 @@ def _table(options: argparse.Namespace) -> Table:
         )
         taken = time.monotonic() - began
         row = measure(components_lib.without(parts, model.params))
-        table.add_row(sites, f"{taken:.0f}", *row)
+        table.add_row(sites, f"{taken:.0f}", *_cells(row))
     return table
 
 
@@ -143,25 +143,31 @@ class _Measure:
     def _run(self, params: Any, x: np.ndarray) -> np.ndarray:
         return np.asarray(self._logits(params, jnp.asarray(x)))
 
-    def __call__(self, params: Any) -> list[str]:
-        """The cells of a row."""
+    def __call__(self, params: Any) -> dict[str, float]:
         digit, kl = {"before": [], "after": []}, []
         for x, before in zip(_batches(self._rows), self._before, strict=True):
             after, at = self._run(params, x), _followed(x, self._digits)
             for name, logits in (("before", before), ("after", after)):
                 digit[name].append(np.exp(logits[at][:, self._digits]).sum(-1))
             kl.append(np.sum(np.exp(before) * (before - after), -1))
-        p = {name: float(np.mean(np.concatenate(values))) for name, values in digit.items()}
+        found = {f"P {name}": np.mean(np.concatenate(p)) for name, p in digit.items()}
+        found["digits"] = sum(map(len, digit["before"]))
         every = np.concatenate(kl)
-        cells = [f"{p['before']:.3f} → {p['after']:.4f}", f"{p['before'] / p['after']:.1f}"]
-        for kind in KINDS:
-            own = every[self._places[kind]]
-            cells.append(f"{own.mean():.4f} (99 %: {np.quantile(own, 0.99):.3f})")
-        counts = [
-            len(np.concatenate(digit["before"])),
-            *(kind.sum() for kind in self._places.values()),
-        ]
-        return [*cells, ", ".join(map(str, counts))]
+        for kind, places in self._places.items():
+            own = every[places]
+            found[kind], found[f"{kind}, 99 %"] = np.mean(own), np.quantile(own, 0.99)
+            found[f"{kind}, positions"] = len(own)
+        return {name: float(value) for name, value in found.items()}
+
+
+def _cells(found: dict[str, float]) -> list[str]:
+    before, after = found["P before"], found["P after"]
+    kinds = [f"{found[kind]:.4f} (99 %: {found[f'{kind}, 99 %']:.3f})" for kind in KINDS]
+    counts = ("digits", *(f"{kind}, positions" for kind in KINDS))
+    return [
+        *(f"{before:.3f} → {after:.4f}", f"{before / after:.1f}", *kinds),
+        ", ".join(f"{found[name]:.0f}" for name in counts),
+    ]
 
 
 if __name__ == "__main__":

@@ -14,14 +14,17 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+from checkpoint_files import GPT2_CONFIG, gpt2_weights, write_folder
 from conftest import ROOT
 
 from apd_jax import components
+from apd_jax.language import load
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import bounds
 import common
+import erase
 import language
 import pod
 import recovery
@@ -141,6 +144,41 @@ def test_a_row_of_the_language_models(monkeypatch):
     assert min(times) > 0 and row["temporaries_gib"] > 0
     assert row["ratio"] == pytest.approx(min(row["masked_ms"], row["dispatch_ms"]) / times[0])
     assert row["tokens_per_s"] == pytest.approx(8 * 64 * 1000 / row["step_ms"])
+
+
+def test_what_is_left_of_a_behaviour_is_measured(tmp_path):
+    """Against the same numbers in numpy, of a random model whose 'digits' are two of its words."""
+    model = load(write_folder(tmp_path / "gpt2", GPT2_CONFIG, gpt2_weights())[0])
+    digits, rng = np.array([3, 4]), np.random.default_rng(0)
+    rows = rng.choice(8, (30, 6), p=[0.1, 0.1, 0.1, 0.2, 0.2, 0.1, 0.1, 0.1]).astype(np.int32)
+    measure = erase._Measure(model, rows, digits)
+    assert measure(model.params)["P before"] == measure(model.params)["P after"]
+    name = model.matrices("mlp", [0])[0]
+    changed = model.params | {name: 0.3 * model.params[name]}
+    found = measure(changed)
+
+    def probabilities(params):
+        logits = np.concatenate([model.apply_fn(params, rows[i : i + 10]) for i in (0, 10, 20)])
+        exp = np.exp(np.float64(logits))
+        return exp / exp.sum(-1, keepdims=True)
+
+    before, after = probabilities(model.params), probabilities(changed)
+    kl = (before * np.log(before / after)).sum(-1)
+    digit, early, late = [], [], []
+    for b, t in np.ndindex(rows.shape):
+        seen = set(rows[b, : t + 1]) & set(digits)
+        if rows[b, t] in digits and t < 5 and rows[b, t + 1] in digits:
+            digit.append(after[b, t, digits].sum())
+        if not seen:
+            early.append(kl[b, t])
+        elif rows[b, t] not in digits:
+            late.append(kl[b, t])
+    assert found["digits"] == len(digit) and found["P after"] == pytest.approx(np.mean(digit))
+    for kind, values in (("before digits", early), ("after digits", late)):
+        assert found[f"{kind}, positions"] == len(values)
+        assert found[kind] == pytest.approx(np.mean(values), rel=1e-3)
+        assert found[f"{kind}, 99 %"] == pytest.approx(np.quantile(values, 0.99), rel=1e-3)
+    assert erase._cells(found)[-1].startswith(f"{len(digit)}, ")
 
 
 @pytest.mark.parametrize(
