@@ -1,5 +1,7 @@
 """Methods with learned gates: their terms by hand, and the same step on one and on two devices."""
 
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +15,7 @@ from apd_jax.errors import InputError
 from apd_jax.forward import sparse
 from apd_jax.forward.sparse import SiteWeights
 from apd_jax.methods import observe
+from apd_jax.methods.base import ELSEWHERE, HERE
 from apd_jax.methods.observe import example_keys
 from apd_jax.methods.spd import SPD
 from apd_jax.methods.targeted import Targeted
@@ -68,13 +71,20 @@ def begun(problem, method):
 
 
 def first_step(method, problem=PROBLEM):
-    """The state it begins with, its gate's activity on the first batch, and the first metrics."""
+    """The states before and after it, its gate's activity by stream, the batch and the metrics."""
     state = begun(problem, method)
-    gate = method.gate(state.gate, problem)
-    x = sample_fn(KEY, 0)
-    scene = observe.scene(method, problem, gate, state.components, PARAMS, x)
-    _, metrics = jax.jit(make_step(problem, method))(state, PARAMS, KEY)
-    return state, gate(scene.seen), x, metrics
+
+    @jax.jit
+    def first(state):
+        gate, x = method.gate(state.gate, problem), problem.source(KEY, 0)
+        activity = {}
+        for stream, batch in method.by_stream(x).items():
+            scene = observe.scene(method, problem, gate, state.components, PARAMS, batch)
+            activity[stream] = vars(gate(scene.seen))
+        return make_step(problem, method)(state, PARAMS, KEY), activity, x
+
+    (after, metrics), activity, x = first(state)
+    return (state, after), {s: SimpleNamespace(**a) for s, a in activity.items()}, x, metrics
 
 
 def pass_keys(number, x):
@@ -84,25 +94,31 @@ def pass_keys(number, x):
 
 def test_spd_by_hand():
     method = SPD(**SMALL, **LITTLE, importance_p=0.7, importance_coeff=0.1, dropped_coeff=0.5)
-    state, activity, x, metrics = first_step(method)
-    c, g = state.components, activity.values
+    (state, _), activity, x, metrics = first_step(method)
+    activity, c = activity[HERE], state.components
     # Every site has numbers of its own: 6 for v, the first in the tree, and 6 for w.
     assert {name: f.ids for name, f in c.factors.items()} == {"v": range(0, 6), "w": range(6, 12)}
-    assert g.shape == (B, 12) and c.factors["w"].rank == 1
-    target = apply_fn(PARAMS, x)[0]
-    drawn = [masked(g, draws(pass_keys(i, x), (), 12)) for i in (0, 1)]
+    assert activity.values.shape == (B, 12) and c.factors["w"].rank == 1
 
-    def distance(m, only):
-        weights = {name: SiteWeights(c.factors[name].take(m)) for name in only}
-        return losses.minimality(sparse.run(apply_fn, PARAMS, c, weights, x)[0], target)
+    @jax.jit
+    def by_hand(c, g):
+        target = apply_fn(PARAMS, x)[0]
+        drawn = [masked(g, draws(pass_keys(i, x), (), 12)) for i in (0, 1)]
 
-    expected = {
-        "faithfulness": losses.faithfulness(c, PARAMS),
-        "stochastic": distance(drawn[0], ("v", "w")),
-        "layerwise": (distance(drawn[1], ["v"]) + distance(drawn[1], ["w"])) / 2,
-        "dropped": distance(g, ("v", "w")),
-        "importance": jnp.sum(jnp.mean((activity.upper + 1e-12) ** 0.7, axis=0)),
-        "mean_active": jnp.sum(activity.active) / B,
+        def distance(m, only):
+            weights = {name: SiteWeights(c.factors[name].take(m)) for name in only}
+            return losses.minimality(sparse.run(apply_fn, PARAMS, c, weights, x)[0], target)
+
+        return {
+            "faithfulness": losses.faithfulness(c, PARAMS),
+            "stochastic": distance(drawn[0], ("v", "w")),
+            "layerwise": (distance(drawn[1], ["v"]) + distance(drawn[1], ["w"])) / 2,
+            "dropped": distance(g, ("v", "w")),
+        }
+
+    expected = by_hand(c, activity.values) | {
+        "importance": np.mean((np.asarray(activity.upper) + 1e-12) ** 0.7, axis=0).sum(),
+        "mean_active": np.sum(activity.active) / B,
     }
     assert set(metrics) == {*expected, "total"}
     for name, value in expected.items():
@@ -113,32 +129,28 @@ def test_spd_by_hand():
 
 def test_smooth_l0_in_place_of_a_power():
     fields = {"importance_gamma": 0.5, "importance_gamma_final": 0.1}
-    method = SPD(**SMALL, **LITTLE, **fields)
-    _, activity, _, metrics = first_step(method)
-    g2 = np.asarray(activity.upper, np.float64) ** 2
-    close(metrics["importance"], np.mean(1.25 * g2 / (g2 + 0.25), axis=0).sum())
+    alone = {"stochastic_coeff": 0.0, "elsewhere_coeff": 0.0}  # no other pass is compiled
+    method = Targeted(**SMALL, **LITTLE, **fields, **alone)
+    _, activity, _, metrics = first_step(method, TWO_STREAMS)
+    for stream, name in ((HERE, "importance"), (ELSEWHERE, "importance_elsewhere")):
+        g2 = np.asarray(activity[stream].upper, np.float64) ** 2
+        close(metrics[name], np.mean(1.25 * g2 / (g2 + 0.25), axis=0).sum())
+    assert abs(float(metrics["importance"] - metrics["importance_elsewhere"])) > 1e-3
     with pytest.raises(InputError, match="importance_gamma_final must be a finite number above 0"):
         method.replace(importance_gamma_final=0.0).check()
-    alone = {"stochastic_coeff": 0.0, "elsewhere_coeff": 0.0}  # no other pass is compiled
-    two = Targeted(**SMALL, **LITTLE, **fields, **alone)
-    _, metrics = jax.jit(make_step(TWO_STREAMS, two))(begun(TWO_STREAMS, two), PARAMS, KEY)
-    power = two.replace(importance_gamma=None)
-    _, other = jax.jit(make_step(TWO_STREAMS, power))(begun(TWO_STREAMS, power), PARAMS, KEY)
-    for name in ("importance", "importance_elsewhere"):
-        assert abs(float(metrics[name] - other[name])) > 1e-3
 
 
 def test_frequency_and_trim_by_hand():
     method = Whole(**SMALL, **LITTLE, **GENTLE, rank=3, adversarial_coeff=0.0, trim_coeff=0.1)
     method = method.replace(importance_p_final=None)  # p stays 2
-    state, activity, _, metrics = first_step(method)
-    c = state.components
+    (state, _), activity, _, metrics = first_step(method)
+    activity, c = activity[HERE], state.components
     # All numbers at every site.
     assert all(f.ids is None and f.rank == 3 for f in c.factors.values())
     rates = np.mean((np.asarray(activity.upper) + 1e-12) ** 2, axis=0)
     close(metrics["importance"], rates.sum())
     close(metrics["frequency"], np.sum(rates * np.log2(1 + B * rates)))
-    fired = jnp.mean(activity.active.astype(jnp.float32), axis=0)
+    fired = jax.device_put(np.mean(activity.active, axis=0, dtype=np.float32))
     close(metrics["trim"], losses.trim(c, fired, method.trim_p))
     assert "adversarial" not in metrics and state.ablation == {}
 
@@ -146,10 +158,9 @@ def test_frequency_and_trim_by_hand():
 def test_the_adversary_is_worse_than_chance_and_kept():
     method = VPD(**SMALL, **LITTLE, **GENTLE, importance_coeff=0.0, frequency_coeff=0.0)
     method = method.replace(adversary_ascents=8, stochastic_coeff=0.0)
-    state, _, _, metrics = first_step(method)
+    (state, after), _, _, metrics = first_step(method)
     calm = first_step(method.replace(adversary_ascents=0))[3]
     assert metrics["adversarial"] > 1.2 * calm["adversarial"]
-    after, _ = jax.jit(make_step(PROBLEM, method))(state, PARAMS, KEY)
     before, after = state.ablation["adversarial"], after.ablation["adversarial"]
     # 8 ascents, and the one of the training pass itself.
     assert before.count == 0 and after.count == 9
@@ -158,14 +169,15 @@ def test_the_adversary_is_worse_than_chance_and_kept():
 
 
 NESTED = {"rank": 3, "nested": True, "trim_coeff": 0.1}
-EVERY = {
+BLOCK = {"gate_kind": "transformer", "gate_d_model": 8, "gate_blocks": 1}
+FRESH = {"adversary": "fresh", "adversary_shared": "batch"}
+EVERY = {  # each kind of gate, adversary, mask and stream once
     "spd": SPD(**SMALL, **LITTLE, gate_learning_rate=0.1),
-    "vpd": VPD(**SMALL, **GENTLE, gate_kind="transformer", gate_d_model=8, gate_blocks=1),
-    "vpd, shared": VPD(**SMALL, **LITTLE, **GENTLE, adversary="fresh", adversary_shared="batch"),
-    "vpd, positions": VPD(**SMALL, **LITTLE, **GENTLE, mask_per="position"),
+    "vpd": VPD(**SMALL, **GENTLE, **BLOCK, mask_per="position"),
     "whole": Whole(**SMALL, **LITTLE, **GENTLE, **NESTED, adversary="pooled"),
     "targeted": Targeted(
-        **SMALL, **LITTLE, **GENTLE, unmasked_coeff=0.5, dropped_coeff=0.5, frequency_coeff=0.1
+        **(SMALL | LITTLE | GENTLE | FRESH),
+        **{"unmasked_coeff": 0.5, "dropped_coeff": 0.5, "frequency_coeff": 0.1},
     ),
 }
 
