@@ -105,7 +105,7 @@ class Judge:
             topk=float(settings.num_components - settings.num_always_on),
             num_instances=1,
         )
-        step = make_step(self._problem, settings, fed=True)
+        step = make_step(self._problem, settings, fed=True, update=False)
 
         @jax.jit
         def measure(components: Components, params: Any, x: Any, numbers: Any) -> jax.Array:

@@ -139,7 +139,8 @@ def fit(
     began = time.monotonic()
     reference = scales_lib.measure(problem, method)
     judge = Judge(problem, method, recipe, reference)
-    stages, begin, found = STAGES, None, accepted(problem, method, recipe, reference, judge)
+    stages, begin, loss = STAGES, None, None
+    found = accepted(problem, method, recipe, reference, judge)
     if found is None and method.topk == 0:
         raise InputError(
             "topk = 0 leaves k to the beginning, but neither modes, separation nor units "
@@ -160,7 +161,7 @@ def fit(
     run = _Stages(problem, method, recipe, reference, workdir, stages, judge, on_log)
     rows: list[dict[str, Any]] = []
     for stage in stages:
-        begin, rows = run.one(stage, begin)
+        begin, rows = run.one(stage, begin, loss if stage == stages[0] else None)
     assert begin is not None
     return begin, rows, last
 
@@ -178,13 +179,18 @@ class _Stages:
     judge: Judge
     on_log: loop.OnLog | None = None
 
-    def one(self, stage: str, begin: Trained | None) -> tuple[Trained, list[dict[str, Any]]]:
-        """The stage from where the one before ended, restructured for the next."""
+    def one(
+        self, stage: str, begin: Trained | None, loss: float | None = None
+    ) -> tuple[Trained, list[dict[str, Any]]]:
+        """The stage from where the one before ended, restructured for the next.
+
+        loss: of `refine` there, where it is known.
+        """
         settings = stage_method(self.method, self.recipe, stage, self.reference)
         last, n = stage == STAGES[-1], self.method.num_instances
         several = n * self.recipe.restarts
         if begin is not None and last:
-            settings = in_proportion(self.problem, settings, begin)
+            settings = in_proportion(self.problem, settings, begin, loss)
         folder = None
         if self.workdir is not None:
             folder = user_path(self.workdir) / ("" if last else f"stages/{stage}")
@@ -256,12 +262,18 @@ class _Stages:
             )
 
 
-def in_proportion(problem: Problem, settings: APD, begin: Trained) -> APD:
-    """Steps in proportion to √loss. Thresholds begin at a guess, and keep their rate."""
+def in_proportion(
+    problem: Problem, settings: APD, begin: Trained, loss: float | None = None
+) -> APD:
+    """Steps in proportion to √loss, measured where it is not given.
+
+    Thresholds begin at a guess, and keep their rate.
+    """
     rate = settings.learning_rate
     if settings.mask == "learned":
         settings = settings.replace(threshold_learning_rate=rate)
-    share = min(1.0, _loss(problem, settings, begin) ** 0.5)
+    loss = _loss(problem, settings, begin) if loss is None else loss
+    share = min(1.0, loss**0.5)
     return settings.replace(learning_rate=rate * share)
 
 

@@ -39,6 +39,7 @@ def make_step(
     method: Method,
     *,
     fed: bool = False,
+    update: bool = True,
     axis_name: str | None = None,
     component_axis: str | None = None,
 ) -> Callable[..., tuple[TrainState, Metrics]]:
@@ -53,6 +54,7 @@ def make_step(
 
     Args:
       fed: the step is given x; else it draws the batch of *all* devices, and each takes its slice.
+      update: False, on one device: the state comes back as it was, and no gradient is compiled.
       axis_name: the mapped axis over which the batch is split.
       component_axis: the mapped axis over which the components are split: the state then holds
         this device's share of them, in order. Activations, their cotangents and counts cross it,
@@ -95,7 +97,9 @@ def make_step(
             return _loss(trained, {**drawn, **worst}, now, problem, passes, scenes, on, state.step)
 
         worst = {name: drawn[name] for name, p in passes.items() if p.spec.ablation.ascends}
-        (total, terms), (gradient, by_source) = jax.value_and_grad(
+        if not update:
+            return state, loss(before, worst)[1]
+        (_, metrics), (gradient, by_source) = jax.value_and_grad(
             loss, argnums=(0, 1), has_aux=True
         )(before, worst)
         for name, slope in by_source.items():
@@ -105,7 +109,6 @@ def make_step(
             )
 
         # One update.
-        metrics = {"total": total, **terms}
         metrics["mean_active"] = psum(metrics["mean_active"], component_axis)
         if axis_name is not None and lax.axis_size(axis_name) > 1:  # of one XLA would copy it all
             gradient, metrics = lax.pmean((gradient, metrics), axis_name)
@@ -131,7 +134,7 @@ def _loss(
     on: frozenset[str],
     step: Any,
 ) -> tuple[Array, Metrics]:
-    """Σ_terms coefficient · term, and the terms before their coefficients."""
+    """Σ_terms coefficient · term, and with it in metrics the terms before their coefficients."""
     seen = scenes[HERE].seen
     components = components_lib.split_over(trained.components, seen.component_axis)
     gate = method.gate(trained.gate, problem)
@@ -157,7 +160,7 @@ def _loss(
     found = {name: term.score(run) for name, term in terms.items()}
     weighted = [at(terms[n].coeff, step, method.num_steps) * v for n, v in found.items()]
     total = jnp.asarray(sum(weighted))
-    return total, found | {"mean_active": activity[HERE].mean_active(seen)}
+    return total, {"total": total, **found, "mean_active": activity[HERE].mean_active(seen)}
 
 
 def _activity(gate: Any, components: Components, scene: Scene) -> Activity:
@@ -227,11 +230,8 @@ def _local_batch(x: PyTree, axis_name: str | None) -> PyTree:
 
 
 def make_loss(problem: Problem, method: Method, *, step: int = 0) -> Callable[..., Any]:
-    """(components, gate, params, key, x) -> the total loss of train step number `step`, jitted.
-
-    The step's update is not used, so XLA leaves it out.
-    """
-    one = make_step(problem, method, fed=True)
+    """(components, gate, params, key, x) -> the total loss of train step number `step`, jitted."""
+    one = make_step(problem, method, fed=True, update=False)
 
     @jax.jit
     def loss(components: Components, gate: PyTree, params: PyTree, key: PRNGKeyArray, x: PyTree):
