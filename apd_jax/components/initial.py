@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -298,6 +299,16 @@ def _stds(leaf: Any, layout: Layout, n: int, m: int, like_target: bool) -> tuple
     return math.sqrt(2 / ((n + 1) * d_in * m)), math.sqrt(2 / ((n + 1) * m * d_out))
 
 
+@functools.partial(jax.jit, static_argnames=("rank", "layout"))
+def _factored(weight: Array, rank: int | None, layout: Layout) -> tuple[Array, Array]:
+    """U and V of a leaf's P_c, each with the roots of the singular values."""
+    whole = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))  # as `init` has them
+    u, s, vt = jnp.linalg.svd(unfold(whole, layout), full_matrices=False)
+    m = s.shape[-1] if rank is None else rank
+    root = jnp.sqrt(s[..., None, :m])
+    return u[..., :m] * root, jnp.swapaxes(root, -1, -2) * vt[..., :m, :]
+
+
 def from_materialized(
     weights: PyTree,
     *,
@@ -319,13 +330,8 @@ def from_materialized(
             return None
         name, shape = path_name(path), tuple(weight.shape[1:])
         layout = layouts.get(name)
-        whole = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))  # as `init` has them
-        matrices = unfold(whole, layout or Layout.default(len(shape)))
-        u, s, vt = jnp.linalg.svd(matrices, full_matrices=False)
-        m = s.shape[-1] if rank is None else rank
-        root = jnp.sqrt(s[..., None, :m])
-        V = jnp.swapaxes(root, -1, -2) * vt[..., :m, :]
-        return Factors(u[..., :m] * root, V, shape, uses.get(name, 1), layout)
+        U, V = _factored(weight, rank, layout or Layout.default(len(shape)))
+        return Factors(U, V, shape, uses.get(name, 1), layout)
 
     return Components(jax.tree_util.tree_map_with_path(make, weights, is_leaf=lambda w: w is None))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import PyTree
@@ -72,7 +71,7 @@ def pretrain(
         if progress is not None:
             progress(history[-1]["step"], settings.num_steps, {"loss": history[-1]["loss"]})
     # The last update enters no loss above.
-    if not all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(state[0])):
+    if not all(np.isfinite(leaf).all() for leaf in jax.device_get(jax.tree.leaves(state[0]))):
         raise _diverged(settings.num_steps - 1, settings.learning_rate)
     finish = target.finish_fn or (lambda params: params)
     return finish(state[0]), history

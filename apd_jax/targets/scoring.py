@@ -64,6 +64,9 @@ def rank_correlations(
     from scipy.stats import rankdata  # here, because it takes a second
 
     method, problem = decomposition.method, decomposition.problem
+    names = {k: f"attribution_rank_correlation_{k}" for k in attributions.KINDS if k != "ablation"}
+    if not alive.any():
+        return dict.fromkeys(names.values(), 0.0)
 
     def ranks(kind: str) -> np.ndarray:
         @jax.jit
@@ -80,11 +83,8 @@ def rank_correlations(
         return rankdata(np.asarray(given)[:, alive])
 
     truth, found = ranks("ablation"), {}
-    for kind in attributions.KINDS:
-        if kind != "ablation":
-            given = ranks(kind)
-            varied = alive.any() and np.ptp(truth) > 0 and np.ptp(given) > 0
-            found[f"attribution_rank_correlation_{kind}"] = (
-                float(np.corrcoef(given, truth)[0, 1]) if varied else 0.0
-            )
+    for kind, name in names.items():
+        given = ranks(kind)
+        varied = np.ptp(truth) > 0 and np.ptp(given) > 0
+        found[name] = float(np.corrcoef(given, truth)[0, 1]) if varied else 0.0
     return found

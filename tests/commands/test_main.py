@@ -125,10 +125,9 @@ def test_inspect_reads_the_checkpoints(run, main_here):
         assert word in result.stdout
 
 
-AGAIN = {"tms": RUNS["tms"][0], "resid_mlp": "--mode=evaluate"}
-
-
-def test_evaluated_again_it_gives_the_same_numbers(run, cli):
+@ONE
+@pytest.mark.parametrize("again", [TMS, "--mode=evaluate"])
+def test_evaluated_again_it_gives_the_same_numbers(run, again, cli):
     """By the same command, which finds everything trained, and by the mode for it."""
     workdir = run[0]
     before = json.loads((workdir / "evaluation.json").read_text())
@@ -136,7 +135,7 @@ def test_evaluated_again_it_gives_the_same_numbers(run, cli):
     contents = [file.read_bytes() for file in trained]
     (workdir / "figures" / "losses.png").unlink()
     (workdir / "evaluation.json").unlink()
-    result = cli(AGAIN[workdir.name], f"--workdir={workdir}")
+    result = cli(again, f"--workdir={workdir}")
     assert result.returncode == 0, result.stderr
     assert "target: step" not in result.stderr and "decomposition: step" not in result.stderr
     after = json.loads((workdir / "evaluation.json").read_text())
