@@ -5,6 +5,7 @@ pentagon whose decomposition is known, and the command line, in this process or 
 """
 
 import atexit
+import gc
 import importlib.util
 import mmap
 import os
@@ -51,12 +52,15 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
+# Imports and tracing make many objects that stay or that reference counts free: look for circles
+# among them more rarely. No gc.freeze(): what is frozen has no referrers; hypothesis warns of it.
+gc.set_threshold(50_000, 10, 10)
+
 import shapes
 
 shapes.check()
 
 import dataclasses
-import gc
 import importlib
 import inspect
 import math
@@ -97,10 +101,6 @@ from apd_jax.train.state import TrainState
 NODES = (PieceMLP, Factors, Components, Trained, TrainState, Sources, Kept, Reading, SiteWeights)
 for node in (*NODES, Activity, Observation, *registry.METHODS.values()):
     node.__init__ = inspect.unwrap(node.__init__)
-
-# Tracing makes many objects that reference counts free: look for circles among them more rarely.
-# No gc.freeze(): what is frozen has no referrers, of which hypothesis warns.
-gc.set_threshold(50_000, 10, 10)
 
 shared_programs.install()
 

@@ -1,6 +1,7 @@
 """The house's rules: which room may look into which, and that no setting is decoration."""
 
 import ast
+import functools
 import importlib.util
 import re
 from pathlib import Path
@@ -48,6 +49,7 @@ LINES = (
 LINE_OF = {room: number for number, rooms in enumerate(LINES) for room in rooms}
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Full names of all modules that a file imports; `from a import b` as a.b where that is one."""
     names: set[str] = set()
@@ -122,6 +124,7 @@ def test_shared_code_does_not_ask_which_method_it_is():
             assert not found or module == "apd_jax.recipe.numbers", f"{module}: {found}"
 
 
+@functools.cache
 def read_names() -> set[str]:
     """Every attribute that some file of the package reads, and names that are read as text."""
     names = set(STAGES)
