@@ -29,7 +29,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError, first_line
 from apd_jax.interpretation.harvest import Harvest
 from apd_jax.paths import user_path
+from apd_jax.train.progress import ProgressDisplay
 
 FILE = "clusters.json"
 _BLOCK = 8192  # words of 64 positions that are unpacked at once, over all components
@@ -211,10 +212,15 @@ def cluster(
     if not len(fires):
         raise InputError("no component fires anywhere, so there is nothing to cluster.")
     together = firings.together[np.ix_(fires, fires)].astype(np.float64)
-    found = [
-        _path(firings, fires, together, alpha, gamma if i else np.inf, rng)
-        for i, rng in enumerate(map(np.random.default_rng, ([seed, i] for i in range(restarts))))
-    ]
+    found, merges = [], len(fires) - 1
+    with ProgressDisplay("clusters", restarts * merges) as display:
+        for i in range(restarts):
+            rng, greed = np.random.default_rng([seed, i]), gamma if i else np.inf
+
+            def merged(count: int, bits: float, before: int = i * merges) -> None:
+                display.update(before + count, {"bits": bits})
+
+            found.append(_path(firings, fires, together, alpha, greed, rng, merged))
     lengths = np.array([own for _, own in found])
     partitions = np.stack([partition for partition, _ in found])
     best, pairs = int(np.argmin(lengths)), list(itertools.combinations(partitions, 2))
@@ -238,6 +244,7 @@ def _path(
     alpha: float,
     gamma: float,
     rng: np.random.Generator,
+    merged: Callable[[int, float], None],
 ) -> tuple[Int[np.ndarray, " C"], float]:
     """From single components to one group: (the partition of least L, its L)."""
     masks, ranks = firings.packed[fires], firings.ranks[fires].astype(np.float64)
@@ -271,6 +278,7 @@ def _path(
         here = _length(s, r, alpha)
         if here < least:
             best, least = groups.copy(), here
+        merged(len(fires) - last, least)
     return _dense(best), least
 
 
