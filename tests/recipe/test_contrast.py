@@ -118,3 +118,16 @@ def test_what_cannot_be_told_apart_is_refused(data):
     tokens = [np.array([[0, 1, 2, 3]])]
     with pytest.raises(InputError, match="'table' is looked up by whole numbers"):
         apd_jax.contrast(looked_up, table, tokens, lambda x: x == 1, select="*")
+
+
+def test_targeted_begins_there(data):
+    params, batches = data
+    found = apd_jax.contrast(apply, params, batches, where)
+    settings = apd_jax.Targeted(num_components=1, num_steps=1, batch_size=B, steps_per_call=1)
+    trained = apd_jax.decompose(
+        *(apply, params, batches, settings), elsewhere=batches, init=found, select=list(params)
+    )
+    for name, f in trained.components.factors.items():
+        begun = found.factors[name]
+        assert f.ids == begun.ids
+        np.testing.assert_allclose(f.weights, begun.weights, atol=2e-3)
