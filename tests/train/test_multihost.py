@@ -7,15 +7,12 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import multihost_worker as worker
 import numpy as np
-import psutil
 import pytest
 from conftest import ROOT, close
 from processes import Command
@@ -27,35 +24,41 @@ from apd_jax.train import parallel
 
 WAIT_S = 120
 NUM_STEPS = 24
-ENV = os.environ | {"PYTHONPATH": str(ROOT)}  # with the conftest's flags for fast compilation
+
+
+def two_processes(tmp_path, module, *args):
+    """`python -m module args` with 2 devices each, as launch/local.sh 2 2 starts them.
+
+    Returns: the exit codes, and what each printed.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = {
+        "XLA_FLAGS": f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
+        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
+        "JAX_NUM_PROCESSES": "2",
+    }
+    processes = []
+    for i in range(2):
+        (printed := tmp_path / f"printed_{i}").mkdir()
+        own = env | {"JAX_PROCESS_ID": str(i)}
+        processes.append(Command(module, *args, root=ROOT, env=own, printed=printed))
+    try:
+        printed = ["".join(process.communicate(timeout=WAIT_S)) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [process.returncode for process in processes], printed
 
 
 def run_two_processes(
     tmp_path, *, num_steps=NUM_STEPS, signalled=-1, at_step=0, num_component_shards=1
 ):
-    """Two workers with 2 devices each: the arrays that each saved, and the exit codes."""
+    """Two workers: the arrays that each saved, and the exit codes."""
     workdir = tmp_path / "w"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {
-        "XLA_FLAGS": f"{ENV['XLA_FLAGS']} --xla_force_host_platform_device_count=2",
-        "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
-    }
     given = [workdir, num_steps, signalled, at_step, num_component_shards]
-    processes = []
-    for i in range(2):
-        (printed := tmp_path / f"printed_{i}").mkdir()
-        own = env | {"JAX_PROCESS_ID": str(i)}
-        processes.append(Command(worker.__name__, *given, root=ROOT, env=own, printed=printed))
-    try:
-        for process in processes:
-            process.communicate(timeout=WAIT_S)
-    finally:
-        for process in processes:
-            process.kill()
-    codes = [process.returncode for process in processes]
+    codes, _ = two_processes(tmp_path, worker.__name__, *given)
     return [dict(np.load(f"{workdir}.{i}.npz")) for i in range(2)], codes
 
 
@@ -158,32 +161,18 @@ def test_components_split_over_two_processes(tmp_path, monkeypatch, uninterrupte
         close(first[name], getattr(factors, name), 1e-4)
 
 
-def launch(*args):
-    """launch/local.sh with two processes of two devices: exit code, and all that it printed."""
-    env = ENV | {"PYTHON": sys.executable}
-    command = ["launch/local.sh", "2", "2", *args]
-    with subprocess.Popen(
-        command, cwd=ROOT, env=env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    ) as process:
-        try:
-            output, _ = process.communicate(timeout=WAIT_S)
-        finally:
-            if process.poll() is None:
-                for child in psutil.Process(process.pid).children(recursive=True):
-                    child.kill()
-    return process.returncode, output
-
-
 def test_command_line_with_two_processes_writes_and_prints_once(tmp_path):
     """By the recipe: process 0 finds modes, k and what is always on; the others go on from it."""
-    code, output = launch(
+    codes, printed = two_processes(
+        tmp_path,
+        "apd_jax.main",
         "--config=configs/recipe.py:tms,5-2,id,smoke",
         f"--workdir={tmp_path}/w",
         "--config.target.pretrain.num_steps=20",
     )
-    assert code == 0, output
+    assert codes == [0, 0], printed
     once = ("Figures: ", "refine (1 of 1): step 10/10", "target: step 20/20")
-    assert [output.count(words) for words in once] == [1, 1, 1]
+    assert ["".join(printed).count(words) for words in once] == [1, 1, 1]
     assert [row["step"] for row in rows(tmp_path / "w")] == [5, 10]
     found = json.loads((tmp_path / "w/recipe.json").read_text())
     assert found["num_always_on"] == 1 and found["modes_per_example"] > 0
