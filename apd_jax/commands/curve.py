@@ -83,7 +83,8 @@ def curve(
     source = data.as_sampler(run.problem.sample_fn if target is None else target.fresh_fn, count)
 
     def worth(found: Decomposition) -> dict[str, Any]:
-        return language.evaluate(found, language.drawn(source, count, run.seed), seed=run.seed)
+        batches = language.drawn(source, count, run.seed)
+        return language.evaluate(found, batches, seed=run.seed, num_batches=count)
 
     base = run.decomposition(0, run.rows)
     points = [_start(folder / "curve" / "start.json", base, run, worth)]

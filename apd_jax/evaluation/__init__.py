@@ -36,7 +36,9 @@ def evaluate(
     evaluation = measure(target, decomposition, num_batches=num_batches, seed=seed)
     if isinstance(target, LanguageTarget):
         batches = language.drawn(target.fresh_fn, num_batches, seed)
-        metrics = language.evaluate(decomposition, batches, seed=seed, thorough=thorough)
+        metrics = language.evaluate(
+            decomposition, batches, seed=seed, thorough=thorough, num_batches=num_batches
+        )
         evaluation = dataclasses.replace(
             evaluation, metrics=metrics | evaluation.metrics, grids=(language.grid(metrics),)
         )

@@ -23,6 +23,7 @@ Shapes: B sequences, T positions, V tokens, C components, L sites.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -49,6 +50,7 @@ from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import outputs, position_weights
 from apd_jax.network.problem import Problem
 from apd_jax.targets.scoring import alive_components
+from apd_jax.train.progress import ProgressDisplay
 
 ROUNDED = (0.0, 0.1, 0.5)
 STEPS, STEP_SIZE = 20, 0.1  # of the adversary
@@ -81,6 +83,7 @@ def evaluate(
     num_adversary_batches: int = 2,
     seed: int = 0,
     thorough: bool = False,
+    num_batches: int | None = None,
 ) -> dict[str, float | int]:
     """Measures one instance on batches of tokens [B, T], one after the other.
 
@@ -90,6 +93,7 @@ def evaluate(
     Args:
       num_adversary_batches: those that the adversaries are tried on.
       thorough: also the ladder of ascents and the free adversary.
+      num_batches: how many there will be, for a display of progress; None: none is shown.
     Returns: flat and JSON-able
       ce_{pass}, kl_{pass}, delta_ce_{pass}, ce_recovered_{pass}: see above; for gates that only
         know on and off, gates stands for all that is rounded. ce_recovered is left out where
@@ -104,14 +108,17 @@ def evaluate(
     Cost: per batch the gate and 10 forward passes; the adversary 20 with backward, thoroughly 340.
     """
     problem, trained = decomposition.problem, decomposition.trained
-    measure = _Measure(decomposition, thorough)
     totals: Counter[str] = Counter()
     fired = np.zeros(trained.components.num_components)
-    for i, batch in enumerate(batches):
-        tokens, key = jnp.asarray(batch), jax.random.fold_in(jax.random.key(seed), i)
-        found = measure(problem.params, trained, tokens, key, i < num_adversary_batches)
-        fired += found.pop("fired")
-        totals.update(found)  # Counter adds
+    attacked = min(num_adversary_batches, num_batches or 0) * (_turns(thorough) + thorough)
+    display = ProgressDisplay("evaluation", num_batches + attacked) if num_batches else None
+    with display or contextlib.nullcontext():
+        measure = _Measure(decomposition, thorough, display)
+        for i, batch in enumerate(batches):
+            tokens, key = jnp.asarray(batch), jax.random.fold_in(jax.random.key(seed), i)
+            found = measure(problem.params, trained, tokens, key, i < num_adversary_batches)
+            fired += found.pop("fired")
+            totals.update(found)  # Counter adds
     metrics = _means(totals)
     alive = alive_components(
         fired / totals["tokens"], np.asarray(components_lib.norms(trained.components))
@@ -142,10 +149,18 @@ def _means(totals: Mapping[str, float]) -> dict[str, float | int]:
     return found | {"num_adversary_tokens": int(totals["adversary_tokens"])}
 
 
+def _turns(thorough: bool) -> int:
+    """How often an adversary goes on for STEPS ascents."""
+    return LADDER[-1] // STEPS if thorough else 1
+
+
 class _Measure:
     """Sums over the predicted tokens of one batch; every program is compiled once."""
 
-    def __init__(self, decomposition: Decomposition, thorough: bool):
+    def __init__(
+        self, decomposition: Decomposition, thorough: bool, display: ProgressDisplay | None
+    ):
+        self._display, self._done = display, 0
         self.method, self.problem = decomposition.method, decomposition.problem
         self.thorough = thorough
         self.observed = jax.jit(self._observed)
@@ -166,8 +181,15 @@ class _Measure:
         if attack:
             found |= self._adversaries(params, components, activity, tokens, out, key)
             found |= {"adversary_tokens": found["tokens"], "ce_target_there": found["ce_target"]}
-        host = jax.device_get(found)
+        host = self._reached(found)
         return {n: np.asarray(v) if n == "fired" else float(v) for n, v in host.items()}
+
+    def _reached(self, found: Any) -> Any:
+        """These on the host, once they are computed; the display moves on."""
+        host, self._done = jax.device_get(found), self._done + 1
+        if self._display is not None:
+            self._display.update(self._done, {})
+        return host
 
     def _observed(
         self, params: PyTree, trained: Trained, tokens: Array
@@ -217,8 +239,9 @@ class _Measure:
         fixed = (params, components, activity, tokens, out)
         sources = self.started("batch", components, activity, key)
         worst, found = None, {}
-        for turn in range(1, LADDER[-1] // STEPS + 1 if self.thorough else 2):
+        for turn in range(1, _turns(self.thorough) + 1):
             ce, kl, sources = self.attacked(*fixed, sources)
+            ce, kl = self._reached((ce, kl))
             n = turn * STEPS
             if n in (STEPS, *LADDER):
                 worst = (ce, kl) if worst is None or kl > worst[1] else worst
@@ -226,6 +249,7 @@ class _Measure:
                 found |= {f"ce_{name}": worst[0], f"kl_{name}": worst[1]}
         if self.thorough:
             ce, kl, _ = self.attacked(*fixed, self.started("position", components, activity, key))
+            ce, kl = self._reached((ce, kl))
             found |= {"ce_adversary_free": ce, "kl_adversary_free": kl}
         return found
 

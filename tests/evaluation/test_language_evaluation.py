@@ -89,9 +89,29 @@ def by_token(m, delta=0.0):
 
 
 @pytest.fixture(scope="module")
-def found():
+def steps():
+    """The steps that displays of progress have shown."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def found(steps):
     batches = [TOKENS[:2], TOKENS[2:4], TOKENS[4:]]
-    return language.evaluate(decomposition(), iter(batches), num_adversary_batches=3, thorough=True)
+    options = {"num_adversary_batches": 3, "thorough": True, "num_batches": 3}
+    with pytest.MonkeyPatch.context() as patch:
+        update = language.ProgressDisplay.update
+
+        def shown(self, step, values):
+            steps.append((step, self._total))
+            update(self, step, values)
+
+        patch.setattr(language.ProgressDisplay, "update", shown)
+        return language.evaluate(decomposition(), iter(batches), **options)
+
+
+def test_progress_is_shown_by_what_takes_long(found, steps):
+    # Of each batch the passes, 16 times 20 ascents, and the free adversary.
+    assert steps == [(i, 3 * 18) for i in range(1, 3 * 18 + 1)]
 
 
 def test_every_pass_is_what_it_says(found):
