@@ -19,7 +19,6 @@ from apd_jax.methods.vpd import VPD
 from apd_jax.methods.whole import Whole
 from apd_jax.network import data
 from apd_jax.network.headed import Headed
-from apd_jax.recipe.contrast import contrast
 from apd_jax.recipe.numbers import default_recipe
 from apd_jax.train.progress import log_to_wandb
 
@@ -38,6 +37,7 @@ def _opened(module: str, name: str) -> Callable[..., Any]:
 
 save = _opened("apd_jax.storage.folder", "save")
 load = _opened("apd_jax.storage.folder", "load")
+contrast = _opened("apd_jax.recipe.contrast", "contrast")
 from_pretrained = _opened("apd_jax.storage.hub", "from_pretrained")
 push_to_hub = _opened("apd_jax.storage.hub", "push_to_hub")
 decomposition.register(
