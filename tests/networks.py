@@ -259,7 +259,7 @@ def weights_in_a_carry_and_in_branches():
         )
         h = h @ w @ lax.cond(x.sum() > 1e9, lambda p: p["u"], lambda p: p["v"], p)
         which = jnp.int32(jnp.abs(x[:, 0]) * 3) % 3
-        branches = [lambda h, i=i: jnp.sin((i + 1) * h @ p["stack"][i]) for i in range(3)]
+        branches = [lambda h, i=i: jnp.tanh(0.1 * (i + 1) * h @ p["stack"][i]) for i in range(3)]
         return jax.vmap(lambda i, h: lax.switch(i, branches, h))(which, h + x @ p["u"] + x @ p["v"])
 
     return fn, params, draw(9, B, 4)
