@@ -1,5 +1,6 @@
-r"""Components that read what sites read at some positions and not at others: where `targeted` may
-begin, and all that it takes where one site already tells them apart.
+r"""Components of what sites read at chosen positions and not at others, without training.
+
+`targeted` may begin there. Where one site tells the positions apart by itself, no more is needed.
 
 With a the input of a site, S = E[a aᵀ] over the chosen positions and R over all others,
 
@@ -7,8 +8,9 @@ With a the input of a site, S = E[a aᵀ] over the chosen positions and R over a
   D = S U (Uᵀ S U)⁻¹               of least error in a ≈ D Uᵀ a at chosen positions
   P_j = u_j ⊗ D_jᵀ W               Σ_j P_j = U Dᵀ W
 
-Without them the site answers a - D Uᵀ a instead of a: nearly nothing at chosen positions, nearly a
-elsewhere, as far as n directions can. Positions that others attend to are changed for these too.
+Without them the site sees a - D Uᵀ a in place of a: nearly nothing at chosen positions and nearly a
+at others, as far as n directions can. In a transformer later positions read the chosen ones, so
+what the network says there changes too.
 
 Shapes: B examples, T positions, d width of what a site reads, n components of a site.
 """
@@ -51,7 +53,8 @@ def contrast(
 
     Args:
       apply_fn, params, select, valid_fn: as `apd_jax.decompose` takes them.
-      batches: inputs x, as many as moments of d × d need.
+      batches: inputs x. A site that reads d numbers wants more than d positions of each kind, or
+        a larger ridge.
       where: x -> bool [B, T] or [B], the positions (or examples) that are chosen.
       num_components: n, at every site, which has numbers of its own. The first is the one that
         tells chosen from other positions best.
@@ -162,4 +165,4 @@ def _pieces(
         made = {"U": (matrix @ D).T[..., None], "V": U.T[:, None]}
     else:
         made = {"U": U.T[..., None], "V": (D.T @ matrix)[:, None]}
-    return dataclasses.replace(f, **{side: jnp.asarray(a, f.U.dtype) for side, a in made.items()})
+    return dataclasses.replace(f, **{name: jnp.asarray(a, f.U.dtype) for name, a in made.items()})
