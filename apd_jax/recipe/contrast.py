@@ -51,6 +51,9 @@ def contrast(
 ) -> Components:
     """Components of what sites read where `where` says so, and not elsewhere.
 
+    To begin with, as `apd_jax.decompose(..., method="targeted", init=found)`. The weights without
+    them are `apd_jax.components.without(found, params)`.
+
     Args:
       apply_fn, params, select, valid_fn: as `apd_jax.decompose` takes them.
       batches: inputs x. A site that reads d numbers wants more than d positions of each kind, or
@@ -59,8 +62,6 @@ def contrast(
       num_components: n, at every site, which has numbers of its own. The first is the one that
         tells chosen from other positions best.
       ridge: λ. Smaller tells them apart better on these batches, larger on others.
-    Returns: components to begin with (`apd_jax.decompose(..., method="targeted", init=...)`); the
-      weights without them are `components.without(found, params)`.
     Raises:
       InputError: no chosen position, or no other; more components than a site's inputs have
         directions at chosen positions; a site that is looked up, or a stack of matrices.
