@@ -58,5 +58,7 @@ class Command:
     def communicate(self, timeout: float = 300.0) -> tuple[str, str]:
         """What it printed, once it has ended."""
         self._process.join(timeout)
-        assert self.returncode is not None, f"still running after {timeout} s"
+        if self.returncode is None:
+            self.kill()  # it would slow everything after it
+            raise AssertionError(f"still running after {timeout} s")
         return tuple((self._printed / name).read_text() for name in ("stdout", "stderr"))

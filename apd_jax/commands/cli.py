@@ -127,7 +127,7 @@ def sentence(error: Exception) -> str:
         meant = f" Did you mean {near[1]!r}?" if near else ""
         return f"the config has no field {field[0] if field else text!r}.{meant}"
     lines = [line.strip() for line in text.splitlines() if line.strip()] or [repr(error)]
-    return lines[-1].split("InputError: ")[-1]
+    return re.sub(r"^.*?\bapd_jax\.errors\.\w+: ", "", lines[-1])
 
 
 def refuse(sentence: str) -> None:

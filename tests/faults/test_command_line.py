@@ -70,7 +70,7 @@ SETTINGS = {  # of one field of a config: what it is set to, and what the senten
 def refused(done, words: str) -> None:
     assert done.returncode == 2, done.stderr
     lines = done.stderr.strip().splitlines()
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in done.stderr and "apd_jax.errors" not in lines[-1]
     assert lines[-1].startswith("apd_jax: ") and words in lines[-1], lines[-1]
 
 
