@@ -6,6 +6,7 @@ A process that imports the package anew works for seconds before it does anythin
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -22,6 +23,8 @@ def _run(module: str, args: list[str], root: Path, env: dict[str, str], printed:
         os.dup2(os.open(printed / name, os.O_WRONLY | os.O_CREAT), number)
     os.environ.update(env)
     os.chdir(root)
+    # Of tests that a shell runs in the background it would be ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = [module, *args]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
