@@ -7,8 +7,9 @@ with the package are found as `configs/NAME.py` from any folder.
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,11 +18,16 @@ from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, UnknownName, one_of
 from apd_jax.methods.registry import default_config
+from apd_jax.recipe.numbers import default_recipe
 
 TARGETS = ("tms", "tms_coactive", "resid_mlp", "gated", "induction", "digits", "linear")
+FILES = {"tms_untied": "tms"}  # targets that another's file describes
 # A wheel has them in the package; in a checkout they are the folder beside it.
 _PACKAGE = Path(__file__).parents[1]
 SHIPPED = next(f for f in (_PACKAGE / "configs", _PACKAGE.parent / "configs") if f.is_dir())
+
+
+log = logging.getLogger(__name__)
 
 
 def found(path: str) -> str:
@@ -171,3 +177,48 @@ def of_target(arg: str, method: str, also: Collection[str] = ()) -> tuple[Any, s
     config.apd.mask_per = base.apd.mask_per
     config.evaluation.update({k: v for k, v in base.evaluation.items() if k != "seed"})
     return config, name
+
+
+def later(config: Any) -> dict[str, Any]:
+    """{dotted name: default} of the fields that a saved experiment lacks, as they came later.
+
+    Of its target and evaluation as the target's own file has them without a variant, of a recipe
+    as `default_recipe` has them. The method's settings know their defaults themselves
+    (`registry.of`). A section that it lacks whole is left out: not every variant has it.
+    """
+    file = FILES.get(config.target.name, config.target.name)
+    shipped = (SHIPPED / f"{file}.py").exists()
+    now = {"recipe": default_recipe()} | (dict(load(file).get_config()) if shipped else {})
+    return {
+        f"{section}.{name}": list(value) if isinstance(value, tuple) else value  # as JSON has it
+        for section in ("target", "evaluation", "recipe")
+        if section in config and section in now
+        for name, value in _absent(now[section], config[section])
+    }
+
+
+def completed(config: Any) -> Any:
+    """A saved experiment's config with what is `later`, which is said."""
+    added = later(config)
+    if not added:
+        return config
+    whole = ConfigDict(config.to_dict())
+    for name, value in added.items():
+        *sections, field = name.split(".")
+        inner = whole
+        for section in sections:
+            inner = inner[section]
+        inner[field] = value
+    told = ", ".join(f"{name} = {value!r}" for name, value in added.items())
+    log.info("config.json lacks what came later; by default: %s.", told)
+    return whole.lock()
+
+
+def _absent(now: Any, there: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of fields of one config that another lacks, sections apart."""
+    for name, value in now.items():
+        inner = isinstance(value, ConfigDict)
+        if name in there and inner and isinstance(there[name], ConfigDict):
+            yield from _absent(value, there[name], f"{prefix}{name}.")
+        elif name not in there and not inner:
+            yield prefix + name, value

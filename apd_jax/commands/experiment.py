@@ -23,7 +23,7 @@ from rich.console import Console
 from apd_jax import components as components_lib
 from apd_jax import evaluation as evaluation_lib
 from apd_jax import targets
-from apd_jax.commands import harvest, runs
+from apd_jax.commands import configs, harvest, runs
 from apd_jax.commands.given import Given
 from apd_jax.commands.runs import Restored, restore, shapes, target_path, unfinished
 from apd_jax.components import Components
@@ -231,7 +231,7 @@ def _target_params(target: Target, config: Config, folder: epath.Path) -> PyTree
 
     In the workdir afterwards.
     """
-    claim(folder, config)
+    claim(folder, config, older=configs.later)
     if target.keep_fn is not None:
         target.keep_fn(folder)
     path, like = target_path(folder), shapes(target)

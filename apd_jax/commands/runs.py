@@ -13,6 +13,7 @@ from jaxtyping import PyTree
 from ml_collections import ConfigDict
 
 from apd_jax import targets
+from apd_jax.commands import configs
 from apd_jax.commands.given import Given
 from apd_jax.decomposition import Decomposition, instances
 from apd_jax.errors import InputError
@@ -113,7 +114,7 @@ def restore(
                 f"{folder} is a run on the target {config.target.name!r}, whose function and data "
                 "are known; leave out --apply, --data, --params and --valid."
             )
-        return _of_experiment(folder, config)
+        return _of_experiment(folder, configs.completed(config))
     return _of_own(folder, given, needs)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from etils import epath
@@ -26,7 +26,10 @@ _LENGTHS = ("num_steps", "apd.num_steps", "recipe.refine.num_steps")
 
 
 def claim(
-    workdir: epath.PathLike, config: Config, network: Mapping[str, Any] | None = None
+    workdir: epath.PathLike,
+    config: Config,
+    network: Mapping[str, Any] | None = None,
+    older: Callable[[Config], Mapping[str, Any]] | None = None,
 ) -> None:
     """Makes the workdir with its config.json, or checks that it belongs to this very config.
 
@@ -35,6 +38,8 @@ def claim(
 
     Args:
       network: what `fingerprint.of_problem` says of the network, where the config does not say it.
+      older: the config of an older version -> {dotted name: value} of what it did not say, beside
+        the method's settings.
     Raises:
       InputError: it belongs to another config or network (what differs is named), or cannot be
         written.
@@ -42,9 +47,9 @@ def claim(
     folder = run_folder(workdir)
     wanted = json.loads(json.dumps(config.to_dict(), default=written))
     if (folder / "config.json").exists():
-        there, here = flat(load_config(folder).to_dict()), flat(wanted)
-        absent = "absent"
-        new = _defaults(config)  # of settings that an older version did not have
+        saved, absent = load_config(folder), "absent"
+        there, here = flat(saved.to_dict()), flat(wanted)
+        new = _defaults(config) | dict(older(saved) if older else {})  # that it did not have
         there |= {name: new[name] for name in here if name not in there and name in new}
         names = [name for name in sorted(there | here) if name.rsplit(".")[-1] not in _MAY_CHANGE]
         changed = [name for name in names if there.get(name, absent) != here.get(name, absent)]

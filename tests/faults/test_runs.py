@@ -10,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import ROOT
+from conftest import ROOT, get_config
+from ml_collections import ConfigDict
 from small import PARAMS, SETTINGS, B, decompose, linear, rows
 from tensorboardX import event_file_writer
 
 import apd_jax
+from apd_jax.commands import configs
 from apd_jax.components import as_select
 from apd_jax.errors import InputError
 from apd_jax.network import problem
@@ -98,12 +100,34 @@ def test_a_field_that_a_saved_config_lacks_is_named(tmp_path, main_here):
     assert done.returncode == 2
     file = tmp_path / "run" / "config.json"
     config = json.loads(file.read_text())
-    del config["target"]["d_hidden"], config["apd"]["gradient_clip"]
+    del config["target"]["name"], config["apd"]["gradient_clip"]
     file.write_text(json.dumps(config))
     done = main_here("--mode=report", f"--workdir={tmp_path / 'run'}")
     assert done.returncode == 2
-    sentence = "apd_jax: the config has no field 'd_hidden'. Did you mean 'hidden'?"
-    assert done.stderr.splitlines()[-1] == sentence
+    sentence = "apd_jax: the config has no field 'name'."
+    assert done.stderr.splitlines()[-1].startswith(sentence)
+
+
+def test_a_saved_experiment_is_read_with_the_defaults_of_what_came_later(tmp_path):
+    """One that was saved before `target.shuffled`; others lack fields of data or recipe."""
+    file = tmp_path / "config.json"
+    given = get_config("language", "prose")
+    workdir.claim(tmp_path, given)
+    saved = json.loads(file.read_text())
+    assert configs.completed(ConfigDict(saved)).to_dict() == saved
+    del saved["target"]["shuffled"], saved["target"]["layers"], saved["evaluation"]["num_batches"]
+    file.write_text(json.dumps(saved))
+    read = configs.completed(workdir.load_config(tmp_path))
+    assert read.target.shuffled is False and read.target.layers == []
+    assert read.evaluation.num_batches == given.evaluation.num_batches
+    workdir.claim(tmp_path, given, older=configs.later)
+    given.target.shuffled = True
+    with pytest.raises(InputError, match="shuffled is False there and True here"):
+        workdir.claim(tmp_path, given, older=configs.later)
+    mine = get_config("recipe", "tms,5-2,untied")
+    mine = ConfigDict(mine.to_dict())
+    del mine.recipe.refine["num_steps"], mine.target.data["value"]
+    assert set(configs.later(mine)) == {"recipe.refine.num_steps", "target.data.value"}
 
 
 # Disks
