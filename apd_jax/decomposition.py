@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, first_line
 from apd_jax.forward import sparse
 from apd_jax.gates.base import ATTRIBUTIONS, Activity, at_valid
 from apd_jax.methods import observe, registry
@@ -23,6 +24,7 @@ from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained, instances, one_instance
 from apd_jax.network import data
 from apd_jax.network.problem import Problem
+from apd_jax.network.takes import check_batch
 from apd_jax.recipe import run, scales, stages
 from apd_jax.train import loop
 
@@ -85,11 +87,16 @@ class Decomposition:
         return Trained(self.components, self.gate)
 
     @functools.cached_property
-    def _observed(self) -> Callable[..., Activity]:
-        """(components, gate, params, x) -> activity; jitted, with the weights as arguments."""
+    def _observed(self) -> Callable[..., tuple[Activity, Array]]:
+        """(components, gate, params, x) -> activity, and whether a score is NaN that counts.
+
+        Jitted, with the weights as arguments.
+        """
+        problem = self.problem
 
         def fn(components: Components, gate: PyTree, params: PyTree, x: PyTree) -> Any:
-            return observe.activity(self.method, self.problem, Trained(components, gate), params, x)
+            found = observe.activity(self.method, problem, Trained(components, gate), params, x)
+            return found, at_valid(jnp.isnan(found.scores), problem.valid(x)).any()
 
         return jax.jit(fn)
 
@@ -98,6 +105,7 @@ class Decomposition:
         method, problem = self.method, self.problem
 
         def fn(components: Components, params: PyTree, x: PyTree) -> Array:
+            check_batch(problem.apply_fn, params, x)
             rng = jax.random.key(method.seed)
             return jnp.sqrt(method.attribute(problem)(components, params, x, rng))
 
@@ -106,19 +114,40 @@ class Decomposition:
     @functools.cached_property
     def _masked(self) -> Callable[..., Any]:
         """(components, params, mask, x) -> outputs of the sparse pass; jitted."""
-        apply_fn = self.problem.apply_fn
-        return jax.jit(lambda c, params, mask, x: sparse.apply(apply_fn, params, c, mask, x))
+        problem = self.problem
+
+        def fn(components: Components, params: PyTree, mask: Array, x: PyTree) -> Any:
+            check_batch(problem.apply_fn, params, x)
+            return sparse.apply(problem.apply_fn, params, components, mask, x)
+
+        return jax.jit(fn)
 
     @functools.cached_property
     def _run(self) -> Callable[..., Any]:
         """(components, params, weights [C], x) -> outputs with P_c times w_c, on every input."""
-        apply_fn = self.problem.apply_fn
-        scaled = components_lib.weighted_sum
-        return jax.jit(lambda c, params, w, x: apply_fn(scaled(c, params, w), x))
+        problem = self.problem
+
+        def fn(components: Components, params: PyTree, weights: Array, x: PyTree) -> Any:
+            check_batch(problem.apply_fn, params, x)
+            moved = components_lib.weighted_sum(components, params, weights)
+            return problem.apply_fn(moved, x)
+
+        return jax.jit(fn)
 
     def activity(self, x: PyTree) -> Activity:
-        """Which components the gate says are active on x, and by how much."""
-        return self._observed(self.components, self.gate, self.problem.params, _on_device(x))
+        """Which components the gate says are active on x, and by how much.
+
+        Raises:
+          InputError: the network does not take x, or the gate's scores are NaN there.
+        """
+        arrays = (self.components, self.gate, self.problem.params)
+        found, lost = self._observed(*arrays, _on_device(x))
+        if not isinstance(lost, Tracer) and lost:
+            raise InputError(
+                "the gate's scores are NaN on x; is it finite, and made for this network (tokens "
+                "of its own vocabulary)?"
+            )
+        return found
 
     def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
         """A_c(x), in units of the output, as the method takes them; per position if it says so."""
@@ -185,11 +214,13 @@ class Decomposition:
         θ* stays as it is, so {} gives θ* itself. Leaves have the dtypes of params.
 
         Raises:
-          InputError: a component that does not exist, or a scale that is not finite.
+          InputError: no such mapping, a component that does not exist, a scale that is not finite.
         """
+        if not isinstance(scales, Mapping):
+            raise InputError(f"edit takes {{component: scale}}; got a {type(scales).__name__}.")
         change = np.zeros(self.components.num_components, np.float32)
         for number, scale in scales.items():
-            if not np.isfinite(scale):
+            if not _finite(scale):
                 raise InputError(f"component {number} cannot be scaled by {scale}.")
             change[components_lib.chosen(self.components, [number])] = scale - 1
         moved = _alone(self.components, self.problem.params, jnp.asarray(change))
@@ -308,6 +339,13 @@ class Decomposition:
         )
 
 
+def _finite(scale: Any) -> bool:
+    try:
+        return bool(np.isfinite(float(scale)))
+    except (TypeError, ValueError):
+        return False
+
+
 @jax.jit
 def _alone(components: Components, params: PyTree, weights: Float[Array, " C"]) -> PyTree:
     """Σ_c w_c P_c, and zeros where params are not decomposed."""
@@ -316,4 +354,7 @@ def _alone(components: Components, params: PyTree, weights: Float[Array, " C"]) 
 
 def _on_device(x: PyTree) -> PyTree:
     """A batch with arrays of any library as its leaves."""
-    return jax.tree.map(jnp.asarray, x)
+    try:
+        return jax.tree.map(jnp.asarray, x)
+    except TypeError as error:
+        raise InputError(f"x must hold arrays of numbers: {first_line(error)}.") from None

@@ -51,6 +51,13 @@ def first_line(error: BaseException) -> str:
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 
+def listed(names: Iterable[str], most: int = 6, joint: str = ", ") -> str:
+    """The first of some names, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return joint.join(names[:most]) + more
+
+
 def seed_of(what: str, value: int) -> int:
     """`value`, if a random key can be made of it: other numbers would equal another seed.
 

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
+import shlex
+
 from etils import epath
 
 from apd_jax.errors import InputError
 
 
 def user_path(path: epath.PathLike) -> epath.Path:
-    """A path, local or of cloud storage; `~` is the home folder."""
-    return epath.Path(path).expanduser()
+    """A path, local or of cloud storage; `~` is the home folder.
+
+    Raises:
+      InputError: it is no path.
+    """
+    try:
+        return epath.Path(path).expanduser()
+    except TypeError:
+        raise InputError(f"a path must be a string or a path; got {path!r}.") from None
+
+
+def quoted(path: epath.PathLike) -> str:
+    """A path as a shell takes it, in quotes where it holds spaces."""
+    return shlex.quote(str(path))
 
 
 def run_folder(path: epath.PathLike) -> epath.Path:

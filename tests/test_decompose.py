@@ -254,6 +254,11 @@ def test_a_method_by_name_by_object_or_by_config():
         ({"config": {"method": "spd", "topk": 1.0}}, "unknown setting of method 'spd' 'topk'"),
         ({"config": {"rank": 2.5}}, "rank must be int; got 2.5, a float"),
         ({"config": [("rank", 2)]}, "settings must be a method's name, a settings object or a con"),
+        ({"config": apd_jax.APD(), "on_log": 5}, "on_log must be a function of a row .*; got 5"),
+        (
+            {"config": apd_jax.APD(batch_size=16), "workdir": 5},
+            "a path must be a string or a path; got 5",
+        ),
         ({"method": "targeted"}, "needs a second stream of data; give elsewhere"),
         ({"config": apd_jax.APD(batch_size=16), "elsewhere": sample_fn}, "elsewhere is read by"),
         (

@@ -22,6 +22,7 @@ from apd_jax.components import matches, tables_of
 from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.network.problem import Problem
+from apd_jax.recipe import scales
 from apd_jax.report import style
 from apd_jax.train.progress import ProgressDisplay
 
@@ -221,8 +222,19 @@ def test_a_loss_that_is_a_function_is_stored_by_its_name(trained):
     assert load(minimality_loss=far).method == found.method
     of_workdir = apd_jax.load(folder, two_layers, minimality_loss=far)
     assert of_workdir.method.minimality_loss is far
-    with pytest.raises(InputError, match=r"unknown minimality loss 'function .*far'; .* load"):
+    with pytest.raises(InputError, match=r"minimality_loss was the function .*far, .* of load"):
         load().report(folder / "report.html", ROWS)
+
+
+def test_a_loss_that_measures_nothing_is_named(trained):
+    problem = Problem(two_layers, trained[0].problem.params, [ROWS])
+    for wrong, said in (
+        (lambda a, b: 0.0 * jnp.sum(a), "minimality_loss is 0 where"),
+        (lambda a, b: jnp.sum(a - b) * jnp.nan, "minimality_loss is not finite where"),
+    ):
+        method = apd_jax.APD(loss_units="target", minimality_loss=wrong)
+        with pytest.raises(InputError, match=said):
+            scales.measure(problem, method)
 
 
 def test_rows_go_to_weights_and_biases_if_asked(monkeypatch):

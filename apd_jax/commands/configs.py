@@ -202,10 +202,10 @@ def completed(config: Any) -> Any:
     added = later(config)
     if not added:
         return config
-    whole = ConfigDict(config.to_dict())
+    whole: Any = ConfigDict(config.to_dict())
     for name, value in added.items():
         *sections, field = name.split(".")
-        inner = whole
+        inner: Any = whole
         for section in sections:
             inner = inner[section]
         inner[field] = value

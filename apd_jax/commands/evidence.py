@@ -17,7 +17,7 @@ from apd_jax.decomposition import instances
 from apd_jax.errors import InputError
 from apd_jax.evidence import card, evidence
 from apd_jax.evidence.card import Evidence
-from apd_jax.paths import user_path
+from apd_jax.paths import quoted, user_path
 
 
 def write(
@@ -54,12 +54,12 @@ def write(
     compared = None
     if other is not None:
         compared = _same_target(run, runs.restore(other, given), path, other)
-    command = f"python -m apd_jax.evidence --workdir={path}" + (" --full" if full else "")
-    command += f" --other={other}" if other else ""
+    command = f"python -m apd_jax.evidence --workdir={quoted(path)}" + (" --full" if full else "")
+    command += f" --other={quoted(other)}" if other else ""
     command += f" --checks={','.join(map(str, checks))}" if checks else ""
     command += f" --budget={budget}" if budget else ""
     for name, value in vars(given or Given()).items():
-        command += f" --{name}={value}" if value else ""
+        command += f" --{name}={quoted(value)}" if value else ""
     rows = run.rows
     earlier, found = runs.earlier_checkpoints(run, folder), []
     for i in numbers:

@@ -32,7 +32,7 @@ from apd_jax.errors import InputError, seed_of
 from apd_jax.evaluation.general import STREAM
 from apd_jax.methods import registry
 from apd_jax.network import data
-from apd_jax.paths import user_path
+from apd_jax.paths import quoted, user_path
 from apd_jax.recipe import scales, stages
 from apd_jax.report import compare as compare_lib
 from apd_jax.report import figures, html, tables, text
@@ -329,7 +329,7 @@ def _pages(run: Restored, folder: epath.Path, console: Console) -> None:
             metrics=_of_instance(metrics, i),
             arrays=_arrays(folder, i),
             evidence=evidence,
-            evidence_command=f"python -m apd_jax.evidence --workdir={folder}",
+            evidence_command=f"python -m apd_jax.evidence --workdir={quoted(folder)}",
             figures=[str(figure.relative_to(folder)) for figure in found],
             instances=[(str(j), other.name) for j, other in enumerate(paths)] if count > 1 else [],
             instance=i,

@@ -19,7 +19,7 @@ from apd_jax.interpretation import clusters, columns, effects
 from apd_jax.interpretation import harvest as harvest_lib
 from apd_jax.interpretation import labels as labels_lib
 from apd_jax.interpretation.harvest import Harvest
-from apd_jax.paths import user_path
+from apd_jax.paths import quoted, user_path
 from apd_jax.report import text, words
 from apd_jax.report.source import Source
 from apd_jax.report.text import TextSource
@@ -111,10 +111,10 @@ def page(
         settings=run.config.to_dict(),
         metrics=metrics or {},
         evidence=evidence,
-        evidence_command=f"python -m apd_jax.evidence --workdir={folder}",
+        evidence_command=f"python -m apd_jax.evidence --workdir={quoted(folder)}",
         words=words.of(target.tokens.tokenizer),
     )
-    serve = f"python -m apd_jax.serve --workdir={folder}"
+    serve = f"python -m apd_jax.serve --workdir={quoted(folder)}"
     said, labels = labelled(folder, found)
     made = effects.load(folder / FOLDER, found)
     attention = text.partners(one, target.model.config, found)

@@ -23,7 +23,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from apd_jax.components.layout import Layout, fold, path_name
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, listed
 
 Ids = range | tuple[int, ...] | None
 
@@ -109,7 +109,7 @@ class Components:
 
     def __repr__(self) -> str:
         sites = [name for name, slot in named_leaves(self.tree).items() if _is_factors(slot)]
-        return f"<{self.num_components} components at {len(sites)} sites: {_few(sites)}>"
+        return f"<{self.num_components} components at {len(sites)} sites: {listed(sites, 4)}>"
 
     @property
     def factors(self) -> dict[str, Factors]:
@@ -130,11 +130,6 @@ class Components:
     def num_params(self) -> int:
         """N: entries of the decomposed matrices, each counted `uses` times."""
         return sum(f.uses * f.num_params for f in self.factors.values())
-
-
-def _few(names: list[str], most: int = 4) -> str:
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
 
 
 def _is_factors(node: Any) -> bool:
@@ -170,7 +165,7 @@ def decomposed_leaves(components: Components, params: PyTree) -> dict[str, Array
         differing = sorted(set(leaves) ^ set(named_leaves(components.tree)))
         raise InputError(
             "components and params differ in structure: "
-            f"{', '.join(differing) or 'same leaves in other containers'}."
+            f"{listed(differing) or 'same leaves in other containers'}."
         )
     for name, factors in components.factors.items():
         if tuple(leaves[name].shape) != factors.shape:

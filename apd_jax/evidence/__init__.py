@@ -69,7 +69,7 @@ def evidence(
     other: Components | None = None,
     earlier: Mapping[int, Trained] | None = None,
     provenance: Mapping[str, Any] | None = None,
-    checks: Sequence[int | str] | None = None,
+    checks: Sequence[int | str] | int | str | None = None,
     budget: int | float | str | None = None,
     console: Console | None = None,
 ) -> Evidence:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import time
 from collections.abc import Sequence
 
@@ -17,16 +18,19 @@ from apd_jax.train.progress import duration
 
 
 def chosen(
-    questions: Sequence[Question], asked: Sequence[int | str] | None
+    questions: Sequence[Question], asked: Sequence[int | str] | int | str | None
 ) -> tuple[Question, ...]:
-    """Those of these numbers and names; all for None. A part of a name will do if one has it.
+    """Those of these numbers and names, or of one; all for None.
+
+    A part of a name will do if one has it.
 
     Raises:
       InputError: a number or name that no check has, or a part that several have.
     """
     if asked is None:
         return tuple(questions)
-    numbers = {number for one in asked for number in _meant(questions, one)}
+    several = [asked] if isinstance(asked, int | str) else asked
+    numbers = {number for one in several for number in _meant(questions, one)}
     return tuple(question for question in questions if question.number in numbers)
 
 
@@ -37,8 +41,10 @@ def _meant(questions: Sequence[Question], one: int | str) -> list[int]:
     if len(found) == 1:
         return found
     known = ", ".join(f"{q.name} ({q.number})" for q in questions)
+    near = difflib.get_close_matches(text, [q.name for q in questions], n=1)
+    meant = f" Did you mean {near[0]!r}?" if near and not found else ""
     raise InputError(
-        f"{one!r} names {'no check' if not found else 'several checks'}; known: {known}."
+        f"{one!r} names {'no check' if not found else 'several checks'}; known: {known}.{meant}"
     )
 
 

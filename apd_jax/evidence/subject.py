@@ -133,8 +133,8 @@ def make(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> Subje
 @functools.partial(jax.jit, static_argnames="setting")
 def _measured(setting: Setting, params: PyTree, trained: Trained, x: PyTree) -> tuple[Array, ...]:
     problem = setting.problem
-    out = outputs_of(problem.apply_fn(params, x))
     activity = observe.activity(setting.method, problem, trained, params, x)
+    out = outputs_of(problem.apply_fn(params, x))
     return out, activity.scores, activity.active, activity.values
 
 

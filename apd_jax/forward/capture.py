@@ -147,8 +147,11 @@ def num_positions_of(x: PyTree, told: int | None = None) -> int:
     sizes = {leaf.shape[1] for leaf in jax.tree.leaves(x) if leaf.ndim > 1}
     if told is None and len(sizes) != 1:
         raise InputError(
-            f"inputs per position need one number of positions, but axis 1 of the inputs has sizes "
+            "inputs per position need one number of positions, but axis 1 of the inputs has sizes "
             f"{sorted(sizes)}; give num_positions."
+            if sizes
+            else "inputs per position need batches [examples, positions, ...]; here is no axis of "
+            "positions."
         )
     return sizes.pop() if told is None else told
 

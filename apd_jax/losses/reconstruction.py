@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components, path_name
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, one_of
 from apd_jax.network.headed import Head, by_rows
 from apd_jax.network.outputs import position_weights
 
 DISTANCES = ("mse", "kl", "next_token")
 Distance = str | Callable[[Array, Array], Array]
+_FUNCTION = "function "  # before its name in a file
 _TOKENS = ("tokens", "input_ids")  # what the integers of a batch that are tokens are called
 
 
@@ -83,11 +84,7 @@ def minimality(
     Raises:
       InputError: unknown kind; of a function, values that do not fit.
     """
-    if not callable(kind) and kind not in DISTANCES:
-        raise InputError(
-            f"unknown minimality loss {kind!r}; choose one of {', '.join(DISTANCES)}, or give a "
-            "function (of a loaded decomposition by load(..., minimality_loss=))."
-        )
+    known(kind)
     if callable(kind) and head is not None:
         sparse_out, target_out = head(sparse_out), head(target_out)
     sparse_out = counted(single(sparse_out), weights)
@@ -182,7 +179,20 @@ def written(value: Any) -> Any:
     """A distance, or another setting, as files hold it: of a function its name."""
     if not callable(value):
         return value
-    return f"function {getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
+    name = f"{getattr(value, '__module__', '')}.{getattr(value, '__qualname__', value)}"
+    return _FUNCTION + name
+
+
+def known(kind: Distance) -> None:
+    """Raises InputError for a name that is no distance, as that of a function in a file."""
+    if callable(kind):
+        return
+    if kind.startswith(_FUNCTION):
+        raise InputError(
+            f"minimality_loss was the {kind}, which is code and not stored; give it again, as "
+            "minimality_loss of load, train or the settings."
+        )
+    one_of("minimality_loss", kind, DISTANCES)
 
 
 def best_constant(

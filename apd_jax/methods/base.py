@@ -19,11 +19,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from apd_jax import attributions as attributions_lib
 from apd_jax import components as components_lib
+from apd_jax import losses
 from apd_jax.ablations import Ablation
 from apd_jax.components import Components
 from apd_jax.errors import InputError, one_of, seed_of
 from apd_jax.gates.base import Activity, Gate, Observation
-from apd_jax.losses import DISTANCES, Distance, minimality, written
+from apd_jax.losses import Distance, minimality, written
 from apd_jax.methods import optimizers, schedules
 from apd_jax.methods.schedules import Annealed, Number, Schedule
 from apd_jax.methods.schedules import at as at
@@ -168,6 +169,12 @@ class Method:
     checkpoint_every_steps: int = 1000  # steps from one checkpoint to the next
     keep_checkpoints: int = 2  # how many of the newest are kept
 
+    def __new__(cls, *_: Any, **settings: Any) -> Any:
+        """Raises InputError for a mistyped setting, with the nearest one."""
+        for field in settings:
+            one_of(f"setting of {cls.name or cls.__name__}", field, cls.fields())
+        return super().__new__(cls)
+
     # What a method says
 
     @property
@@ -293,8 +300,7 @@ class Method:
     def check(self) -> None:
         """Raises InputError, one sentence, for a value that no type check catches."""
         one_of("mask_per", self.mask_per, MASK_PER)
-        if isinstance(self.minimality_loss, str):
-            one_of("minimality_loss", self.minimality_loss, DISTANCES)
+        losses.known(self.minimality_loss)
         one_of("sparse_route", self.sparse_route, SPARSE_ROUTES)
         one_of("loss_units", self.loss_units, LOSS_UNITS)
         one_of("schedule", self.schedule, schedules.KINDS)

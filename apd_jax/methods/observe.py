@@ -21,6 +21,7 @@ from apd_jax.methods.base import Method, Scene
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.outputs import position_weights, split_result
 from apd_jax.network.problem import Problem
+from apd_jax.network.takes import check_batch
 
 
 def scene(
@@ -81,7 +82,11 @@ def activity(
     """What the method's gate says of x: the one definition of the mask of training.
 
     Where the gate reads nothing, and keeps all, the scores are attributions.
+
+    Raises:
+      InputError: the network does not take x.
     """
+    check_batch(problem.apply_fn, params, x)
     gate = method.gate(trained.gate, problem)
     reads = gate.reads or frozenset({ATTRIBUTIONS})
     rng = jax.random.key(method.seed)

@@ -112,5 +112,6 @@ def _typed(field: str, value: Any, hint: Any) -> Any:
         pass  # of several numbers
     elif any(isinstance(value, kind) for kind in allowed):
         return value
-    kinds = " or ".join(sorted(k.__name__ for k in allowed if k is not types.NoneType))
+    unsaid = (types.NoneType, jax.Array)  # what a user seldom means
+    kinds = " or ".join(sorted(k.__name__ for k in allowed if k not in unsaid))
     raise InputError(f"{field} must be {kinds}; got {value!r}, a {type(value).__name__}.")

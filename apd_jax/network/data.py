@@ -23,6 +23,7 @@ from jaxtyping import Array, PyTree
 
 from apd_jax.errors import InputError, first_line, one_of
 from apd_jax.network.batches import Batches, Restarted, cut_anew, named, numbers
+from apd_jax.network.outputs import reaching_outputs
 
 # Of the batches of one XLA call; those of the next call are pulled beside them.
 MAX_STACK_BYTES = 2**28
@@ -205,6 +206,14 @@ def shapes(sample_fn: Callable | Batches | None) -> PyTree[jax.ShapeDtypeStruct]
     if not jax.tree.leaves(found):
         raise InputError("sample_fn gives no array; give a batch of inputs.")
     return found
+
+
+def always_alike(sample_fn: Callable | Batches) -> bool:
+    """Whether a sampler gives the same batch whatever it is given, as far as its jaxpr says."""
+    if isinstance(sample_fn, Batches):
+        return False
+    jaxpr = jax.make_jaxpr(sample_fn)(jax.random.key(0), jnp.zeros((), jnp.int32)).jaxpr
+    return not reaching_outputs(jaxpr).intersection(jaxpr.invars)
 
 
 def calls(

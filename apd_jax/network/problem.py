@@ -23,6 +23,7 @@ from apd_jax.errors import InputError, first_line
 from apd_jax.network import data
 from apd_jax.network.headed import WIDE, Head, Headed
 from apd_jax.network.outputs import reaching_outputs, split_result
+from apd_jax.network.takes import check_result, meant
 
 log = logging.getLogger(__name__)
 
@@ -234,40 +235,13 @@ def check_function(problem: Problem) -> None:
         jaxpr, result = jax.make_jaxpr(problem.apply_fn, return_shape=True)(problem.params, x)
     except Exception as error:
         raise InputError(
-            f"apply_fn fails on params and a batch of sample_fn: {first_line(error)}"
+            f"apply_fn fails on params and a batch of sample_fn: {first_line(error)}{meant(x)}."
         ) from error
-    _check_result(result, {leaf.shape[:1] for leaf in jax.tree.leaves(x)})
+    check_result(result, {leaf.shape[:1] for leaf in jax.tree.leaves(x)})
     _check_valid(problem, x, split_result(result)[0].shape)
     _check_beside(problem, x, split_result(result)[0].shape)
     _check_dependence(problem, jaxpr.jaxpr)
     _check_derivative(problem, x)
-
-
-def _check_result(result: Any, sizes: set[tuple[int, ...]]) -> None:
-    if isinstance(result, tuple) and len(result) != 2:
-        raise InputError(
-            "apply_fn must return an array, or (array, {name: array}); it returns a tuple of "
-            f"{len(result)}."
-        )
-    out, hidden = split_result(result)
-    if not isinstance(hidden, Mapping):
-        raise InputError(
-            "apply_fn must return an array, or (array, {name: array}); its second value is a "
-            f"{type(hidden).__name__}."
-        )
-    named = {f"activation {name!r}": array for name, array in hidden.items()}
-    for what, array in ({"its output": out} | named).items():
-        is_array = isinstance(array, jax.ShapeDtypeStruct)
-        if not is_array or not jnp.issubdtype(array.dtype, jnp.floating):
-            raise InputError(
-                "apply_fn must return a floating array, or (array, {name: array}); "
-                f"{what} is {array}."
-            )
-        if sizes != {array.shape[:1]}:
-            raise InputError(
-                f"apply_fn must keep the batch as first axis: {what} has shape {array.shape}, the "
-                f"inputs lead with {sorted(sizes)}."
-            )
 
 
 def _check_valid(problem: Problem, x: PyTree, shape: tuple[int, ...]) -> None:
@@ -353,6 +327,11 @@ def check_examples(problem: Problem, kind: Any = "mse") -> None:
         mixes examples (batch statistics, dropout, attention over the batch).
     Cost: apply_fn on two batches.
     """
+    if any(data.always_alike(s) for s in (problem.sample_fn, problem.elsewhere) if s is not None):
+        log.warning(
+            "a sampler reads neither rng nor step: every step has the same batch; draw by "
+            "jax.random from rng (what NumPy draws there is drawn once)."
+        )
     x = problem.example_batch()
     apply_fn = jax.jit(problem.apply_fn)
     whole = jax.device_get(apply_fn(problem.params, x))

@@ -18,7 +18,7 @@ from apd_jax.methods import registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.problem import Problem
-from apd_jax.paths import user_path
+from apd_jax.paths import quoted, user_path
 from apd_jax.recipe import scales, stages
 from apd_jax.train import checks, fingerprint, loop, parallel
 from apd_jax.train.begin import begin
@@ -48,6 +48,8 @@ def run(
     Raises:
       InputError: settings, or a workdir of another run; and as `train.loop.fit`.
     """
+    if on_log is not None and not callable(on_log):
+        raise InputError(f"on_log must be a function of a row {{name: value}}; got {on_log!r}.")
     if recipe is None:
         method.check()
         checks.data_fits(problem, method)
@@ -80,7 +82,7 @@ def run(
         folder = user_path(workdir)
         say(
             f"Losses: {folder / 'metrics.jsonl'}; the same call goes on from its checkpoints. "
-            f"A page: python -m apd_jax.main --mode=evaluate --workdir={folder} (--help)."
+            f"A page: python -m apd_jax.main --mode=evaluate --workdir={quoted(folder)} (--help)."
         )
     if recipe is None:
         trained, history = loop.fit(problem, ready, state, workdir=workdir, on_log=on_log)

@@ -132,15 +132,22 @@ def measure(problem: Problem, method: Any, with_simplicity: bool = True) -> Scal
         decomposed leaves are set to 0; or are not finite.
     """
     minimality, hidden = distances(problem, method, _without(problem))
+    own = callable(method.distance)
     if not np.isfinite([minimality, hidden]).all():
         raise InputError(
-            "the outputs are not finite, of the network itself or with all decomposed leaves set "
-            "to 0; look at its weights and data, or set loss_units = 'absolute'."
+            "minimality_loss is not finite where all decomposed leaves are set to 0; look at that "
+            "function, or at the network's weights and data."
+            if own
+            else "the outputs are not finite, of the network itself or with all decomposed leaves "
+            "set to 0; look at its weights and data, or set loss_units = 'absolute'."
         )
     if minimality == 0:
         raise InputError(
-            "the outputs stay the same when all decomposed leaves are set to 0; there is nothing "
-            "to decompose."
+            "minimality_loss is 0 where all decomposed leaves are set to 0, too: it must grow with "
+            "the distance of the two outputs that it is given."
+            if own
+            else "the outputs stay the same when all decomposed leaves are set to 0; there is "
+            "nothing to decompose."
         )
     if hidden == 0 and getattr(method, "hidden_reconstruction_coeff", 0) > 0:
         raise InputError(

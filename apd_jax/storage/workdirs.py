@@ -23,7 +23,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.problem import Problem
-from apd_jax.paths import user_path
+from apd_jax.paths import quoted, user_path
 from apd_jax.recipe import budget
 from apd_jax.storage import structure, trees
 from apd_jax.storage.arrays import decode, encode, sentence
@@ -105,7 +105,7 @@ def load(
     if "target" in config:
         raise InputError(
             f"{folder} is a run of apd_jax.main on a target of its own; read it by python -m "
-            f"apd_jax.main --mode=evaluate --workdir={folder}."
+            f"apd_jax.main --mode=evaluate --workdir={quoted(folder)}."
         )
     about = _read_structure(folder)
     file = folder / "target" / _PARAMS

@@ -9,7 +9,7 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, listed
 from apd_jax.losses import written
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
@@ -55,9 +55,14 @@ def claim(
         changed = [name for name in names if there.get(name, absent) != here.get(name, absent)]
         lengths = [n for n in changed if n in _LENGTHS and n in there and "sweep" not in wanted]
         if changed != lengths:
-            differences = "; ".join(
-                f"{name} is {there.get(name, absent)!r} there and {here.get(name, absent)!r} here"
-                for name in changed
+            whose = [name for name in changed if name in ("method", "apd.method", "target.name")]
+            differences = listed(  # of another method (or target) nearly all settings differ
+                (
+                    f"{name} is {there.get(name, absent)!r} there and "
+                    f"{here.get(name, absent)!r} here"
+                    for name in whose or changed
+                ),
+                joint="; ",
             )
             raise InputError(
                 f"workdir {folder} belongs to another config: {differences}. Use another workdir, "

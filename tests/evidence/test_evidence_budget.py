@@ -54,7 +54,9 @@ def numbers(asked):
 def test_checks_by_number_name_and_part_of_a_name():
     assert numbers(None) == list(range(1, 20))
     assert numbers(["faithfulness", 3, "19", "Worst-case"]) == [1, 3, 5, 19]
+    assert numbers("scrubbing") == numbers(7) == [7]
     for asked, said in (
+        ("scrubing", r"Did you mean 'scrubbing'\?"),
         (["ablation"], "names several checks"),
         (["geometri"], "names no check"),
         ([20], r"names no check; known: parameter_faithfulness \(1\)"),

@@ -4,6 +4,7 @@ import errno
 import inspect
 import json
 import os
+import shlex
 
 import jax
 import jax.numpy as jnp
@@ -19,8 +20,10 @@ import apd_jax
 from apd_jax.commands import configs
 from apd_jax.components import as_select
 from apd_jax.errors import InputError
+from apd_jax.methods import registry
+from apd_jax.methods.apd import APD
 from apd_jax.network import problem
-from apd_jax.paths import user_path
+from apd_jax.paths import quoted, user_path
 from apd_jax.train import progress, workdir
 from apd_jax.train.checkpoint import open_manager
 from apd_jax.train.fingerprint import _checksum
@@ -89,6 +92,18 @@ def test_a_workdir_of_an_older_version_goes_on(tmp_path):
     decompose(workdir=tmp_path)
     with pytest.raises(InputError, match=r"gradient_clip is None there and 0\.5 here"):
         decompose(settings={"gradient_clip": 0.5}, workdir=tmp_path)
+
+
+def test_of_many_settings_that_differ_few_are_named(tmp_path):
+    """And of another method only that it is another. Its commands can be pasted into a shell."""
+    there = tmp_path / "my runs" / "ä"
+    workdir.claim(there, registry.settings("apd"))
+    with pytest.raises(InputError, match="belongs to another config: method is 'apd' there and 's"):
+        workdir.claim(there, registry.settings("spd"))
+    fields = ("rank", "topk", "seed", "num_always_on", "threshold", "num_probes", "schatten_p")
+    with pytest.raises(InputError, match=r"; rank is None there and 7 here.* and 1 more\. Use"):
+        workdir.claim(there, registry.settings(APD(**dict.fromkeys(fields, 7))))
+    assert shlex.split(f"--workdir={quoted(there)}") == [f"--workdir={there}"]
 
 
 def test_a_field_that_a_saved_config_lacks_is_named(tmp_path, main_here):

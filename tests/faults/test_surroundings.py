@@ -161,6 +161,8 @@ ROWS = np.random.default_rng(0).normal(size=(100, 4)).astype(np.float32)
         (lambda rng, step: jnp.ones((B + 8, 4)), "batch_size is 8"),
         (lambda rng, step: jnp.ones((B, 5)), "apply_fn fails on params and a batch"),
         ([], "has no batch at all"),
+        ([(ROWS[:B], ROWS[:B, 0])], r"of \(inputs, labels\) give the inputs alone"),
+        (np.asarray(ROWS[:B]).tolist(), "these are nested lists: give arrays"),
         ([np.array(["a"] * B)], "give arrays of numbers"),
     ],
 )

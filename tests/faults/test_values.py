@@ -89,6 +89,28 @@ def test_components_that_do_not_exist(found):
             found.ablate(wrong, x)
 
 
+@pytest.mark.parametrize(
+    ("x", "sentence"),
+    [
+        (np.ones((2, 5)), r"the network fails on x, float32\[2, 5\]: "),
+        (np.ones(4), r"x must be a batch as in training.* of which the network makes \(3,\)"),
+        ([[1.0] * 4] * 2, "these are nested lists: give arrays"),
+        ("text", "x must hold arrays of numbers"),
+        (np.full((2, 4), np.nan), "the gate's scores are NaN on x"),
+    ],
+)
+def test_inputs_that_the_network_does_not_take(found, x, sentence):
+    with pytest.raises(InputError, match=sentence):
+        found.mask(x)
+
+
+def test_an_edit_is_a_scale_for_a_component(found):
+    with pytest.raises(InputError, match=r"edit takes \{component: scale\}; got a list"):
+        found.edit([1])
+    with pytest.raises(InputError, match="component 1 cannot be scaled by half"):
+        found.edit({1: "half"})
+
+
 def test_a_mask_is_a_mask(found):
     x = jnp.ones((B, 4))
     only_1 = linear({"w": found.component(1)["w"]}, x)

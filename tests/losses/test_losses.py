@@ -62,7 +62,7 @@ def test_minimality():
     np.testing.assert_allclose(
         losses.minimality(target + 5.0, target, "kl"), 0.0, atol=1e-6
     )  # logits, up to a constant
-    with pytest.raises(InputError, match="unknown minimality loss 'mae'"):
+    with pytest.raises(InputError, match="unknown minimality_loss 'mae'"):
         losses.minimality(sparse, target, "mae")
 
 

@@ -165,6 +165,8 @@ def test_a_misspelt_field_is_refused():
     with pytest.raises(InputError, match="unknown setting of method 'spd' 'learnig_rate'") as error:
         registry.of({"method": "spd", "learnig_rate": 1.0})
     assert meant in one_sentence(error)
+    with pytest.raises(InputError, match=r"unknown setting of spd .*mean 'learning_rate'\?"):
+        registry.by_name("spd")(learnig_rate=1.0)
     with pytest.raises(InputError, match="unknown method 'sdp'; known: apd, spd, vpd") as error:
         registry.of("sdp")
     assert "Did you mean 'spd'?" in one_sentence(error)
@@ -177,7 +179,7 @@ def test_a_misspelt_field_is_refused():
         ({"num_steps": True}, "num_steps must be int; got True, a bool."),
         ({"unit_norm_U": 1}, "unit_norm_U must be bool; got 1, a int."),
         ({"mask": 3}, "mask must be str; got 3, a int."),
-        ({"learning_rate": "fast"}, "; got 'fast', a str."),
+        ({"learning_rate": "fast"}, "must be float or int; got 'fast', a str."),
         ({"num_steps": None}, "num_steps must be int; got None, a NoneType."),
         ({"rank": 2.0}, "rank must be int; got 2.0, a float."),
     ],

@@ -360,6 +360,19 @@ def test_what_is_looked_at_before_training():
     np.testing.assert_array_equal(once[2], drawn.example_batch(key, 2))
 
 
+def test_a_sampler_that_is_always_alike_is_known():
+    """As one that draws by NumPy, which happens once."""
+    numpy_draws = lambda rng, step: np.random.default_rng().normal(size=(8, 4))  # noqa: E731
+    assert data.always_alike(numpy_draws)
+    for drawn in (
+        lambda rng, step: jax.random.normal(rng, (8, 4)),
+        lambda rng, step: jnp.full((8, 4), step),
+        data.from_arrays(BATCHES[0], 2),
+        data.source(list(BATCHES)),
+    ):
+        assert not data.always_alike(drawn)
+
+
 def test_an_iterator_cannot_serve_two_runs():
     problem = Problem(apply_fn, PARAMS, iter(BATCHES))
     train.fit(problem, method_of(num_steps=5))
