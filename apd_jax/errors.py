@@ -47,7 +47,8 @@ class Interrupted(Exception):
 
 def first_line(error: BaseException) -> str:
     """What an error says, in a line without the full stop at its end."""
-    lines = str(error).strip().splitlines()
+    said = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+    lines = said.strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__
 
 

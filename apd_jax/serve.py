@@ -16,6 +16,7 @@ from apd_jax.commands.cli import (
     keep_programs,
     make_console,
     only_our_messages,
+    parse,
     refuse,
     told_in_a_sentence,
 )
@@ -36,4 +37,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

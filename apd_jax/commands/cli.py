@@ -20,7 +20,7 @@ from apd_jax.paths import user_path
 from apd_jax.train import parallel
 
 
-def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
+def parse(argv: Sequence[str], config: flags.FlagHolder | None = None) -> list[str]:
     """absl's parser. What config files and overrides raise is the user's to mend: one sentence.
 
     `configs/NAME.py` is found from any folder: see `commands.configs.found`. A field that may be
@@ -35,7 +35,7 @@ def parse(argv: Sequence[str], config: flags.FlagHolder) -> list[str]:
     sys.argv[:] = given  # where ml_collections looks for overrides
     try:
         rest = flags.FLAGS(given)
-        if config.value is not None:
+        if config is not None and config.value is not None:
             _ = config.value.apd  # a file that could not be loaded only says so now
             config.value.update_from_flattened_dict(dict.fromkeys(nothing))
         return rest

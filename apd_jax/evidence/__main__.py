@@ -91,14 +91,5 @@ def main(argv: Sequence[str]) -> None:
         sys.exit(130)
 
 
-def parse(argv: Sequence[str]) -> list[str]:
-    """absl's parser; a mistake ends in a sentence."""
-    try:
-        return flags.FLAGS(argv)
-    except flags.Error as error:
-        cli.refuse(cli.sentence(error))
-        raise
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=parse)
+    app.run(main, flags_parser=cli.parse)

@@ -118,7 +118,12 @@ class Problem:
         """
         if self.valid_fn is None:
             return None
-        found = jnp.asarray(self.valid_fn(x))
+        try:
+            found = jnp.asarray(self.valid_fn(x))
+        except InputError:
+            raise
+        except Exception as error:
+            raise InputError(f"valid_fn fails on a batch: {first_line(error)}.") from error
         return found if found.dtype == bool else found > 0
 
     @functools.cached_property
@@ -245,10 +250,7 @@ def check_function(problem: Problem) -> None:
 
 
 def _check_valid(problem: Problem, x: PyTree, shape: tuple[int, ...]) -> None:
-    try:
-        valid = jax.eval_shape(problem.valid, x)
-    except Exception as error:
-        raise InputError(f"valid_fn fails on a batch: {first_line(error)}") from error
+    valid = jax.eval_shape(problem.valid, x)
     if valid is not None and valid.shape != shape[:2]:
         raise InputError(
             f"valid_fn gives {valid.shape}, but the outputs have {shape}; they must agree in "

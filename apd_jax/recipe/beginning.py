@@ -26,6 +26,7 @@ import numpy as np
 from jaxtyping import PRNGKeyArray
 
 from apd_jax.components import Components
+from apd_jax.errors import InputError
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
 from apd_jax.recipe import held, separation, units
@@ -33,9 +34,10 @@ from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.judge import Judge, Worth
 from apd_jax.recipe.modes import Modes
-from apd_jax.recipe.numbers import DRAWS, STAGES, Recipe, stage_method, with_any_k
+from apd_jax.recipe.numbers import DRAWS, GIVE_K, STAGES, Recipe, stage_method, with_any_k
 from apd_jax.recipe.scales import Scales
 from apd_jax.train import parallel
+from apd_jax.train.progress import say
 
 log = logging.getLogger("apd_jax.recipe")
 
@@ -103,6 +105,8 @@ def accepted(
 
     None where one instance has none.
 
+    Raises:
+      InputError: there is none, and topk = 0 left k to it.
     Cost: see `modes.densest`, `separation.find` and `Judge`, for every instance on data of its own.
     """
     if recipe.least_explained > 1:
@@ -184,7 +188,11 @@ class _Search:
     given: int | None
 
     def best(self) -> _Look | None:
-        """The best of the looks that are accepted."""
+        """The best of the looks that are accepted.
+
+        Raises:
+          InputError: there is none, which is to say what k is.
+        """
         best, refused, kinds = None, {}, list(KINDS)
         for times in _LOOKS:
             for look in self._looks(times, kinds):
@@ -198,6 +206,12 @@ class _Search:
                 kinds = [best.kind]
         if best is not None:
             self._warn(best)
+        elif self.method.topk == 0:
+            why = " ".join(refused.values()) or "neither modes, separation nor units find parts."
+            raise InputError(
+                f"topk = 0 leaves k to the beginning, but there is none to begin at: {why} Mend "
+                f"that, or {GIVE_K}"
+            )
         elif refused:
             log.warning("components begin at random: %s", " ".join(refused.values()))
         return best
@@ -208,6 +222,7 @@ class _Search:
         read = modes_lib.examples(self.problem, batches)
         examples = Examples(self.problem, batches, self.draw, times, *read)
         for kind in kinds:
+            say(f"recipe: looking for {kind} among {len(examples.effect):,} examples.")
             found = KINDS[kind](examples)
             if not found:
                 log.info("%s: none among %d examples", kind, len(examples.effect))

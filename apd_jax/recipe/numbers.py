@@ -66,7 +66,8 @@ def default_recipe() -> config_dict.ConfigDict:
         faithfulness_coeff=10.0,
     )
     r.init_scale = 3.0
-    # Of time for all of it, e.g. "10min": stages then have the share of their steps that fits.
+    # Of time, e.g. "10min": stages then have the share of their steps that fits into what the
+    # search for a beginning, which is never cut short, leaves of it.
     r.budget = ""
     return r.lock()
 

@@ -57,7 +57,6 @@ from apd_jax.recipe.beginning import Beginning, accepted
 from apd_jax.recipe.judge import Judge, Worth
 from apd_jax.recipe.numbers import (
     DRAWS,
-    GIVE_K,
     STAGES,
     Recipe,
     as_apd,
@@ -69,6 +68,7 @@ from apd_jax.recipe.numbers import (
 )
 from apd_jax.recipe.scales import Scales
 from apd_jax.train import loop, parallel
+from apd_jax.train.progress import say
 from apd_jax.train.state import init_state
 from apd_jax.train.step import make_loss
 from apd_jax.train.workdir import keep_settings
@@ -137,15 +137,11 @@ def fit(
     method = as_apd(method)
     check(method, recipe)
     began = time.monotonic()
+    say("recipe: measuring the target, in whose units the losses are.")
     reference = scales_lib.measure(problem, method)
     judge = Judge(problem, method, recipe, reference)
     stages, begin, loss = STAGES, None, None
     found = accepted(problem, method, recipe, reference, judge)
-    if found is None and method.topk == 0:
-        raise InputError(
-            "topk = 0 leaves k to the beginning, but neither modes, separation nor units "
-            f"explain this network well enough to begin there; {GIVE_K}"
-        )
     if found is not None:
         begin, method = Trained(found.components), filled(method, **found.said)
         if workdir is not None:

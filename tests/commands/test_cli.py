@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+from apd_jax.commands import cli
 
 
 def test_compiled_programs_are_kept_beside_the_workdir(tmp_path):
@@ -27,6 +30,14 @@ print(jax.config.jax_compilation_cache_dir)
 
     assert place() == str(tmp_path / "runs" / ".jax_cache")
     assert place(JAX_COMPILATION_CACHE_DIR="/elsewhere") == "/elsewhere"
+
+
+def test_a_mistyped_flag_of_a_command_without_config(capsys):
+    for command in ("apd_jax.serve", "apd_jax.evidence"):
+        with pytest.raises(SystemExit) as stop:
+            cli.parse([command, "--workdri=runs/a"])
+        said = capsys.readouterr().err
+        assert stop.value.code == 2 and said.startswith("apd_jax: Unknown command line flag 'wor")
 
 
 def test_our_notes_and_warnings_are_shown_and_those_of_others_are_not():

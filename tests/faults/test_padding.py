@@ -112,7 +112,7 @@ def test_an_axis_that_cannot_be_followed_is_refused():
     ("valid_fn", "sentence"),
     [
         (lambda x: x[:, :2, 0] > 0, r"valid_fn gives \(8, 2\), but the outputs have \(8, 4, 3\)"),
-        (lambda x: x["mask"], "valid_fn fails on a batch"),
+        (lambda x: {"text": x}["mask"], "valid_fn fails on a batch: there is no 'mask'"),
     ],
 )
 def test_what_does_not_fit_is_refused(valid_fn, sentence):
