@@ -18,7 +18,7 @@ component's U at a leaf.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -33,39 +33,45 @@ from apd_jax.recipe import places
 from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.modes import Modes, dual
 
-# A leaf whose gain is below this goes whole into the always-on components, if there are any.
-SHARED = 0.75
+SHARED = 0.75  # a gain below which modes share a leaf
 _NOTHING = 1e-6  # singular parts of a weight below this part of the largest belong to no component
 
 
 def components(
-    problem: Problem, modes: Modes, fresh: Components, *, num_always_on: int = 0
+    problem: Problem,
+    modes: Modes,
+    fresh: Components,
+    *,
+    num_always_on: int = 0,
+    whole: Collection[str] | None = None,
 ) -> Components:
     """Components that sum to the target and begin at the modes, after the always-on ones.
 
-    The always-on components, if there are any, hold the leaves whose gain is below SHARED. They
-    also hold what other leaves make of what is read but belongs to no mode. The rest of a leaf, on
-    which it does nothing, goes in pieces of rank m to the components that no mode has taken.
-    Without always-on components both go to these. Further columns of U are those of `fresh`, with
-    rows of 0 in V, so that ranks can grow.
+    The always-on components, if there are any, hold the leaves that are whole. They also hold what
+    other leaves make of what is read but belongs to no mode. The rest of a leaf, on which it does
+    nothing, goes in pieces of rank m to the components that no mode has taken. Without always-on
+    components both go to these. Further columns of U are those of `fresh`, with rows of 0 in V, so
+    that ranks can grow.
 
     Args:
       fresh: as `components.init` gives them: shapes and small random values.
+      whole: these leaves; None: those that modes share.
     Raises:
       InputError: the always-on components have too small a rank for what they are to hold.
     """
     modes = modes.first(fresh.num_components - num_always_on)
-    weights, gains = matrices(problem), modes.gains
-    whole = components_lib.aligned(fresh).factors
+    weights = matrices(problem)
+    unsplit = shared(modes) if whole is None else whole
+    aligned = components_lib.aligned(fresh).factors
 
     def make(path: tuple, f: Factors | None) -> Factors | None:
         if f is None:
             return None
         name = components_lib.path_name(path)
         exists = places.held(f, fresh.num_components)
-        site = _Site(name, whole[name], exists, len(weights[name]), num_always_on, len(modes))
+        site = _Site(name, aligned[name], exists, len(weights[name]), num_always_on, len(modes))
         for i, matrix in enumerate(weights[name]):
-            if num_always_on and gains[name] < SHARED:
+            if num_always_on and name in unsplit:
                 site.hold_whole(i, matrix, f.rank)
             elif name in modes.writes:
                 site.hold_writes(i, matrix, modes.writes[name][:, i].astype(np.float64))
@@ -77,6 +83,11 @@ def components(
 
     tree = jax.tree_util.tree_map_with_path(make, fresh.tree, is_leaf=components_lib.is_slot)
     return dataclasses.replace(fresh, tree=tree)
+
+
+def shared(modes: Modes) -> list[str]:
+    """The leaves whose gain is below SHARED."""
+    return [name for name, gain in modes.gains.items() if gain < SHARED]
 
 
 def num_to_hold(problem: Problem, name: str, components: Components) -> int:

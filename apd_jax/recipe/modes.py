@@ -50,7 +50,10 @@ NEAR, FAR = 0.95, 0.7
 LEAST_COUNT = 5  # examples that make a mode
 # Of the density that modes usually have, in which each is counted by the square of its own.
 LEAST_DENSITY = 0.35
-_CONDITION = 0.03  # singular values of E below this part of the largest are taken as 0
+# Singular values of E below this part of the largest are taken as 0: the second part where examples
+# then have at most half as many modes, as where they repeat exactly, so that small values are no
+# noise.
+_CONDITION, _EXACT_CONDITION = 0.03, 1e-3
 _NO_EFFECT = 1e-4  # as LEAST_EFFECT: what these examples read is not looked at
 # An example has a mode from this share of what it reads on (in the leaf that tells modes apart
 # best).
@@ -69,6 +72,9 @@ class Modes:
       it is least.
     active: modes that an example has, the mean over all examples: an estimate of k.
     writes: leaves that are split by what modes write instead: orthonormal directions of outputs.
+    condition: the part of the largest singular value of E below which values are taken as 0.
+    groups: numbers of modes that are mostly on together, each group perhaps one part of more
+      dimensions. active_groups: as `active`, with every group counted once.
     """
 
     ins: dict[str, Float[np.ndarray, "n b d_in"]]
@@ -78,6 +84,9 @@ class Modes:
     unexplained: float = 0.0
     active: float = 0.0
     writes: dict[str, Float[np.ndarray, "n b d_out"]] = dataclasses.field(default_factory=dict)
+    condition: float = _CONDITION
+    groups: tuple[tuple[int, ...], ...] = ()
+    active_groups: float = 0.0
 
     def __len__(self) -> int:
         return len(self.density)
@@ -86,7 +95,7 @@ class Modes:
     def gains(self) -> dict[str, float]:
         """The gain of every leaf, the mean over its matrices; 1 where it is split by outputs."""
         gains = {
-            name: float(np.mean([dual(e[:, i])[1] for i in range(e.shape[1])]))
+            name: float(np.mean([dual(e[:, i], self.condition)[1] for i in range(e.shape[1])]))
             for name, e in self.ins.items()
         }
         return gains | dict.fromkeys(self.writes, 1.0)
@@ -191,11 +200,15 @@ def described(
     kept: the examples that are looked at.
     """
     here = {name: e[kept] for name, e in ins.items()}
-    present, unexplained = _present(here, leading)
-    reads, seen = _reads(here, leading, present(here))
     counted = effect > _NO_EFFECT * max(float(np.mean(effect)), 1e-30)
-    active = np.sum(present(ins)[counted]) / len(effect)
-    return Modes(leading, reads, seen, density, unexplained, float(active))
+    found = []
+    for condition in (_CONDITION, _EXACT_CONDITION):
+        present, unexplained = _present(here, leading, condition)
+        active = float(np.sum(present(ins)[counted]) / len(effect))
+        found.append((active, unexplained, condition, present))
+    active, unexplained, condition, present = found[int(found[1][0] <= found[0][0] / 2)]
+    reads, seen = _reads(here, leading, present(here))
+    return Modes(leading, reads, seen, density, unexplained, active, condition=condition)
 
 
 class _Alike:
@@ -269,7 +282,9 @@ def _purest(
 
 
 def _present(
-    ins: dict[str, Float[np.ndarray, "N b d"]], modes: dict[str, Float[np.ndarray, "n b d"]]
+    ins: dict[str, Float[np.ndarray, "N b d"]],
+    modes: dict[str, Float[np.ndarray, "n b d"]],
+    condition: float,
 ) -> tuple[Callable[[dict[str, np.ndarray]], Bool[np.ndarray, "N n"]], float]:
     """ins -> which modes each example has; and which share of what is read modes do not explain.
 
@@ -280,7 +295,7 @@ def _present(
     for name, e in ins.items():
         for i in range(e.shape[1]):
             E = modes[name][:, i]
-            hat, gain = dual(E)
+            hat, gain = dual(E, condition)
             unexplained = float(np.mean(np.sum((e[:, i] - e[:, i] @ hat.T @ E) ** 2, 1)))
             if gain * (1 - unexplained) > best:
                 leaf, best, least = (name, i, hat), gain * (1 - unexplained), unexplained

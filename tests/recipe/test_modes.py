@@ -89,6 +89,18 @@ def test_what_no_mode_reads_goes_to_the_other_components():
     np.testing.assert_allclose(alone, np.diag([1.0, 1, 1, 0]) @ W, atol=1e-4)
 
 
+@pytest.mark.parametrize("noise, active", [(0.0, 1), (0.03, 8)])
+def test_modes_that_nearly_agree_are_told_apart_only_where_they_repeat(noise, active):
+    """Eight directions at cosines of 0.9996, so that all but one singular value is small."""
+    drawn = np.random.default_rng(0)
+    e = np.concatenate([np.eye(8) * 0.02, np.ones((8, 1))], axis=1)
+    x = np.repeat(e, 50, axis=0) + noise * drawn.normal(size=(400, 9))
+    e, x = ((a / np.linalg.norm(a, axis=1, keepdims=True))[:, None] for a in (e, x))
+    m = modes.described({"W": x}, np.ones(400), np.arange(400), {"W": e}, np.ones(8))
+    assert m.active == pytest.approx(active, abs=0.1)
+    assert m.gains["W"] == pytest.approx(1 if noise == 0 else 1 / 8)
+
+
 def test_a_leaf_that_modes_share_is_held_by_what_is_always_on():
     """x W H with H of 3 x 3 for six features: its gain is 3/6."""
     tall = np.concatenate([W, [[2.0, -1, 0], [0, 0, -1.5]]]).astype(np.float32)
@@ -106,6 +118,8 @@ def test_a_leaf_that_modes_share_is_held_by_what_is_always_on():
         2,
         1,
     ]
+    split = held.components(problem, m, fresh(params, 8, 3), num_always_on=1, whole=())
+    assert np.abs(components.materialize(split)["hidden"][1:7]).max((1, 2)).min() > 0.1
     two = held.components(problem, m, fresh(params, 8, 2), num_always_on=2)  # rank 2 each
     np.testing.assert_allclose(components.materialize(two)["hidden"].sum(0), np.eye(3), atol=1e-6)
     with pytest.raises(InputError, match="num_always_on to at least 2, or the rank to at least 3"):
