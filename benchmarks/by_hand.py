@@ -7,6 +7,8 @@ boolean  12 inputs of ±1 and a constant, 10 AND and 5 XOR gates on one hidden l
          Parts: the gates; also the 20 units (the two of a XOR are never on together).
 circles  six circles of seven points in five dimensions, tied: relu(x E Eᵀ), x [12] two coordinates
          for each circle, which is on with probability 0.1. Parts: the planes, of rank 2.
+random   TMS 20-5 that is not trained: relu(x W Wᵀ), rows of W drawn from a normal distribution, of
+         length 1 on average. Parts: the features, each on with probability 0.05.
 
 Each is decomposed by the recipe with its own numbers, k found, two components per part.
 own, exact: parts matched one to one whose cosine, over all leaves, is at least 0.9 or 0.99, exact
@@ -37,6 +39,7 @@ from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
 from apd_jax.recipe import scales, stages
 from apd_jax.recipe.judge import Judge, Worth
+from apd_jax.targets.base import feature_sampler
 
 BATCH = 512
 Parts = dict[str, np.ndarray]  # {leaf: [parts, *shape]}
@@ -88,9 +91,19 @@ def circles(seed: int) -> tuple[Problem, dict[str, Parts]]:
     return problem, {"planes": {"E": parts}}
 
 
+def random(seed: int) -> tuple[Problem, dict[str, Parts]]:
+    features, d = 20, 5
+    W = np.random.default_rng(seed).normal(size=(features, d)) / d**0.5
+    params = {"W": jnp.asarray(W, jnp.float32)}
+    sample = feature_sampler(BATCH, features, 0.05, signed=False)
+    problem = Problem(lambda p, x: jax.nn.relu(x @ p["W"] @ p["W"].T), params, sample)
+    return problem, {"features": {"W": np.eye(features)[:, :, None] * W}}
+
+
 NETWORKS: dict[str, Callable[[int], tuple[Problem, dict[str, Parts]]]] = {
     "boolean": boolean,
     "circles": circles,
+    "random": random,
 }
 
 

@@ -7,10 +7,11 @@ leaf. They are tried in the order of what they cost (`KINDS`), each among more a
   separation  directions of the codes that examples are mixtures of: needs as many dimensions
   units       the entries of what lies between two layers, if a nonlinearity keeps them apart
 
-Modes that are accepted, and independent in some leaf, are where the recipe begins; else the kind of
-those accepted that has the fewest parts on. Where none is, it begins at random. Components are
-accepted by what they do under the mask that they find (`judge`), not by what they span: any n ≥ d
-directions span everything.
+Modes that are accepted, independent in some leaf and complete are where the recipe begins; else the
+kind of those accepted that has the fewest parts on. Directions that are mostly on together are
+joined to parts of more dimensions where what is on is then shorter to say. Where no kind is
+accepted, it begins at random. Components are accepted by what they do under the mask that they find
+(`judge`), not by what they span: any n ≥ d directions span everything.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from apd_jax.components import Components
 from apd_jax.errors import InputError
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import held, separation, units
+from apd_jax.recipe import held, restructure, separation, units
 from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.judge import Judge, Worth
@@ -229,12 +230,12 @@ class _Search:
                 continue
             look = self._judged(kind, found, examples)
             yield look
-            if kind == SUREST and not look.refused and look.independent:
+            if kind == SUREST and not look.refused and look.complete:
                 break
 
     def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:
         n, C = len(modes), self.method.num_components
-        shared = [name for name, gain in modes.gains.items() if gain < held.SHARED]
+        shared = held.shared(modes)
         holding = (held.num_to_hold(self.problem, name, self.fresh) for name in shared)
         needed = max(holding, default=0)
         on = self.given
@@ -247,6 +248,8 @@ class _Search:
         refused = self._refusal(kind, modes, on, explained, worth)
         if not refused:
             refused = self._control(kind, modes, examples, one, on, worth)
+        if not refused and modes.groups:
+            one, worth, modes = self._joined(modes, one, on, worth)
         gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
         log.info(
             "%s: %d, %.3g per example, explain %.3f of what the weights do with %.3g on; gain of "
@@ -276,6 +279,32 @@ class _Search:
             return f"{kind} needs {worth.active:.2g} of {n} parts on an example."
         return ""
 
+    def _joined(
+        self, modes: Modes, one: Components, on: int, worth: Worth
+    ) -> tuple[Components, Worth, Modes]:
+        """With groups of modes as one part each, where what is on is then shorter to say.
+
+        In bits, active · (log₂ parts + rank): a name for each, and a bit for each dimension.
+        """
+        n = len(modes)
+        parts = n - sum(len(group) - 1 for group in modes.groups)
+        most = max(len(group) for group in modes.groups)
+        if min(f.rank for f in one.factors.values()) < most:
+            return one, worth, modes
+        groups = [tuple(on + i for i in group) for group in modes.groups]
+        joined = restructure.join(one, groups)
+        found = self.judge.by_threshold(joined, on, modes.active_groups)
+        apart, bits = worth.active * (np.log2(n) + 1), found.active * (np.log2(parts) + n / parts)
+        better = bits < apart and found.loss < max(worth.loss, self.recipe.nearly_exact)
+        log.info(
+            "%d groups of modes joined, %d parts: loss %.2g and %.3g bits, apart %.2g and %.3g%s",
+            *(len(groups), parts, found.loss, bits, worth.loss, apart),
+            "" if better else "; not kept",
+        )
+        if not better:
+            return one, worth, modes
+        return joined, found, dataclasses.replace(modes, active=modes.active_groups)
+
     def _control(
         self, kind: str, modes: Modes, examples: Examples, one: Components, on: int, worth: Worth
     ) -> str:
@@ -289,7 +318,9 @@ class _Search:
         else:
             kept = modes_lib.with_effect(examples.effect)
             other = modes_lib.described(examples.ins, examples.effect, kept, ins, modes.density)
-        control = held.components(self.problem, other, self.fresh, num_always_on=on)
+        control = held.components(
+            self.problem, other, self.fresh, num_always_on=on, whole=held.shared(modes)
+        )
         loss, chance = (self.judge.by_topk(c, on, k).loss for c in (one, control))
         if loss > _BETTER * chance:
             return (

@@ -132,6 +132,20 @@ def restructure(
     return components_lib.map_sites(rebuilt, given, whole, others), alive
 
 
+def join(components: Components, groups: Sequence[tuple[int, ...]]) -> Components:
+    """Components with every group's sum at the place of its first, and zeros at those of the rest.
+
+    Sums are cut to each site's rank.
+    Cost: a singular value decomposition of each group and leaf.
+    """
+
+    def back(old: Factors, f: Factors) -> Factors:
+        f = places.back(f, old)
+        return dataclasses.replace(f, U=jnp.asarray(f.U), V=jnp.asarray(f.V))
+
+    return components_lib.map_sites(back, components, _joined(_aligned(components), groups))
+
+
 def _aligned(components: Components) -> Components:
     return components_lib.aligned(jax.tree.map(jnp.asarray, components))
 

@@ -14,6 +14,9 @@ mechanisms are no harder than others, since every code has unit variance here.
 What a leaf reads is its input; where it reads several rows of one example, e(x) (`directions`)
 times √effect, which has no sign of its own and is given the one that fits.
 
+Codes of a mechanism that reads a plane, or more dimensions, are independent of others only as a
+group, and mostly on together: such groups are told along with the modes.
+
 The codes are found in the one leaf where they are sparsest, and are those of all sites: what
 mechanism i reads in another leaf is the regression of what it reads on the codes. So a mechanism is
 one number across layers. At most as many are found as dimensions are read in that leaf.
@@ -30,7 +33,7 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PRNGKeyArray, PyTree
+from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 from apd_jax.network.problem import Problem
 from apd_jax.recipe.directions import inputs
@@ -44,6 +47,8 @@ _ITERATIONS = 200
 _SIGNS = 5  # turns in which directions and signs are
 _ABSENT = 0.3  # of a code's deviation: what is less is taken as 0
 _TURNS = 20  # in which codes and directions are fitted to each other
+_TOGETHER = 0.5  # of the examples that have one of two codes: what more have both of is together
+_SELDOM = 0.5  # of all examples: codes that more have are together by chance
 _GAUSSIAN = (2 / np.pi) ** 0.5  # E|s| of a code that is Gaussian, of unit variance
 
 
@@ -80,7 +85,34 @@ def find(
     weights = np.sum(np.abs(codes), 0)
     order = np.argsort(-weights, kind="stable")
     directions = {name: a[order] for name, a in directions.items()}
-    return described(ins, effect, with_effect(effect), directions, weights[order])
+    modes = described(ins, effect, with_effect(effect), directions, weights[order])
+    groups, share = together(codes[:, order] != 0)
+    return dataclasses.replace(modes, groups=groups, active_groups=share * modes.active)
+
+
+def together(on: Bool[np.ndarray, "N n"]) -> tuple[tuple[tuple[int, ...], ...], float]:
+    """Groups of codes that more examples have together than apart; the most so are joined first.
+
+    Returns: groups of two or more, and (groups on)/(codes on), a code of no group as one.
+    """
+    flags = on.astype(np.float32)
+    members: dict[int, tuple[int, ...]] = {i: (i,) for i in range(on.shape[1])}
+    both = flags.T @ flags
+    while True:
+        each = np.diag(both)
+        either = each[:, None] + each[None] - both
+        share = both / np.maximum(either, 1)
+        seldom = (each > 0) & (each < _SELDOM * len(on))
+        share[~(seldom[:, None] & seldom[None])] = 0
+        np.fill_diagonal(share, 0)
+        a, b = sorted(int(i) for i in np.unravel_index(np.argmax(share), share.shape))
+        if share[a, b] <= _TOGETHER:
+            break
+        members[a] += members.pop(b)
+        flags[:, a], flags[:, b] = np.maximum(flags[:, a], flags[:, b]), 0
+        both = flags.T @ flags
+    groups = tuple(tuple(sorted(group)) for group in members.values() if len(group) > 1)
+    return groups, float(flags.sum() / max(on.sum(), 1))
 
 
 @dataclasses.dataclass(frozen=True)
