@@ -7,11 +7,12 @@ leaf. They are tried in the order of what they cost (`KINDS`), each among more a
   separation  directions of the codes that examples are mixtures of: needs as many dimensions
   units       the entries of what lies between two layers, if a nonlinearity keeps them apart
 
-Modes that are accepted, independent in some leaf and complete are where the recipe begins; else the
-kind of those accepted that has the fewest parts on. Directions that are mostly on together are
-joined to parts of more dimensions where what is on is then shorter to say. Where no kind is
-accepted, it begins at random. Components are accepted by what they do under the mask that they find
-(`judge`), not by what they span: any n ≥ d directions span everything.
+Modes that are accepted, independent in some leaf and cover what is read are where the recipe
+begins; else separated codes that do, or the kind of those accepted that has the fewest parts on.
+Directions that are mostly on together are joined to parts of more dimensions where what is on is
+then shorter to say. Where no kind is accepted, it begins at random. Components are accepted by what
+they do under the mask that they find (`judge`), not by what they span: any n ≥ d directions span
+everything.
 """
 
 from __future__ import annotations
@@ -171,6 +172,11 @@ class _Look:
         return self.independent and not few_missing
 
     @property
+    def covers(self) -> bool:
+        """Whether nothing that is read is left out."""
+        return self.independent and self.modes.unexplained <= _FEW_MISSING[0]
+
+    @property
     def independent(self) -> bool:
         """In some leaf. Where they are in none, some may be mixtures of others."""
         return max(self.modes.gains.values()) > _INDEPENDENT
@@ -230,7 +236,7 @@ class _Search:
                 continue
             look = self._judged(kind, found, examples)
             yield look
-            if kind == SUREST and not look.refused and look.complete:
+            if kind == SUREST and not look.refused and look.covers:
                 break
 
     def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:
@@ -330,11 +336,15 @@ class _Search:
         return ""
 
     def _better(self, look: _Look, best: _Look) -> bool:
-        """Of two kinds, whether fewer parts are on, whatever is always on.
+        """Of two kinds, that with fewer parts on, whatever is always on.
 
-        Of one, whether loss and simplicity together are less; in a tie, whether fewer modes miss.
+        Of two that split by what is read, that which covers it, if one alone does. Of one kind,
+        that with less loss and simplicity together; in a tie, that of which fewer modes miss.
         """
         if look.kind != best.kind:
+            alike = not look.modes.writes and not best.modes.writes
+            if alike and look.covers != best.covers:
+                return look.covers
             return look.worth.active < best.worth.active
         if abs(look.worth.total - best.worth.total) < _TIE:
             return look.modes.unexplained < best.modes.unexplained
