@@ -35,6 +35,7 @@ def test_planes_are_one_component_each(monkeypatch):
 
     problem = Problem(lambda p, x: x @ p["W"], {"W": jnp.asarray(W)}, sample)
     found = accepted(problem, method, r, scales.measure(problem, method))
+    assert found is not None
     P = np.asarray(components.materialize(found.components)["W"])
     alive = [c for c in range(len(P)) if np.abs(P[c]).max() > 1e-3]
     rows = np.linalg.norm(P[alive], axis=2).reshape(-1, 6, 2).sum(2)  # by plane
