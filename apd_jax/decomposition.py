@@ -92,6 +92,7 @@ class Decomposition:
 
         Jitted, with the weights as arguments.
         """
+        self._only_one()
         problem = self.problem
 
         def fn(components: Components, gate: PyTree, params: PyTree, x: PyTree) -> Any:
@@ -102,6 +103,7 @@ class Decomposition:
 
     @functools.cached_property
     def _attributed(self) -> Callable[..., Array]:
+        self._only_one()
         method, problem = self.method, self.problem
 
         def fn(components: Components, params: PyTree, x: PyTree) -> Array:
@@ -114,6 +116,7 @@ class Decomposition:
     @functools.cached_property
     def _masked(self) -> Callable[..., Any]:
         """(components, params, mask, x) -> outputs of the sparse pass; jitted."""
+        self._only_one()
         problem = self.problem
 
         def fn(components: Components, params: PyTree, mask: Array, x: PyTree) -> Any:
@@ -125,6 +128,7 @@ class Decomposition:
     @functools.cached_property
     def _run(self) -> Callable[..., Any]:
         """(components, params, weights [C], x) -> outputs with P_c times w_c, on every input."""
+        self._only_one()
         problem = self.problem
 
         def fn(components: Components, params: PyTree, weights: Array, x: PyTree) -> Any:
@@ -133,6 +137,13 @@ class Decomposition:
             return problem.apply_fn(moved, x)
 
         return jax.jit(fn)
+
+    def _only_one(self) -> None:
+        """Raises InputError where there are several instances, which have no common numbers."""
+        if (count := self.method.num_instances) > 1:
+            raise InputError(
+                f"this holds {count} decompositions; take one of them, e.g. .instance(0)."
+            )
 
     def activity(self, x: PyTree) -> Activity:
         """Which components the gate says are active on x, and by how much.
@@ -204,6 +215,7 @@ class Decomposition:
 
     def component(self, i: int) -> PyTree:
         """P_i as a pytree like params; zeros where params are not decomposed."""
+        self._only_one()
         only = jnp.asarray(components_lib.chosen(self.components, [i]), jnp.float32)
         return _alone(self.components, self.problem.params, only)
 
@@ -216,6 +228,7 @@ class Decomposition:
         Raises:
           InputError: no such mapping, a component that does not exist, a scale that is not finite.
         """
+        self._only_one()
         if not isinstance(scales, Mapping):
             raise InputError(f"edit takes {{component: scale}}; got a {type(scales).__name__}.")
         change = np.zeros(self.components.num_components, np.float32)
@@ -293,8 +306,9 @@ class Decomposition:
         Raises:
           InputError: steps below 1, no data, or as `decompose`.
         """
-        if steps < 1 or "num_steps" in changes:
-            what = "num_steps is counted by steps" if steps >= 1 else f"got {steps}"
+        whole = isinstance(steps, int | np.integer) and steps >= 1
+        if not whole or "num_steps" in changes:
+            what = "num_steps is counted by steps" if whole else f"got {steps!r}"
             raise InputError(f"train takes how many steps to go on for, at least 1; {what}.")
         if data.holds_examples(sample_fn):
             size = changes.get("batch_size", self.method.batch_size)
@@ -326,8 +340,8 @@ class Decomposition:
     def instance(self, i: int) -> Decomposition:
         """One of several decompositions that were trained side by side."""
         count = self.method.num_instances
-        if not 0 <= i < count:
-            raise InputError(f"instance {i} does not exist; there are {count}.")
+        if not isinstance(i, int | np.integer) or not 0 <= i < count:
+            raise InputError(f"instance {i!r} does not exist; there are {count}.")
         if count == 1:
             return self
         one = one_instance(self.trained, i)

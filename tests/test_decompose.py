@@ -128,6 +128,12 @@ def test_instances():
     assert one.instance(0) is one
     with pytest.raises(InputError, match="instance 2 does not exist; there are 2"):
         both.instance(2)
+    for ask in (both.mask, both.attributions, both.sparse_output, lambda x: both.ablate([0], x)):
+        with pytest.raises(InputError, match=r"this holds 2 decompositions; take one.*instance\(0"):
+            ask(x)
+    for ask in (lambda: both.component(0), lambda: both.edit({0: 0.0})):
+        with pytest.raises(InputError, match="this holds 2 decompositions"):
+            ask()
 
 
 def test_select_and_uses():

@@ -125,6 +125,11 @@ def load(
         damaged file, another network's params, or a folder of a newer version.
     """
     folder = user_path(path)
+    if apply_fn is not None and not callable(apply_fn):
+        raise InputError(
+            f"apply_fn must be the function that was decomposed, or None; got a "
+            f"{type(apply_fn).__name__}."
+        )
     functions = Functions(apply_fn, sample_fn, attribution_fn, num_active_fn, valid_fn, elsewhere)
     if not (folder / ABOUT).exists() and (folder / "config.json").exists():
         found = workdirs.load(folder, functions, params)[1]

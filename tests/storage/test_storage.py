@@ -295,6 +295,11 @@ def test_missing_and_torn_files_are_refused(tmp_path, file, keep):
     assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_what_is_no_function_is_refused(tmp_path):
+    with pytest.raises(InputError, match=r"apply_fn must be the function .* got a dict"):
+        apd_jax.load(tmp_path, {"w": np.ones(3)})
+
+
 def test_a_folder_that_is_not_there_is_refused(tmp_path):
     with pytest.raises(
         InputError, match=r"nowhere does not exist; give the folder of a saved decomposition"
