@@ -111,7 +111,7 @@ def _links(found: PromptEdges, ids: Sequence[str], logit: str) -> list[dict[str,
     targets = [*ids[: len(found.component)], logit]
     return [
         {"source": ids[j], "target": targets[i], "weight": float(weight)}
-        for i, row in enumerate(_rows(found))
+        for i, row in enumerate(rows(found))
         for j, weight in enumerate(row)
         if weight != 0
     ]
@@ -124,13 +124,13 @@ def errors(found: PromptEdges) -> Int[np.ndarray, "errors 2"]:
     return np.argwhere(_above(found.rest, found.rest_to_output).any(axis=0))
 
 
-def _rows(found: PromptEdges) -> Float[np.ndarray, "rows sources"]:
+def rows(found: PromptEdges) -> Float[np.ndarray, "rows sources"]:
     """The edges to every node, and to the logit last: from every node, then from every error."""
-    rows = _above(found.weight, found.to_output)
+    own = _above(found.weight, found.to_output)
     if found.rest is None:
-        return rows
+        return own
     t, s = errors(found).T
-    return np.concatenate([rows, _above(found.rest, found.rest_to_output)[:, t, s]], axis=1)
+    return np.concatenate([own, _above(found.rest, found.rest_to_output)[:, t, s]], axis=1)
 
 
 def _above(nodes: np.ndarray, logit: np.ndarray | None) -> np.ndarray:
@@ -139,9 +139,9 @@ def _above(nodes: np.ndarray, logit: np.ndarray | None) -> np.ndarray:
 
 def shares(found: PromptEdges) -> Float[np.ndarray, "rows sources"]:
     """|edges| as shares of all that arrives at a node; rows of 0 stay 0."""
-    rows = np.abs(_rows(found))
-    total = rows.sum(axis=1, keepdims=True)
-    return np.divide(rows, total, out=np.zeros_like(rows), where=total > 0)
+    size = np.abs(rows(found))
+    total = size.sum(axis=1, keepdims=True)
+    return np.divide(size, total, out=np.zeros_like(size), where=total > 0)
 
 
 def influence(found: PromptEdges) -> Float[np.ndarray, " sources"]:

@@ -142,9 +142,17 @@ def test_what_is_left_over_is_a_node(graph, exported):
     assert [n["influence"] for n in more] == pytest.approx(reached[3:])
     page = report.page(one, WORDS, "x", name="mine")
     assert "of all that arrives at the next word it is 38 %" in page
-    widths = [float(w) for w in re.findall(r'stroke-width="([\d.]+)"', page)]
-    shares = [1 / 8, 1 / 8, 3 / 8, 4 / 8]  # weakest first
-    assert widths == pytest.approx([0.3 + 5 * share for share in shares], abs=0.01)
+    svg = ElementTree.fromstring(re.search(r"<svg.*</svg>", page, re.DOTALL)[0])
+    lines = {(e.get("data-source"), e.get("data-target")): e for e in svg.iter("line")}
+    shares = {("0", "2"): 3 / 8, ("1", "2"): 1 / 8, ("4", "2"): 4 / 8}
+    shares |= {("0", "3"): 1 / 8, ("2", "3"): 4 / 8, ("5", "3"): 3 / 8}
+    widths = {ends: float(line.get("stroke-width")) for ends, line in lines.items()}
+    assert widths == pytest.approx({k: 0.3 + 5 * share for k, share in shares.items()}, abs=0.01)
+    squares = {s.get("data-node"): s for s in svg.iter("rect")}
+    assert set(squares) == {"4", "5"} and "leave over at W2" in squares["5"].find("title").text
+    middle = [float(squares["4"].get(axis)) + 4.5 for axis in ("x", "y")]
+    assert middle == [float(lines["4", "2"].get(end)) for end in ("x1", "y1")]
+    assert lines["4", "2"].get("class") == "more"
 
 
 def test_the_page_draws_nodes_and_edges(graph):
