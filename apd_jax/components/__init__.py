@@ -52,6 +52,7 @@ from apd_jax.components.initial import (
     short_name,
 )
 from apd_jax.components.layout import Layout, path_name
+from apd_jax.components.singular import at_singular, holds_all
 from apd_jax.components.tables import find as tables_of
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "Select",
     "aligned",
     "as_select",
+    "at_singular",
     "chosen",
     "compact",
     "decomposed_leaves",
@@ -69,6 +71,7 @@ __all__ = [
     "from_raw",
     "full_name",
     "grown",
+    "holds_all",
     "init",
     "is_slot",
     "leaf_total",

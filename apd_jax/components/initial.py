@@ -300,7 +300,7 @@ def _stds(leaf: Any, layout: Layout, n: int, m: int, like_target: bool) -> tuple
 
 
 @functools.partial(jax.jit, static_argnames=("rank", "layout"))
-def _factored(weight: Array, rank: int | None, layout: Layout) -> tuple[Array, Array]:
+def factored(weight: Array, rank: int | None, layout: Layout) -> tuple[Array, Array]:
     """U and V of a leaf's P_c, each with the roots of the singular values."""
     whole = weight.astype(jnp.promote_types(weight.dtype, jnp.float32))  # as `init` has them
     u, s, vt = jnp.linalg.svd(unfold(whole, layout), full_matrices=False)
@@ -330,7 +330,7 @@ def from_materialized(
             return None
         name, shape = path_name(path), tuple(weight.shape[1:])
         layout = layouts.get(name)
-        U, V = _factored(weight, rank, layout or Layout.default(len(shape)))
+        U, V = factored(weight, rank, layout or Layout.default(len(shape)))
         return Factors(U, V, shape, uses.get(name, 1), layout)
 
     return Components(jax.tree_util.tree_map_with_path(make, weights, is_leaf=lambda w: w is None))

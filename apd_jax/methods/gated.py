@@ -48,6 +48,7 @@ class Gated(Method):
     }
 
     rank: int | None = 1
+    initial: str = "random"  # where pieces begin: random | svd (singular directions of the leaf)
     warmup_fraction: float = 0.0
 
     # Gate.
@@ -80,7 +81,11 @@ class Gated(Method):
         return True
 
     def make_components(self, rng: PRNGKeyArray, problem: Problem) -> Components:
-        """As large together as the target's weights, then warmed up on faithfulness alone."""
+        """As large together as the target's weights, then warmed up on faithfulness alone.
+
+        At singular directions their sum is the target's, and nothing is warmed up, where there are
+        enough of them.
+        """
         names = components_lib.selected_paths(problem.params, problem.chosen, problem.layouts)
         select, count, ids = problem.chosen, self.num_components, None
         if self.own_numbers:
@@ -98,8 +103,14 @@ class Gated(Method):
             ids=ids,
             like_target=True,
         )
+        if self.initial == "svd":
+            components = components_lib.at_singular(components, problem.params)
         if self.clusters:
             components = components_lib.relabel(components, self.clusters)
+        if self.initial == "svd" and all(
+            map(components_lib.holds_all, components.factors.values())
+        ):
+            return components
         return self._warmed_up(components, problem.params)
 
     def _count(self, problem: Problem, site: str) -> int:
@@ -170,6 +181,7 @@ class Gated(Method):
     def check(self) -> None:
         super().check()
         one_of("gate_kind", self.gate_kind, learned.KINDS)
+        one_of("initial", self.initial, ("random", "svd"))
         self.at_least_one("gate_width", "gate_d_model", "gate_blocks", "gate_heads")
         if self.gate_d_model % (2 * self.gate_heads):
             raise InputError(
