@@ -14,6 +14,15 @@ matched with the features one to one, by the share of a feature's weights that a
 --truth begins at the true pieces of a TMS, as many as features: where its loss ends below that of a
 run from the method's own beginning, the search is at fault and not the objective.
 
+Of a ResidMLP also, on inputs with one feature alone (at 1/4, 1/2, 3/4 and 1), with g the causal
+importance of a component there, averaged over these, and alive where it is above 0.1 for a feature;
+those that are on for all of them are kept in both errors, and counted in nothing else:
+
+  separation   of an alive component, the share of Σ_f g that its main feature has; the mean of them
+  coverage     share of features whose most important component (g > 1/2) is no other feature's
+  cross_layer  share of alive components with 5 % of their squared norm or more in every layer
+  keep_only    error with the feature's most important component alone, of that with none
+
 loss: the mean of the last 20 logged totals. worst: the error of 20 signed ascents of 0.1 on one
 source per component, shared over the batch, relative to the outputs' variance; pieces active per
 input are counted at g > 0.
@@ -60,6 +69,10 @@ SHOWN = (
     "rounded",
     "stochastic",
     "worst",
+    "separation",
+    "coverage",
+    "cross_layer",
+    "keep_only",
 )
 BATCHES = 20
 
@@ -131,8 +144,10 @@ def measured(target: Any, found: Decomposition) -> dict[str, Any]:
     subject = make(setting, found.problem.params, found.trained, x)
     scale = float(baselines(subject)[0])
     worst = ablate.attack(subject, jax.random.key(1), shared=True, steps=20, starts=1)[-1]
+    alone = by_feature(target, found) if target.name == "resid_mlp" else {}
     return {
         **by_site(target, found, seen),
+        **alone,
         "alive": m["num_alive_components"],
         "active": m["mean_active_components"],
         "faithfulness": m["relative_parameter_error"],
@@ -178,6 +193,38 @@ def by_site(target: Any, found: Decomposition, seen: Any) -> dict[str, Any]:
         size = np.linalg.norm(P.reshape(len(P), -1), axis=1)
         row[f"pieces_{name}"] = int(np.sum(alive & (size > 0.01 * size.max())))
     return row
+
+
+def by_feature(target: Any, found: Decomposition) -> dict[str, float]:
+    """What components do where one feature is alone; see the module."""
+    F = target.num_features
+    x = jnp.concatenate([value * jnp.eye(F) for value in (0.25, 0.5, 0.75, 1.0)])
+    g = np.asarray(found.activity(x).values).reshape(4, F, -1).mean(axis=0)
+    always = g.min(axis=0) > 0.99
+    g = np.where(always, 0.0, g)
+    own, alive = g.argmax(axis=1), g.max(axis=0) > 0.1
+    separated = g.max(axis=0)[alive] / g.sum(axis=0)[alive]
+    counts = np.bincount(own, minlength=g.shape[1])
+    covered = (g.max(axis=1) > 0.5) & (counts[own] == 1)
+
+    layers: dict[str, Any] = {}
+    for name, f in components_lib.aligned(found.components).factors.items():
+        squared = np.sum(np.asarray(f.weights).reshape(g.shape[1], -1) ** 2, axis=1)
+        layer = name.rpartition("_")[-1]
+        layers[layer] = layers.get(layer, 0.0) + squared
+    sizes = np.stack(list(layers.values()))[:, alive]
+    spread = np.all(sizes >= 0.05 * sizes.sum(axis=0), axis=0)
+
+    mask = np.eye(g.shape[1], dtype=np.float32)[np.tile(own, 4)]
+    kept, none = (found.sparse_output(x, m)[0] for m in (mask + always, 0 * mask + always))
+    true = found.problem.apply_fn(found.problem.params, x)[0]
+    errors = [float(jnp.sum((y - true) ** 2)) for y in (kept, none)]
+    return {
+        "separation": float(np.mean(separated)) if alive.any() else float("nan"),
+        "coverage": float(np.mean(covered)),
+        "cross_layer": float(np.mean(spread)) if alive.any() else float("nan"),
+        "keep_only": errors[0] / errors[1],
+    }
 
 
 def number(text: str) -> Any:

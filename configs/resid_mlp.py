@@ -10,6 +10,8 @@ Argument: 1layer (the default) | 2layer | 3layer, then, after commas and in any 
              100-50 (3layer: 102-51)
     long     batch 2048 and 40k steps, as the paper has it in one place; else batch 256 and 10k
              steps, as the released code
+    biased   the toy of nested ranks (100-40 there): width 256, a bias in every layer, and features
+             in [0, 1] instead of [-1, 1]
     clean    identity embedding of width F instead of the random one of width 1000: the labels then
              hold no mixing matrix W_E W_Eᵀ, to which arXiv 2606.14673 traces this target's edge
              over one neuron per feature
@@ -23,7 +25,7 @@ from apd_jax.commands import configs
 from apd_jax.errors import InputError
 
 LAYERS = {"1layer": 1, "2layer": 2, "3layer": 3}
-MODIFIERS = ("long", "clean", "smoke")
+MODIFIERS = ("long", "biased", "clean", "smoke")
 
 
 def get_config(arg: str = "1layer") -> ConfigDict:
@@ -54,6 +56,7 @@ def get_config(arg: str = "1layer") -> ConfigDict:
     config.target.use_bias = False
     config.target.embedding = "random"  # random | identity
     config.target.feature_probability = 0.01
+    config.target.signed = True  # features in [-1, 1]; else in [0, 1]
     config.target.data = configs.feature_data(config.target)
     config.target.pretrain = configs.pretraining(1000, 2048, 3e-3)
 
@@ -75,6 +78,8 @@ def get_config(arg: str = "1layer") -> ConfigDict:
 
     if "long" in variants:
         config.apd.update(num_steps=40_000, batch_size=2048)
+    if "biased" in variants:
+        config.target.update(d_resid=256, use_bias=True, signed=False)
     if "smoke" in variants:
         configs.smoke(config, 40, 32, pretrain_steps=50, evaluation_size=64)
         config.target.update(num_features=12, d_resid=40, d_mlp=6 // num_layers)

@@ -40,7 +40,7 @@ def get_config(arg: str = "tms,40-10") -> ConfigDict:
         apd.num_components, variance = 40 if F <= 5 else 10 * F, p / 3 - p**2 / 4
     elif name == "resid_mlp":
         F, p = target.num_features, target.feature_probability
-        apd.num_components, variance = round(1.3 * F), p * 5 / 6
+        apd.num_components, variance = round(1.3 * F), p * (5 / 6 if target.signed else 4 / 3)
     apd.update(learning_rate=3e-3, num_steps=5000, batch_size=1024, optimizer="adam")
     apd.update(faithfulness_coeff=1e4, faithfulness_warmup_steps=400, gradient_clip=None)
     apd.update(stochastic_coeff=0.5 / variance, adversarial_coeff=0.5 / variance)

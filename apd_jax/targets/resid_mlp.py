@@ -167,6 +167,7 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
             f"got d_resid = {D} and num_features = {F}."
         )
     model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
+    signed = config.signed
     outputs = functools.partial(contracted, model)
 
     def loss_fn(params: PyTree, x: Array):
@@ -183,9 +184,9 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         attribution_fn=outputs,
         loss_fn=loss_fn,
         label_fn=labels,
-        sample_fn=feature_sampler(batch_size, F, **feature_data(config), signed=True),
+        sample_fn=feature_sampler(batch_size, F, **feature_data(config), signed=signed),
         pretrain_sample_fn=feature_sampler(
-            config.pretrain.batch_size, F, config.feature_probability, signed=True
+            config.pretrain.batch_size, F, config.feature_probability, signed=signed
         ),
         feature_weights=lambda params, weights: neuron_contributions(params, weights, L),
         num_active_fn=num_nonzero,
