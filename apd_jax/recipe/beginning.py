@@ -4,6 +4,9 @@ A kind of beginning is a function of examples that gives `Modes`: directions, on
 leaf. They are tried in the order of what they cost (`KINDS`), each among more and more examples:
 
   modes       directions that many examples share: needs examples with one mechanism alone
+  modes of one leaf   the same, where examples are compared by what they read in the leaf that tells
+              most of them apart: in others one mechanism may read several directions, as behind a
+              nonlinearity, and different ones nearly the same
   separation  directions of the codes that examples are mixtures of: needs as many dimensions
   units       the entries of what lies between two layers, if a nonlinearity keeps them apart
 
@@ -70,6 +73,13 @@ def _densest(e: Examples) -> Modes:
     return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most)
 
 
+def _densest_in_one(e: Examples) -> Modes | None:
+    if len(e.ins) == 1:
+        return None
+    most, by = e.times * modes_lib.MOST_KEPT, modes_lib.richest(e.ins, e.effect)
+    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most, by=by)
+
+
 def _separated(e: Examples) -> Modes | None:
     return separation.find(e.problem, e.batches, e.key, e.ins, e.effect)
 
@@ -80,10 +90,12 @@ def _units(e: Examples) -> Modes | None:
 
 KINDS: dict[str, Callable[[Examples], Modes | None]] = {
     "modes": _densest,
+    "modes of one leaf": _densest_in_one,
     "separation": _separated,
     "units": _units,
 }
-SUREST = "modes"  # single mechanisms that many examples show need no comparison
+# Single mechanisms that many examples show need no comparison.
+SUREST = ("modes", "modes of one leaf")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +248,7 @@ class _Search:
                 continue
             look = self._judged(kind, found, examples)
             yield look
-            if kind == SUREST and not look.refused and look.covers:
+            if kind in SUREST and not look.refused and look.covers:
                 break
 
     def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:

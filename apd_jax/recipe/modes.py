@@ -143,6 +143,7 @@ def densest(
     effect: Float[np.ndarray, " N"],
     weights: dict[str, np.ndarray],
     most: int = MOST_KEPT,
+    by: str | None = None,
 ) -> Modes:
     """The modes of given examples.
 
@@ -156,12 +157,13 @@ def densest(
         (f(θ*, x) - f(0, x))².
       weights: {leaf: [b, d_in, d_out]}, the target's.
       most: how many examples are compared with each other.
+      by: the leaf in which they are compared; None: in all together.
     Cost: most² products of the directions of every leaf; memory linear in the examples.
     """
     kept = with_effect(effect)[:most]
     count = np.minimum(effect[kept] / max(float(np.mean(effect)), 1e-30), 1).astype(np.float32)
     here = {name: e[kept] for name, e in ins.items()}
-    alike = _Alike(here, weights)
+    alike = _Alike(here if by is None else {by: here[by]}, weights)
     density, left = alike.density(count), np.ones(len(kept), bool)
     members, found = [], []
     while left.any():
@@ -181,6 +183,17 @@ def densest(
         for name, e in here.items()
     }
     return described(ins, effect, kept, leading, np.asarray(found))
+
+
+def richest(ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndarray, " N"]) -> str:
+    """The leaf in which examples read the most directions, by (Σ λ)²/Σ λ² of their covariance."""
+    kept = with_effect(effect)
+
+    def dimensions(e: Float[np.ndarray, "N b d_in"]) -> float:
+        squares = [np.linalg.norm(x.T @ x) ** 2 for x in np.moveaxis(e[kept], 1, 0)]
+        return len(kept) ** 2 * len(squares) / max(float(np.sum(squares)), 1e-30)
+
+    return max(ins, key=lambda name: dimensions(ins[name]))
 
 
 def with_effect(effect: Float[np.ndarray, " N"]) -> np.ndarray:

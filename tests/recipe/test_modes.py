@@ -272,3 +272,18 @@ def test_a_mode_far_below_the_usual_density_is_none():
     weak = np.where(np.arange(len(e)) < 40, 0.01, 1.0).astype(np.float32)
     without = modes.densest({"W": e}, weak, {"W": np.eye(5, dtype=np.float32)[None]})
     assert len(without) == 3 and without.active == pytest.approx(100 / 150)  # no mode is theirs
+
+
+def test_one_leaf_can_tell_apart_what_all_together_do_not():
+    """Four mechanisms, which all read nearly the same of a second leaf, of greater effect."""
+    first = np.repeat(np.eye(4, dtype=np.float32), 30, axis=0)[:, None]
+    second = np.ones((120, 1, 3), np.float32) + 0.1 * first[..., :3]
+    second /= np.linalg.norm(second, axis=-1, keepdims=True)
+    ins = {"second": second, "first": first}
+    wide, narrow = np.eye(4, dtype=np.float32)[None], np.ones((1, 3, 1), np.float32)
+    weights, effect = {"second": narrow, "first": wide}, np.ones(120, np.float32)
+    assert len(modes.densest(ins, effect, weights)) == 1
+    assert modes.richest(ins, effect) == "first"
+    found = modes.densest(ins, effect, weights, by="first")
+    assert found.density.tolist() == [30] * 4 and set(found.ins) == {"first", "second"}
+    np.testing.assert_allclose(np.abs(found.ins["first"][:, 0] @ wide[0]).max(1), 1, atol=1e-5)
