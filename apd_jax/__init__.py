@@ -11,8 +11,7 @@ from apd_jax.call import decompose, suggest
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
 from apd_jax.methods.apd import APD
-from apd_jax.methods.meanings import explain
-from apd_jax.methods.registry import default_config
+from apd_jax.methods.meanings import default_config, explain
 from apd_jax.methods.spd import SPD
 from apd_jax.methods.targeted import Targeted
 from apd_jax.methods.vpd import VPD

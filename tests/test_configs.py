@@ -9,7 +9,7 @@ from conftest import ROOT, get_config, method_of
 from apd_jax import components, targets
 from apd_jax.errors import InputError
 from apd_jax.methods import registry
-from apd_jax.methods.registry import default_config
+from apd_jax.methods.meanings import default_config
 from apd_jax.network.problem import check_function
 from apd_jax.recipe import stages
 

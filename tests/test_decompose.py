@@ -297,7 +297,7 @@ def test_settings_are_the_same_again_after_a_config(name):
             assert again == method and type(again) is type(method)
             for field in method.fields():
                 assert type(getattr(again, field)) is type(getattr(method, field)), field
-    assert registry.settings(name).to_dict() == registry.default_config(name).to_dict()
+    assert registry.settings(name).to_dict() == apd_jax.default_config(name).to_dict()
 
 
 def _other(value, hint):

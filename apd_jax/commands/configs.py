@@ -17,7 +17,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from apd_jax.errors import InputError, UnknownName, one_of
-from apd_jax.methods.registry import default_config
+from apd_jax.methods import registry
 from apd_jax.recipe.numbers import default_recipe
 
 TARGETS = ("tms", "tms_coactive", "resid_mlp", "gated", "induction", "digits", "linear")
@@ -85,7 +85,7 @@ def begin(target: str, *, num_batches: int, batch_size: int, method: str = "apd"
     config.target = ConfigDict({"name": target})
     config.target.seed = config.get_oneway_ref("seed")
     config.target.weights_path = ""  # .npz or .safetensors to load instead of training
-    config.apd = default_config(method)
+    config.apd = registry.settings(method)
     config.apd.seed = config.get_oneway_ref("seed")
     config.apd.loss_units = "absolute"  # as the papers' coefficients are
     config.evaluation = ConfigDict()

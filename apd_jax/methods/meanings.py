@@ -8,8 +8,29 @@ import io
 import textwrap
 import tokenize
 
+from ml_collections import config_dict
+
+from apd_jax.errors import InputError
 from apd_jax.methods import registry
 from apd_jax.methods.base import Method
+
+
+class Explained(config_dict.ConfigDict):
+    """A config of a method's settings that is printed with what each of them means."""
+
+    def __str__(self) -> str:
+        try:
+            return explain(registry.of(self))
+        except InputError:  # other fields or values than a method has
+            return super().__str__()
+
+
+def default_config(method: str = "apd") -> config_dict.ConfigDict:
+    """The settings that `apd_jax.decompose` reads, at their defaults; locked.
+
+    `print` shows what each means.
+    """
+    return registry.settings(method, Explained)
 
 
 def explain(method: str | Method | type[Method] = "apd") -> str:

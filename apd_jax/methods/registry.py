@@ -33,13 +33,15 @@ def by_name(name: str) -> type[Method]:
     return METHODS[one_of("method", name, METHODS)]
 
 
-def settings(method: str | Method = "apd") -> config_dict.ConfigDict:
+def settings(
+    method: str | Method = "apd", cls: type[config_dict.ConfigDict] = config_dict.ConfigDict
+) -> config_dict.ConfigDict:
     """A method's settings as a config: defaults, or those of a settings object.
 
     Locked, so that a mistyped field is an error; `method` names whose they are.
     """
     chosen = by_name(method)() if isinstance(method, str) else method
-    config = config_dict.ConfigDict({"method": chosen.name})
+    config = cls({"method": chosen.name})
     for field, hint in type(chosen).hints().items():
         value = getattr(chosen, field)
         allowed = allowed_types(hint)
@@ -53,14 +55,6 @@ def settings(method: str | Method = "apd") -> config_dict.ConfigDict:
         else:
             config[field] = value
     return config.lock()
-
-
-def default_config(method: str = "apd") -> config_dict.ConfigDict:
-    """The settings that `apd_jax.decompose` reads, at their defaults; locked.
-
-    What each means: `print(apd_jax.explain(method))`.
-    """
-    return settings(method)
 
 
 def of(given: Any) -> Method:

@@ -155,7 +155,7 @@ def write_json(path: epath.Path, content: Any) -> None:
 def _defaults(config: Config) -> dict[str, Any]:
     """The method's settings by their names in the config."""
     prefix, own = ("apd.", config.apd) if "apd" in config else ("", config)
-    default = registry.default_config(own.get("method", "apd"))
+    default = registry.settings(own.get("method", "apd"))
     found = {prefix + name: value for name, value in default.to_dict().items()}
     return found | {prefix + "loss_units": "absolute"}  # all that there was
 

@@ -25,6 +25,16 @@ def test_headings_are_no_meanings_and_values_are_the_objects():
         apd_jax.explain("adp")
 
 
+def test_a_printed_config_says_what_its_fields_mean():
+    config = apd_jax.default_config("spd")
+    config.gate_width = 7
+    assert str(config) == apd_jax.explain(apd_jax.SPD(gate_width=7))
+    assert registry.of(config) == apd_jax.SPD(gate_width=7)
+    config.unlock()
+    config.mine = 1  # no field of the method: as any config is printed
+    assert "mine: 1" in str(config)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Mine(apd_jax.APD):
     """A method of one's own."""

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from apd_jax import components, evaluation, targets
 from apd_jax.decomposition import Decomposition
-from apd_jax.methods.registry import default_config
+from apd_jax.methods.meanings import default_config
 from apd_jax.targets import pretrain
 
 
