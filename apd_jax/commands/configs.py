@@ -184,17 +184,26 @@ def later(config: Any) -> dict[str, Any]:
 
     Of its target and evaluation as the target's own file has them without a variant, of a recipe
     as `default_recipe` has them. The method's settings know their defaults themselves
-    (`registry.of`). A section that it lacks whole is left out: not every variant has it.
+    (`registry.of`). A section that it lacks whole is left out: not every variant has it. So is one
+    that is damaged, for its reader to say.
     """
+    if "name" not in _section(config, "target"):
+        return {}
     file = FILES.get(config.target.name, config.target.name)
     shipped = (SHIPPED / f"{file}.py").exists()
     now = {"recipe": default_recipe()} | (dict(load(file).get_config()) if shipped else {})
     return {
         f"{section}.{name}": list(value) if isinstance(value, tuple) else value  # as JSON has it
         for section in ("target", "evaluation", "recipe")
-        if section in config and section in now
+        if section in now and _section(config, section)
         for name, value in _absent(now[section], config[section])
     }
+
+
+def _section(config: Any, name: str) -> Any:
+    """A part of a config; nothing where it is none."""
+    here = name in config and isinstance(config[name], ConfigDict)
+    return config[name] if here else {}
 
 
 def completed(config: Any) -> Any:

@@ -167,7 +167,7 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
             f"got d_resid = {D} and num_features = {F}."
         )
     model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
-    signed = config.signed
+    signed = "signed" not in config or config.signed  # True before there was the field
     outputs = functools.partial(contracted, model)
 
     def loss_fn(params: PyTree, x: Array):
