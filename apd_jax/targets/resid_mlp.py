@@ -167,7 +167,6 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
             f"got d_resid = {D} and num_features = {F}."
         )
     model = ResidMLP(F, D, L, M, activation, embedding, config.use_bias)
-    signed = "signed" not in config or config.signed  # True before there was the field
     outputs = functools.partial(contracted, model)
 
     def loss_fn(params: PyTree, x: Array):
@@ -184,9 +183,9 @@ def build(config: Config, batch_size: int) -> FeatureTarget:
         attribution_fn=outputs,
         loss_fn=loss_fn,
         label_fn=labels,
-        sample_fn=feature_sampler(batch_size, F, **feature_data(config), signed=signed),
+        sample_fn=feature_sampler(batch_size, F, **feature_data(config), signed=config.signed),
         pretrain_sample_fn=feature_sampler(
-            config.pretrain.batch_size, F, config.feature_probability, signed=signed
+            config.pretrain.batch_size, F, config.feature_probability, signed=config.signed
         ),
         feature_weights=lambda params, weights: neuron_contributions(params, weights, L),
         num_active_fn=num_nonzero,

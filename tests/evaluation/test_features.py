@@ -30,7 +30,7 @@ TMS = {
 }
 RESIDUAL = {
     **{"name": "resid_mlp", "num_features": 10, "d_resid": 24, "num_layers": 1, "d_mlp": 8},
-    **{"activation": "relu", "embedding": "random", "use_bias": False},
+    **{"activation": "relu", "embedding": "random", "use_bias": False, "signed": True},
     **{"feature_probability": 0.2, "pretrain": {"batch_size": 1}},
 }
 

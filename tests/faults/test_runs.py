@@ -143,6 +143,9 @@ def test_a_saved_experiment_is_read_with_the_defaults_of_what_came_later(tmp_pat
     mine = ConfigDict(mine.to_dict())
     del mine.recipe.refine["num_steps"], mine.target.data["value"]
     assert set(configs.later(mine)) == {"recipe.refine.num_steps", "target.data.value"}
+    before = ConfigDict(get_config("resid_mlp", "1layer,smoke").to_dict())
+    del before.target["signed"]
+    assert configs.later(before) == {"target.signed": True}
 
 
 # Disks

@@ -107,7 +107,8 @@ def test_resid_mlp_keeps_its_embedding_and_learns():
             "activation": "relu",
         }
     )
-    config.update({"use_bias": False, "embedding": "random", "feature_probability": 0.2})
+    config.update({"use_bias": False, "embedding": "random", "signed": True})
+    config.feature_probability = 0.2
     config.pretrain = make_config(num_steps=200, learning_rate=1e-2).pretrain
     target = targets.build(config, 8)
     params, history = pretrain(target, config)

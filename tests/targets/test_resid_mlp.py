@@ -24,6 +24,7 @@ def make_config(**changes):
         "d_mlp": 4,
         "activation": "relu",
         "use_bias": False,
+        "signed": True,
     }
     config |= {"embedding": "random", "feature_probability": 0.3, "pretrain": {"batch_size": 8}}
     return ConfigDict(config | changes)
