@@ -1,12 +1,13 @@
 """`--mode=curve`: the run of a workdir trained on at one price after another, each from the last.
 
-  curve/start.json                     what the run itself is worth on held-out text
+  curve/start.json                     what the run itself is worth on the text
   curve/steps_N/A_B/                   a run of its own, as `apd_jax.decompose` leaves it: N steps
                                        at price B, from those at price A, from the run
   curve/steps_N/A_B/point.json         what it is worth
   curve.json, figures/curve.png        all points of the newest call
 
-Points that are there are kept: the same call, or one with more prices behind, goes on.
+Points that are there are kept: the same call, or one with more prices behind, goes on. The text is
+held out where the run's target has such, else the batches of --data, whatever these are.
 """
 
 from __future__ import annotations
@@ -80,6 +81,7 @@ def curve(
     if not suggest.reads_tokens(run.problem, data.shapes(run.problem.sample_fn)):
         raise InputError(f"{folder} decomposes no language model, whose cross-entropy is asked.")
     target, count = run.evaluated_target, run.num_batches
+    text = "the text of --data" if target is None else "held-out text"
     source = data.as_sampler(run.problem.sample_fn if target is None else target.fresh_fn, count)
 
     def worth(found: Decomposition) -> dict[str, Any]:
@@ -90,8 +92,8 @@ def curve(
     points = [_start(folder / "curve" / "start.json", base, run, worth)]
     for point in _points(folder / "curve" / f"steps_{steps}", base, asked, own, steps, worth):
         points.append(point)
-        parallel.from_primary(lambda: _write(folder, steps, points))
-    console.print(tables.grid_table(drawn.grid(points)))
+        parallel.from_primary(lambda: _write(folder, steps, points, text))
+    console.print(tables.grid_table(drawn.grid(points, text)))
     where = f"Figure: {folder / 'figures' / 'curve.png'}   Points: {folder / 'curve.json'}"
     console.print(where, soft_wrap=True)
 
@@ -182,6 +184,7 @@ def _keep(path: epath.Path, point: dict[str, Any]) -> None:
     write_json(path, point)
 
 
-def _write(folder: epath.Path, steps: int, points: list[dict[str, Any]]) -> None:
-    write_json(folder / "curve.json", {"field": FIELD, "steps": steps, "points": points})
-    figures.save(folder / "figures", {"curve": drawn.figure(points)})
+def _write(folder: epath.Path, steps: int, points: list[dict[str, Any]], text: str) -> None:
+    about = {"field": FIELD, "steps": steps, "text": text, "points": points}
+    write_json(folder / "curve.json", about)
+    figures.save(folder / "figures", {"curve": drawn.figure(points, text)})

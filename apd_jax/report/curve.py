@@ -17,19 +17,20 @@ _LINES = {  # of the passes: label, colour
     "adversary": ("adversary", style.VERMILION),
 }
 _CAPTION = (
-    "What a decomposition costs on held-out text, ΔCE, against how much of it is active per token; "
+    "What a decomposition costs on {text}, ΔCE, against how much of it is active per token; "
     "each point is trained on from the one before, at the price beside it, the first (open) is "
     "the run itself. Good: low and to the left."
 )
 
 
-def figure(points: Sequence[Mapping[str, Any]]) -> Figure:
+def figure(points: Sequence[Mapping[str, Any]], text: str) -> Figure:
     """ΔCE of some passes against L0 in rank-one pieces, gates rounded at 0.
 
     Args:
       points: what `evaluation.language.evaluate` says of each, and its `price`.
+      text: what they were evaluated on, in words.
     """
-    drawn = style.new_figure(8.0, 5.0, _CAPTION)
+    drawn = style.new_figure(8.0, 5.0, _CAPTION.format(text=text))
     axes = drawn.subplots()
     x = [point["l0_pieces_0"] for point in points]
     for name, (label, color) in _LINES.items():
@@ -50,7 +51,7 @@ def figure(points: Sequence[Mapping[str, Any]]) -> Figure:
     return drawn
 
 
-def grid(points: Sequence[Mapping[str, Any]]) -> Grid:
+def grid(points: Sequence[Mapping[str, Any]], text: str) -> Grid:
     """The same as a table, a row for each point."""
     columns = ("rounded_0", "gates", "unmasked", "stochastic", "adversary")
     rows = []
@@ -67,7 +68,7 @@ def grid(points: Sequence[Mapping[str, Any]]) -> Grid:
             )
         )
     return Grid(
-        title="ΔCE in nats on held-out text, by price; components and pieces active per token",
+        title=f"ΔCE in nats on {text}, by price; components and pieces active per token",
         columns=("price", "step", "components", "pieces", "alive", *map(_heading, columns)),
         rows=tuple(rows),
     )

@@ -91,6 +91,7 @@ def test_stopped_after_a_point_it_ends_with_the_same_bytes(folder, walked, main_
     result = main_here(*told(folder, "stopped"))
     assert result.returncode == 0, result.stderr
     assert "rounded at 0" in result.stdout and "curve.png" in result.stdout
+    assert "on the text of --data" in result.stdout and walked["text"] == "the text of --data"
     assert kept.read_text() == ""
     for name in ("curve.json", "figures/curve.png"):
         assert (other / name).read_bytes() == (run / name).read_bytes(), name
