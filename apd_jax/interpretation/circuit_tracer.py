@@ -49,7 +49,10 @@ def to_json(
     Args:
       words: the prompt's tokens. next_word: the one that comes next.
       name: of the decomposition (`scan`). slug: of this graph. labels: of components, in words.
+    Raises:
+      InputError: not one word for every token.
     """
+    graph.must_be_named_by(words)
     found, labels = graph.edges, labels or {}
     top, at = len(found.sites) + 1, graph.position
     logit = f"{top}_{graph.token}_{at}"

@@ -18,6 +18,7 @@ Shapes: T positions, C components, n nodes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,6 +123,14 @@ class PromptGraph:
 
     def __repr__(self) -> str:
         return wl.pformat(self)
+
+    def must_be_named_by(self, words: Sequence[str]) -> None:
+        """Raises InputError where there is not one word for every token."""
+        if len(words) != len(self.tokens):
+            raise InputError(
+                f"words has {len(words)} names for a prompt of {len(self.tokens)} tokens; give one "
+                "for each."
+            )
 
 
 def prompt_graph(

@@ -46,7 +46,11 @@ def page(
     An edge is as wide as its share of all that arrives at its end, and blue where it adds to the
     activation's own value, vermilion where it takes away from it. What nodes leave over at a site
     and a position is a square, where one of the edges that are drawn begins there.
+
+    Raises:
+      InputError: not one word for every token.
     """
+    graph.must_be_named_by(words)
     found, labels, places = graph.edges, labels or {}, _placed(graph)
     top = len(found.component)
     nodes = [

@@ -74,7 +74,8 @@ def report(
       tokens: names for the numbers of integer inputs, and for outputs, of which there is then one
         for every token: a tokenizer or a list, see `apd_jax.report.words.of`.
     Raises:
-      InputError: the decomposition holds several instances; choose one by `instance`.
+      InputError: the decomposition holds several instances; choose one by `instance`. A list of
+        names is too short or too long.
     Cost: the gate, and for every component a forward pass, of the first examples of x: MOST_ROWS
     in all, or LEAST_EXAMPLES.
     """
@@ -90,7 +91,7 @@ def report(
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
     name = path.resolve().parent.name if path.stem == "report" else path.stem
     settings = {"apd": d.method.to_dict()}
-    named = words.of(tokens)
+    named = words.fitting(tokens, d, x)
     return write(path, Source(name, d, x, settings=settings, metrics=metrics, words=named))
 
 

@@ -97,7 +97,9 @@ def report(
     name = path.resolve().parent.name if path.stem == "report" else path.stem
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
     settings = {"apd": d.method.to_dict()}
-    source = Source(name, d, x, settings=settings, metrics=metrics, words=words.of(tokens))
+    x = None if x is None else _as_tokens(np.asarray(x))
+    named = words.fitting(tokens, d, x, harvest.top_tokens)
+    source = Source(name, d, x, settings=settings, metrics=metrics, words=named)
     attention = partners(d, decoder, harvest) if decoder else None
     groups = None if groups is None else _checked(np.asarray(groups), harvest.num_components)
     shown = TextSource(source, harvest, effects, attention=attention, groups=groups)
@@ -316,11 +318,15 @@ def packed(array: np.ndarray) -> dict[str, Any]:
     return {"shape": list(array.shape), "kind": kind, "z": deflated}
 
 
+def _as_tokens(x: np.ndarray) -> np.ndarray:
+    if x.ndim != 2 or not np.issubdtype(x.dtype, np.integer):
+        raise InputError(f"passages are tokens, integers [B, T]; got {x.dtype} {x.shape}.")
+    return x
+
+
 def _passages(decomposition: Decomposition, tokens: np.ndarray, found: Harvest) -> Reading | None:
     """As many of the rows as there is room for."""
-    if tokens.ndim != 2 or not np.issubdtype(tokens.dtype, np.integer):
-        raise InputError(f"passages are tokens, integers [B, T]; got {tokens.dtype}.")
-    whole = read(decomposition, tokens.astype(np.int32), found.threshold)
+    whole = read(decomposition, _as_tokens(tokens).astype(np.int32), found.threshold)
     T = tokens.shape[1]
     ends = whole.starts[::T]  # pairs before each row
     count = int(np.searchsorted(ends, MOST_PAIRS, side="right")) - 1

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+from apd_jax.errors import InputError
 from apd_jax.interpretation.circuit_tracer import influence, to_json
 from apd_jax.interpretation.edges import PromptEdges
 from apd_jax.interpretation.prompt_graph import PromptGraph, Pruned
@@ -70,6 +71,13 @@ def fits(value, fields):
     assert set(value) == set(fields)
     for name, kind in fields.items():
         assert isinstance(value[name], kind), (name, value[name])
+
+
+def test_a_prompt_has_one_word_for_every_token(graph):
+    for words in (WORDS[:1], [*WORDS, "more"]):
+        for named in (to_json, report.page):
+            with pytest.raises(InputError, match=f"{len(words)} names for a prompt of 2 tokens"):
+                named(graph, words, "x", name="mine")
 
 
 def test_it_fits_the_schema(exported):

@@ -146,6 +146,24 @@ def test_what_cannot_name_tokens_is_refused():
             words.of(wrong)
 
 
+def test_a_list_of_names_fits_the_network():
+    """Of vectors it names outputs, of tokens both; a {number: name} may leave some out."""
+    vectors, rows = np.ones((2, 6)), np.array([[0, 2], [1, 0]])
+    of_vectors, of_tokens = small(), small(lambda p, x: p["in"][x] @ p["out"])  # 3 outputs each
+    for d, x in ((of_vectors, vectors), (of_tokens, rows)):
+        for wrong in (list("ab"), [*"abcd"], np.array([*"abcd"]), []):
+            with pytest.raises(InputError, match=f"tokens has {len(wrong)} names, but the "):
+                words.fitting(wrong, d, x)
+        assert words.fitting(["x", "y", "z"], d, x)(2) == "z"
+        assert words.fitting({1: "b"}, d, x)(1) == "b"
+    with pytest.raises(InputError, match="the inputs hold the number 9"):
+        words.fitting([*"abc"], of_tokens, None, np.array([9, -1]))
+    many = words.fitting([*"abcdef"], of_tokens, rows + 3)  # tokens that the outputs are not
+    assert many(5) == "f" and words.of_outputs(many, rows, 3) is None
+    with pytest.raises(InputError, match=r"it is \{name: number\}, as 'a' is one of its keys"):
+        words.of({"a": 0})
+
+
 def test_positions_are_pointed_at(tmp_path):
     d = small(
         lambda p, tokens: jnp.tanh(p["in"][tokens].cumsum(1)) @ p["out"],
