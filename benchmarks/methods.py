@@ -53,9 +53,10 @@ from apd_jax.evaluation import geometry
 from apd_jax.evidence import ablate
 from apd_jax.evidence.subject import Setting, baselines, make
 from apd_jax.methods import registry
+from apd_jax.methods.optimizers import Trained
+from apd_jax.recipe import run as run_lib
 from apd_jax.recipe import stages
 from apd_jax.targets import pretrain
-from apd_jax.train import loop
 
 SHOWN = (
     "loss",
@@ -99,7 +100,8 @@ def run(name: str, seed: int, changes: dict[str, Any], truth: bool = False) -> d
             trained, history, method = stages.fit(problem, method, config.recipe)
         else:
             components = true_pieces(target, problem, method) if truth else None
-            trained, history = loop.fit(problem, method, components=components)
+            begun = None if components is None else Trained(components)
+            trained, history, method = run_lib.run(problem, method, given=begun)
     except (InputError, NonFiniteError) as error:
         return row | {"error": str(error)}
     row |= {"steps": method.num_steps, "minutes": (time.monotonic() - began) / 60}

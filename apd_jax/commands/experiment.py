@@ -161,7 +161,7 @@ def _run(folder: epath.Path, given: Given | None) -> compare_lib.Run:
 
 def _initial(run: Restored) -> Components | None:
     """What a run began with; None where its beginning needs its data, or a network of one's own."""
-    if run.target is None or "recipe" in run.config:
+    if run.target is None or "recipe" in run.config or run.method.finds_beginning:
         return None
     return loop.initial_components(run.problem, run.method)
 

@@ -152,9 +152,8 @@ class Method:
     seed: int = 0  # of initial components, batches and all other draws
     num_steps: int = 10_000  # how long to train; schedules go by it
     learning_rate: Number = 1e-3  # the largest of the schedule
-    schedule: str = (
-        "cosine"  # constant | linear | cosine (quarter wave) | half_cosine | exponential
-    )
+    # constant | linear | cosine (quarter wave) | half_cosine | exponential
+    schedule: str = "cosine"
     warmup_fraction: float = 0.05  # share of the steps in which the learning rate rises from 0
     optimizer: str = "adam"  # adam | adamw | sgd
     weight_decay: Number = 0.0  # adamw only
@@ -236,6 +235,11 @@ class Method:
     @property
     def per_position(self) -> bool:
         return self.mask_per == "position"
+
+    @property
+    def finds_beginning(self) -> bool:
+        """Whether components begin at what `apd_jax.recipe.pieces` finds on the data."""
+        return False
 
     def make_components(self, rng: PRNGKeyArray, problem: Problem) -> Components:
         """Components to begin with; all numbers at every site unless a method says otherwise."""

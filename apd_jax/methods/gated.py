@@ -48,7 +48,8 @@ class Gated(Method):
     }
 
     rank: int | None = 1
-    initial: str = "random"  # where pieces begin: random | svd (singular directions of the leaf)
+    # where pieces begin: random | svd (singular directions of the leaf) | found (as the recipe)
+    initial: str = "random"
     warmup_fraction: float = 0.0
 
     # Gate.
@@ -111,7 +112,13 @@ class Gated(Method):
             map(components_lib.holds_all, components.factors.values())
         ):
             return components
+        if self.finds_beginning:
+            return components
         return self._warmed_up(components, problem.params)
+
+    @property
+    def finds_beginning(self) -> bool:
+        return self.initial == "found"
 
     def _count(self, problem: Problem, site: str) -> int:
         """How many components a site has where `select` does not say."""
@@ -181,7 +188,11 @@ class Gated(Method):
     def check(self) -> None:
         super().check()
         one_of("gate_kind", self.gate_kind, learned.KINDS)
-        one_of("initial", self.initial, ("random", "svd"))
+        one_of("initial", self.initial, ("random", "svd", "found"))
+        if self.finds_beginning and self.clusters:
+            raise InputError(
+                "initial = 'found' does not know clusters; begin at 'svd' or 'random'."
+            )
         self.at_least_one("gate_width", "gate_d_model", "gate_blocks", "gate_heads")
         if self.gate_d_model % (2 * self.gate_heads):
             raise InputError(

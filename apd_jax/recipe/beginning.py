@@ -1,28 +1,20 @@
 """Where the recipe begins: at directions that mechanisms read, where these stand the test.
 
-A kind of beginning is a function of examples that gives `Modes`: directions, one per mechanism and
-leaf. They are tried in the order of what they cost (`KINDS`), each among more and more examples:
-
-  modes       directions that many examples share: needs examples with one mechanism alone
-  modes of one leaf   the same, where examples are compared by what they read in the leaf that tells
-              most of them apart: in others one mechanism may read several directions, as behind a
-              nonlinearity, and different ones nearly the same
-  separation  directions of the codes that examples are mixtures of: needs as many dimensions
-  units       the entries of what lies between two layers, if a nonlinearity keeps them apart
-
-Modes that are accepted, independent in some leaf and cover what is read are where the recipe
-begins; else separated codes that do, or the kind of those accepted that has the fewest parts on.
-Directions that are mostly on together are joined to parts of more dimensions where what is on is
-then shorter to say. Where no kind is accepted, it begins at random. Components are accepted by what
-they do under the mask that they find (`judge`), not by what they span: any n ≥ d directions span
-everything.
+Kinds of directions (`kinds`) are tried in the order of what they cost, each among more and more
+examples. Modes that are accepted, independent in some leaf and cover what is read are where the
+recipe begins; else separated codes that do, or the kind of those accepted that has the fewest parts
+on. Leaves that modes share are always on, or split by what modes write where nothing is lost by
+that (`writes`). Directions that are mostly on together are joined to parts of more dimensions where
+what is on is then shorter to say. Where no kind is accepted, it begins at random. Components are
+accepted by what they do under the mask that they find (`judge`), not by what they span: any n ≥ d
+directions span everything.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -34,10 +26,10 @@ from apd_jax.components import Components
 from apd_jax.errors import InputError
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import held, restructure, separation, units
+from apd_jax.recipe import held, restructure, writes
 from apd_jax.recipe import modes as modes_lib
-from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.judge import Judge, Worth
+from apd_jax.recipe.kinds import KINDS, SUREST, Examples
 from apd_jax.recipe.modes import Modes
 from apd_jax.recipe.numbers import DRAWS, GIVE_K, STAGES, Recipe, stage_method, with_any_k
 from apd_jax.recipe.scales import Scales
@@ -56,46 +48,19 @@ _TIE = 0.01  # totals of loss and simplicity that differ by less are the same
 _INDEPENDENT = 0.99  # a gain above which modes are independent in a leaf
 
 
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """What a kind of beginning is given: see `modes.examples`."""
+class NoneFound(InputError):
+    """No kind of beginning is accepted, where k is left to it."""
 
-    problem: Problem
-    batches: Iterable[Any]
-    key: Any
-    times: int
-    ins: dict[str, np.ndarray]
-    effect: np.ndarray
+    why = ""
 
-
-def _densest(e: Examples) -> Modes:
-    most = e.times * modes_lib.MOST_KEPT
-    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most)
-
-
-def _densest_in_one(e: Examples) -> Modes | None:
-    if len(e.ins) == 1:
-        return None
-    most, by = e.times * modes_lib.MOST_KEPT, modes_lib.richest(e.ins, e.effect)
-    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most, by=by)
-
-
-def _separated(e: Examples) -> Modes | None:
-    return separation.find(e.problem, e.batches, e.key, e.ins, e.effect)
-
-
-def _units(e: Examples) -> Modes | None:
-    return units.find(e.problem, e.batches)
-
-
-KINDS: dict[str, Callable[[Examples], Modes | None]] = {
-    "modes": _densest,
-    "modes of one leaf": _densest_in_one,
-    "separation": _separated,
-    "units": _units,
-}
-# Single mechanisms that many examples show need no comparison.
-SUREST = ("modes", "modes of one leaf")
+    @classmethod
+    def because(cls, why: str) -> NoneFound:
+        error = cls(
+            f"topk = 0 leaves k to the beginning, but there is none to begin at: {why} Mend that, "
+            f"or {GIVE_K}"
+        )
+        error.why = why
+        return error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,11 +78,20 @@ class Beginning:
 
 
 def accepted(
-    problem: Problem, method: APD, recipe: Recipe, scales: Scales, judge: Judge | None = None
+    problem: Problem,
+    method: APD,
+    recipe: Recipe,
+    scales: Scales,
+    judge: Judge | None = None,
+    most_lost: float | None = None,
 ) -> Beginning | None:
     """Components at the first kind of beginning that stands the test, of every instance.
 
     None where one instance has none.
+
+    Args:
+      most_lost: the loss up to which leaves that modes share are split by what modes write; None:
+        the recipe's `nearly_exact`.
 
     Raises:
       InputError: there is none, and topk = 0 left k to it.
@@ -126,6 +100,7 @@ def accepted(
     if recipe.least_explained > 1:
         return None
     settings = stage_method(with_any_k(method), recipe, STAGES[-1], scales)
+    lost = recipe.nearly_exact if most_lost is None else most_lost
     keys = jax.random.split(
         jax.random.fold_in(jax.random.key(method.seed), DRAWS + 1), (method.num_instances, 2)
     )
@@ -142,7 +117,7 @@ def accepted(
             one = fresh(init)
             look = None
             if all_found:
-                look = _Search(problem, method, recipe, judged_by, draw, one, on).best()
+                look = _Search(problem, method, recipe, judged_by, draw, one, on, lost).best()
                 all_found = look is not None
             if look is not None:
                 one, on = look.components, look.num_always_on
@@ -196,7 +171,10 @@ class _Look:
 
 @dataclasses.dataclass(frozen=True)
 class _Search:
-    """The search for a beginning of one instance. given: components always on; None: found."""
+    """The search for a beginning of one instance.
+
+    given: components always on; None: found. most_lost: see `accepted`.
+    """
 
     problem: Problem
     method: APD
@@ -205,6 +183,7 @@ class _Search:
     draw: Any
     fresh: Components
     given: int | None
+    most_lost: float
 
     def best(self) -> _Look | None:
         """The best of the looks that are accepted.
@@ -227,10 +206,7 @@ class _Search:
             self._warn(best)
         elif self.method.topk == 0:
             why = " ".join(refused.values()) or "neither modes, separation nor units find parts."
-            raise InputError(
-                f"topk = 0 leaves k to the beginning, but there is none to begin at: {why} Mend "
-                f"that, or {GIVE_K}"
-            )
+            raise NoneFound.because(why)
         elif refused:
             log.warning("components begin at random: %s", " ".join(refused.values()))
         return best
@@ -254,8 +230,7 @@ class _Search:
     def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:
         n, C = len(modes), self.method.num_components
         shared = held.shared(modes)
-        holding = (held.num_to_hold(self.problem, name, self.fresh) for name in shared)
-        needed = max(holding, default=0)
+        needed = self._needed(shared)
         on = self.given
         if on is None:
             on = needed if needed + n <= C else 0
@@ -266,6 +241,8 @@ class _Search:
         refused = self._refusal(kind, modes, on, explained, worth)
         if not refused:
             refused = self._control(kind, modes, examples, one, on, worth)
+        if not refused and shared and on and self.given is None:
+            one, worth, modes, on = self._written(modes, examples, one, worth, on)
         if not refused and modes.groups:
             one, worth, modes = self._joined(modes, one, on, worth)
         gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
@@ -275,10 +252,14 @@ class _Search:
             *(kind, n, modes.active, explained, worth.active, gains, on),
             f"; refused: {refused}" if refused else "",
         )
-        unheld = ()
+        unheld, shared = (), held.shared(modes)
         if shared and not on:
             unheld = (n, " and ".join(shared), needed, needed + n)
         return _Look(kind, modes, one, on, worth, refused, unheld)
+
+    def _needed(self, shared: Sequence[str]) -> int:
+        """Components that are always on, to hold these leaves whole."""
+        return max((held.num_to_hold(self.problem, n, self.fresh) for n in shared), default=0)
 
     def _refusal(self, kind: str, modes: Modes, on: int, explained: float, worth: Worth) -> str:
         """Why components are not accepted, as far as they alone tell."""
@@ -296,6 +277,26 @@ class _Search:
         if worth.active > _MOST_ACTIVE * n:
             return f"{kind} needs {worth.active:.2g} of {n} parts on an example."
         return ""
+
+    def _written(
+        self, modes: Modes, examples: Examples, one: Components, worth: Worth, on: int
+    ) -> tuple[Components, Worth, Modes, int]:
+        """With shared leaves split by what modes write, where nothing is lost by that."""
+        e = examples
+        split = writes.split(e.problem, e.batches, e.ins, e.effect, modes, held.shared(modes))
+        if not split.writes:
+            return one, worth, modes, on
+        needed = self._needed(held.shared(split))
+        parts = held.components(self.problem, split, self.fresh, num_always_on=needed)
+        found = self.judge.by_threshold(parts, needed, modes.active)
+        better = found.loss < max(worth.loss, self.most_lost)
+        better &= found.total < worth.total
+        log.info(
+            "%s split by what is written: loss %.2g and simplicity %.2g, whole %.2g and %.2g%s",
+            *(" and ".join(split.writes), found.loss, found.simplicity),
+            *(worth.loss, worth.simplicity, "" if better else "; not kept"),
+        )
+        return (parts, found, split, needed) if better else (one, worth, modes, on)
 
     def _joined(
         self, modes: Modes, one: Components, on: int, worth: Worth

@@ -6,6 +6,8 @@ Shapes: B examples of a batch, b matrices of a leaf (1 unless stacked).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -37,22 +39,42 @@ def directions(
     With v = f(θ*, x) - f(0, x), e is the leading left singular vector of ∂(v·f)/∂W_l, and the
     effect mean_o v_o².
     """
-    leaves = problem.sites
-    fn = problem.attribution_fn or problem.apply_fn
 
-    def one(x_b: PyTree) -> tuple[dict[str, Array], Array]:
+    def read(gradients: dict[str, Array], change: Array) -> tuple[dict[str, Array], Array]:
+        return jax.tree.map(jax.vmap(_leading_left), gradients), jnp.mean(change**2)
+
+    return _of_gradients(problem, x, read)
+
+
+def written(
+    problem: Problem, x: PyTree, names: Sequence[str]
+) -> dict[str, Float[Array, "B b d_out"]]:
+    """How the output of these leaves counts: the leading right singular vector of ∂(v·f)/∂W_l."""
+
+    def write(gradients: dict[str, Array], _: Array) -> dict[str, Array]:
+        return {n: jax.vmap(_leading_left)(jnp.swapaxes(gradients[n], 1, 2)) for n in names}
+
+    return _of_gradients(problem, x, write)
+
+
+def _of_gradients(problem: Problem, x: PyTree, fn: Callable[..., Any]) -> Any:
+    """fn(∂(v·f)/∂W_l of every leaf [b, d_in, d_out], v) of every example."""
+    leaves = problem.sites
+    apply_fn = problem.attribution_fn or problem.apply_fn
+
+    def one(x_b: PyTree) -> Any:
         batch = jax.tree.map(lambda a: a[None], x_b)
 
         def model(leaves: dict[str, Array]) -> Array:
-            return outputs(fn(components_lib.replace_leaves(problem.params, leaves), batch))
+            return outputs(apply_fn(components_lib.replace_leaves(problem.params, leaves), batch))
 
         out, pull = jax.vjp(model, leaves)
         change = out - model(jax.tree.map(jnp.zeros_like, leaves))
-        read = {
-            name: jax.vmap(_leading_left)(_matrix(problem, name, g).astype(jnp.float32))
+        gradients = {
+            name: _matrix(problem, name, g).astype(jnp.float32)
             for name, g in pull(change)[0].items()
         }
-        return read, jnp.mean(change.astype(jnp.float32) ** 2)
+        return fn(gradients, change.astype(jnp.float32))
 
     fitting = max(1, _CHUNK_BYTES // sum(4 * leaf.size for leaf in leaves.values()))
     if fitting < jax.tree.leaves(x)[0].shape[0]:

@@ -216,11 +216,11 @@ def described(
     counted = effect > _NO_EFFECT * max(float(np.mean(effect)), 1e-30)
     found = []
     for condition in (_CONDITION, _EXACT_CONDITION):
-        present, unexplained = _present(here, leading, condition)
-        active = float(np.sum(present(ins)[counted]) / len(effect))
-        found.append((active, unexplained, condition, present))
-    active, unexplained, condition, present = found[int(found[1][0] <= found[0][0] / 2)]
-    reads, seen = _reads(here, leading, present(here))
+        codes, unexplained = codes_of(here, leading, condition)
+        active = float(np.count_nonzero(codes(ins)[counted]) / len(effect))
+        found.append((active, unexplained, condition, codes))
+    active, unexplained, condition, codes = found[int(found[1][0] <= found[0][0] / 2)]
+    reads, seen = _reads(here, leading, codes(here) != 0)
     return Modes(leading, reads, seen, density, unexplained, active, condition=condition)
 
 
@@ -294,15 +294,17 @@ def _purest(
     return members
 
 
-def _present(
+def codes_of(
     ins: dict[str, Float[np.ndarray, "N b d"]],
     modes: dict[str, Float[np.ndarray, "n b d"]],
     condition: float,
-) -> tuple[Callable[[dict[str, np.ndarray]], Bool[np.ndarray, "N n"]], float]:
-    """ins -> which modes each example has; and which share of what is read modes do not explain.
+) -> tuple[Callable[[dict[str, np.ndarray]], Float[np.ndarray, "N n"]], float]:
+    """ins -> how much of each mode an example has, 0 where it is not there.
 
-    Both are told by the leaf that tells modes apart best: whose modes are independent and explain
-    what is read.
+    Told by the leaf that tells modes apart best: whose modes are independent and explain what is
+    read.
+
+    Returns: that, and which share of what is read modes do not explain there.
     """
     leaf, best, least = None, -1.0, 1.0
     for name, e in ins.items():
@@ -314,7 +316,12 @@ def _present(
                 leaf, best, least = (name, i, hat), gain * (1 - unexplained), unexplained
     assert leaf is not None
     name, i, hat = leaf
-    return lambda ins: np.abs(ins[name][:, i] @ hat.T) > _PRESENT, least
+
+    def codes(ins: dict[str, np.ndarray]) -> Float[np.ndarray, "N n"]:
+        s = ins[name][:, i] @ hat.T
+        return np.where(np.abs(s) > _PRESENT, s, 0.0)
+
+    return codes, least
 
 
 def _reads(

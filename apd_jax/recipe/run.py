@@ -19,7 +19,7 @@ from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network.problem import Problem
 from apd_jax.paths import quoted, user_path
-from apd_jax.recipe import scales, stages
+from apd_jax.recipe import pieces, scales, stages
 from apd_jax.train import checks, fingerprint, loop, parallel
 from apd_jax.train.begin import begin
 from apd_jax.train.progress import say
@@ -56,7 +56,10 @@ def run(
     else:
         stages.check(method, recipe)
     ready = method if recipe is not None else scales.prepared(problem, method)
-    state = None if given is None else begin(problem, ready, given, step)
+    start = given
+    if given is None and ready.finds_beginning:
+        start = Trained(pieces.found(problem, ready))
+    state = None if start is None else begin(problem, ready, start, step)
     if workdir is not None:
         settings = registry.settings(method)
         asked = settings if recipe is None else ConfigDict({"apd": settings, "recipe": recipe})

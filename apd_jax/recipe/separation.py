@@ -68,11 +68,11 @@ def find(
     """
     N = min(len(effect), MOST_EXAMPLES)
     weight = np.sqrt(effect[:N] / max(float(np.mean(effect)), 1e-30)).astype(np.float32)
-    read = {name: _Read(e[:N] * weight[:, None, None], False) for name, e in ins.items()}
+    read = {name: Read(e[:N] * weight[:, None, None], False) for name, e in ins.items()}
     of_batch = jax.jit(lambda params, x: inputs(problem.with_params(params), x))
     drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
     whole = jax.tree.map(lambda *a: np.concatenate(a), *drawn)
-    read |= {name: _Read(x[:N], True) for name, x in whole.items()}
+    read |= {name: Read(x[:N], True) for name, x in whole.items()}
     seed = int(jax.random.bits(key, dtype=jnp.uint32))
     found = [r.codes(i, seed) for r in read.values() for i in range(r.x.shape[1])]
     codes = found[int(np.argmax([np.sum(_GAUSSIAN - _length(s)) for s in found]))]
@@ -116,7 +116,7 @@ def together(on: Bool[np.ndarray, "N n"]) -> tuple[tuple[tuple[int, ...], ...], 
 
 
 @dataclasses.dataclass(frozen=True)
-class _Read:
+class Read:
     """What examples read in a leaf. signed: with the sign that it has there."""
 
     x: Float[np.ndarray, "N b d_in"]
@@ -139,7 +139,7 @@ class _Read:
                 ica = FastICA(whiten="unit-variance", **settings).fit(x)
                 unmixing = _turned(x, ica.components_)
                 start = unmixing @ np.linalg.pinv(ica.whitening_)
-        return _purified(x, np.linalg.pinv(unmixing).T)
+        return purified(x, np.linalg.pinv(unmixing).T)
 
     def regressed(self, i: int, codes: Float[np.ndarray, "N n"]) -> Float[np.ndarray, "n d_in"]:
         """a_i, of unit length, of x ≈ Σ_i s_i a_i."""
@@ -190,7 +190,7 @@ def _turned(
     return unmixing
 
 
-def _purified(
+def purified(
     x: Float[np.ndarray, "N d"], directions: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, "N n"]:
     """Codes that are 0 where they are near it, and directions fitted to them, by turns."""
