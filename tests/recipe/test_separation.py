@@ -21,6 +21,31 @@ def test_codes_that_are_mostly_on_together_are_groups():
     assert share == np.float32((4 + 3 + 9 + 8) / (3 + 4 + 3 + 3 + 9 + 8))
 
 
+def test_codes_as_sparse_as_a_gaussian_are_found_by_their_skewness():
+    """U(0, 1) on two examples of five, mixed: E|s|/√var is 0.81, that of a Gaussian 0.80."""
+    draw = np.random.default_rng(0)
+    codes = (draw.random((16_384, 12)) < 0.4) * draw.random((16_384, 12))
+    mixing = draw.normal(size=(12, 12))
+    x = (codes @ mixing).astype(np.float32)
+    read = separation.Read(x[:, None], True)
+    found = read.regressed(0, read.codes(0, seed=0))
+    wanted = mixing / np.linalg.norm(mixing, axis=1, keepdims=True)
+    cosine = np.abs(found @ wanted.T)
+    assert sorted(cosine.argmax(1)) == list(range(12))
+    assert cosine.max(1).min() > 0.9999
+
+
+def test_codes_that_are_not_lopsided_keep_what_their_size_tells():
+    """Of either sign alike: no skewness at all."""
+    draw = np.random.default_rng(1)
+    codes = draw.laplace(size=(8192, 6)).astype(np.float32)
+    mixing = draw.normal(size=(6, 6)).astype(np.float32)
+    unmixing = separation.unmixed(codes @ mixing, seed=0)
+    shares = np.abs(mixing @ unmixing.T)  # of every code in every projection
+    assert sorted(shares.argmax(1)) == list(range(6))
+    assert np.all(np.sort(shares, axis=1)[:, -2] < 0.1 * shares.max(1))
+
+
 def test_planes_are_one_component_each(monkeypatch):
     """f(x) = x W, x points on circles in six planes of two coordinates, each on for a fifth."""
     monkeypatch.setattr(modes, "NUM_EXAMPLES", 2048)
