@@ -14,13 +14,14 @@ matched with the features one to one, by the share of a feature's weights that a
 --truth begins at the true pieces of a TMS, as many as features: where its loss ends below that of a
 run from the method's own beginning, the search is at fault and not the objective.
 
-Of a ResidMLP also, on inputs with one feature alone (at 1/4, 1/2, 3/4 and 1), with g the causal
+Of a ResidMLP, and of components of the whole network, also, on inputs with one feature alone (at 1/4, 1/2, 3/4 and 1), with g the causal
 importance of a component there, averaged over these, and alive where it is above 0.1 for a feature;
 those that are on for all of them are kept in both errors, and counted in nothing else:
 
   separation   of an alive component, the share of Σ_f g that its main feature has; the mean of them
   coverage     share of features whose most important component (g > 1/2) is no other feature's
-  cross_layer  share of alive components with 5 % of their squared norm or more in every layer
+  cross_layer  share of alive components with 5 % of their squared norm or more in every layer (of
+               a TMS in encoder and decoder)
   keep_only    error with the feature's most important component alone, of that with none
 
 loss: the mean of the last 20 logged totals. worst: the error of 20 signed ascents of 0.1 on one
@@ -146,7 +147,8 @@ def measured(target: Any, found: Decomposition) -> dict[str, Any]:
     subject = make(setting, found.problem.params, found.trained, x)
     scale = float(baselines(subject)[0])
     worst = ablate.attack(subject, jax.random.key(1), shared=True, steps=20, starts=1)[-1]
-    alone = by_feature(target, found) if target.name == "resid_mlp" else {}
+    whole = target.name == "resid_mlp" or not found.method.own_numbers
+    alone = by_feature(target, found) if whole else {}
     return {
         **by_site(target, found, seen),
         **alone,
