@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -16,15 +17,15 @@ from jaxtyping import Array, Bool, Float, PyTree
 
 from apd_jax import components as components_lib
 from apd_jax.components import Components
-from apd_jax.errors import InputError, first_line
+from apd_jax.errors import InputError, number_of, shown
 from apd_jax.forward import sparse
 from apd_jax.gates.base import ATTRIBUTIONS, Activity, at_valid
 from apd_jax.methods import observe, registry
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained, instances, one_instance
 from apd_jax.network import data
-from apd_jax.network.problem import Problem
-from apd_jax.network.takes import check_batch
+from apd_jax.network.problem import Problem, check_function
+from apd_jax.network.takes import check_batch, on_device
 from apd_jax.recipe import run, scales, stages
 from apd_jax.train import loop
 
@@ -152,7 +153,7 @@ class Decomposition:
           InputError: the network does not take x, or the gate's scores are NaN there.
         """
         arrays = (self.components, self.gate, self.problem.params)
-        found, lost = self._observed(*arrays, _on_device(x))
+        found, lost = self._observed(*arrays, on_device(x))
         if not isinstance(lost, Tracer) and lost:
             raise InputError(
                 "the gate's scores are NaN on x; is it finite, and made for this network (tokens "
@@ -162,9 +163,9 @@ class Decomposition:
 
     def attributions(self, x: PyTree) -> Float[Array, "B *T C"]:
         """A_c(x), in units of the output, as the method takes them; per position if it says so."""
-        return self._attributed(self.components, self.problem.params, _on_device(x))
+        return self._attributed(self.components, self.problem.params, on_device(x))
 
-    def mask(self, x: PyTree, cut: float | None = None) -> Bool[Array, "B *T C"]:
+    def mask(self, x: PyTree, cut: Any = None) -> Bool[Array, "B *T C"]:
         """Which components are active on each example (or position) of this batch, as in training.
 
         Batch top-k depends on the whole batch: an example alone may keep others. With a cut, from
@@ -172,9 +173,10 @@ class Decomposition:
         """
         if cut is None:
             return self.activity(x).active
+        cut = cut if isinstance(cut, Tracer) else number_of("cut", cut)
         scores = self.attributions(x)
         kept = (scores >= cut) | self._always_on(scores.ndim)
-        return at_valid(kept, self.problem.valid(_on_device(x)))
+        return at_valid(kept, self.problem.valid(on_device(x)))
 
     def cut(self, x: PyTree) -> float:
         """The least attribution that the gate keeps on a large batch x; see `mask`.
@@ -204,19 +206,26 @@ class Decomposition:
         """What apply_fn returns with only the active components.
 
         mask: other components [B, *T, C], bool or the share of each that is left.
+
+        Raises:
+          InputError: the network does not take x, or mask is none of this shape or holds NaN.
         """
-        mask = self.mask(x) if mask is None else jnp.asarray(mask)
-        return self._masked(self.components, self.problem.params, mask, _on_device(x))
+        mask = self.mask(x) if mask is None else _shares(mask)
+        return self._masked(self.components, self.problem.params, mask, on_device(x))
 
     def ablate(self, components: Sequence[int] | np.ndarray | Array, x: PyTree) -> Any:
         """What apply_fn returns with all components but the given ones: numbers, or a bool mask."""
         on = jnp.asarray(~components_lib.chosen(self.components, components), jnp.float32)
-        return self._run(self.components, self.problem.params, on, _on_device(x))
+        return self._run(self.components, self.problem.params, on, on_device(x))
 
     def component(self, i: int) -> PyTree:
         """P_i as a pytree like params; zeros where params are not decomposed."""
         self._only_one()
-        only = jnp.asarray(components_lib.chosen(self.components, [i]), jnp.float32)
+        try:
+            number = operator.index(i)
+        except TypeError:
+            raise InputError(f"component takes one number; got {shown(i)}.") from None
+        only = jnp.asarray(components_lib.chosen(self.components, [number]), jnp.float32)
         return _alone(self.components, self.problem.params, only)
 
     def edit(self, scales: Mapping[int, float]) -> PyTree:
@@ -233,9 +242,10 @@ class Decomposition:
             raise InputError(f"edit takes {{component: scale}}; got a {type(scales).__name__}.")
         change = np.zeros(self.components.num_components, np.float32)
         for number, scale in scales.items():
-            if not _finite(scale):
+            factor = number_of(f"the scale of component {number}", scale)
+            if not np.isfinite(factor):
                 raise InputError(f"component {number} cannot be scaled by {scale}.")
-            change[components_lib.chosen(self.components, [number])] = scale - 1
+            change[components_lib.chosen(self.components, [number])] = factor - 1
         moved = _alone(self.components, self.problem.params, jnp.asarray(change))
         return jax.tree.map(lambda a, b: a + b.astype(a.dtype), self.problem.params, moved)
 
@@ -316,6 +326,7 @@ class Decomposition:
         streams = {"sample_fn": sample_fn, "elsewhere": elsewhere}
         given = {name: source for name, source in streams.items() if source is not None}
         problem = dataclasses.replace(self.problem, **given)
+        check_function(problem)
         begun = self.history[-1]["step"] if self.history else 0
         method = self.method.replace(num_steps=begun + steps, **changes)
         if self.recipe is not None and "learning_rate" not in changes:
@@ -353,22 +364,22 @@ class Decomposition:
         )
 
 
-def _finite(scale: Any) -> bool:
-    try:
-        return bool(np.isfinite(float(scale)))
-    except (TypeError, ValueError):
-        return False
-
-
 @jax.jit
 def _alone(components: Components, params: PyTree, weights: Float[Array, " C"]) -> PyTree:
     """Σ_c w_c P_c, and zeros where params are not decomposed."""
     return components_lib.weighted_sum(components, jax.tree.map(jnp.zeros_like, params), weights)
 
 
-def _on_device(x: PyTree) -> PyTree:
-    """A batch with arrays of any library as its leaves."""
+def _shares(mask: Any) -> Array:
+    """What is left of components, as an array."""
     try:
-        return jax.tree.map(jnp.asarray, x)
-    except TypeError as error:
-        raise InputError(f"x must hold arrays of numbers: {first_line(error)}.") from None
+        found = jnp.asarray(mask)
+    except (TypeError, ValueError):
+        raise InputError(
+            f"mask must be an array [B, *T, C], bool or shares; got {shown(mask)}."
+        ) from None
+    if found.ndim < 2:
+        raise InputError(f"mask must be an array [B, *T, C]; its shape is {found.shape}.")
+    if not isinstance(found, Tracer) and jnp.isnan(found).any():
+        raise InputError("mask must be bool or shares, and holds NaN.")
+    return found

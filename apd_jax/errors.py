@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable
+from typing import Any
 
 
 class InputError(ValueError):
@@ -23,7 +25,7 @@ class UnknownName(InputError):
     def of(cls, what: str, value: str, known: Iterable[str]) -> UnknownName:
         """The sentence that lists the known names and says which is the nearest."""
         known = tuple(known)
-        near = difflib.get_close_matches(value, known, n=1)
+        near = difflib.get_close_matches(str(value), known, n=1)
         meant = f" Did you mean {near[0]!r}?" if near else ""
         error = cls(f"unknown {what} {value!r}; known: {', '.join(known)}.{meant}")
         error.what, error.value, error.known = what, value, known
@@ -57,6 +59,38 @@ def listed(names: Iterable[str], most: int = 6, joint: str = ", ") -> str:
     names = list(names)
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return joint.join(names[:most]) + more
+
+
+def number_of(what: str, value: Any) -> float:
+    """`value` as a float.
+
+    Raises:
+      InputError: it is no number, or NaN.
+    """
+    try:
+        found = math.nan if isinstance(value, str) else float(value)
+    except (TypeError, ValueError):
+        found = math.nan
+    if math.isnan(found):
+        raise InputError(f"{what} must be a number; got {shown(value)}.")
+    return found
+
+
+def of_kind(what: str, value: Any, kinds: type | tuple[type, ...], meant: str) -> Any:
+    """`value`, if it is of one of these classes.
+
+    Raises:
+      InputError: it is not.
+    """
+    if not isinstance(value, kinds):
+        raise InputError(f"{what} must be {meant}; got {shown(value)}.")
+    return value
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence: itself where it is short, else its class."""
+    said = repr(value)
+    return said if len(said) <= 40 and "\n" not in said else f"a {type(value).__name__}"
 
 
 def seed_of(what: str, value: int) -> int:

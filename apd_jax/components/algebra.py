@@ -193,7 +193,13 @@ def chosen(components: Components, given: Any) -> np.ndarray:
     Raises:
       InputError: a mask of another size, no whole numbers, or a component that does not exist.
     """
-    C, given = components.num_components, np.asarray(given)
+    C = components.num_components
+    try:
+        given = np.asarray(given)
+    except ValueError:
+        raise InputError(
+            "components are chosen by one list of numbers; got a ragged one."
+        ) from None
     if given.dtype == bool:
         if given.shape != (C,):
             raise InputError(f"a mask of components must have shape ({C},); got {given.shape}.")

@@ -15,12 +15,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import PyTree
 from rich.console import Console
 
 from apd_jax.components import Components
 from apd_jax.decomposition import Decomposition
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, number_of, of_kind, shown
 from apd_jax.evaluation.general import STREAM
 from apd_jax.evidence import ablate, audit, controls, fit, length, retrain, truth
 from apd_jax.evidence.asking import Display, answers, chosen
@@ -31,6 +32,7 @@ from apd_jax.evidence.subject import Setting, make
 from apd_jax.methods.base import Method
 from apd_jax.methods.optimizers import Trained
 from apd_jax.network import data
+from apd_jax.network.takes import taken
 from apd_jax.targets.base import Target
 from apd_jax.train.progress import seconds
 
@@ -99,7 +101,7 @@ def evidence(
         error stream.
     Raises:
       InputError: several instances; no data; examples that are none; a check that does not exist;
-        a budget that is none.
+        a budget that is none; anything else of a wrong kind.
     Cost: without `full` some 1200 sparse passes over the examples, half of them with gradients.
     """
     started, questions = time.monotonic(), chosen(CHECKS, checks)
@@ -108,7 +110,9 @@ def evidence(
     count = _num_examples(method, num_examples)
     key = jax.random.fold_in(jax.random.key(method.seed), STREAM + 2)
     draw, num_batches = _held_out(decomposition, x, key, count)
-    about = _about(method, provenance or {})
+    about = _about(method, of_kind("provenance", provenance or {}, Mapping, "{name: value}"))
+    of_kind("target", target, (Target, type(None)), "a Target, of apd_jax.targets")
+    of_kind("earlier", earlier or {}, Mapping, "{step: what was trained}")
     setting = Setting(problem, method)
     with Display(console, len(questions)) as display:
         display.says("what the gate keeps")
@@ -119,11 +123,11 @@ def evidence(
             draw=draw,
             num_batches=num_batches,
             target=target,
-            seeds=seeds,
-            other=other,
-            earlier=earlier or {},
+            seeds=[_trained("a run of seeds", run) for run in of_kind("seeds", seeds, *_RUNS)],
+            other=None if other is None else _components(other),
+            earlier={n: _trained(f"earlier[{n!r}]", run) for n, run in (earlier or {}).items()},
             provenance=about,
-            bits_per_rank=bits_per_rank,
+            bits_per_rank=number_of("bits_per_rank", bits_per_rank),
             full=full,
         )
         clock = None if allowed is None else Clock(case, allowed, started)
@@ -141,10 +145,24 @@ def _num_examples(method: Method, asked: int | None) -> int:
             f"evidence is of one instance, and there are {method.num_instances}; take "
             "decomposition.instance(i)."
         )
-    count = int(method.batch_size if asked is None else asked)
-    if count < 2:
-        raise InputError(f"num_examples must be at least 2; got {count}.")
-    return count
+    count: Any = method.batch_size if asked is None else asked
+    if not isinstance(count, int | np.integer) or count < 2:
+        raise InputError(f"num_examples must be a whole number, at least 2; got {shown(count)}.")
+    return int(count)
+
+
+_RUNS = (Sequence, "a list of what other seeds trained")
+
+
+def _trained(what: str, run: Any) -> Trained:
+    """What was trained, of a decomposition too."""
+    found = run.trained if isinstance(run, Decomposition) else run
+    return of_kind(what, found, Trained, "a decomposition, or its `trained`")
+
+
+def _components(run: Any) -> Components:
+    found = run.components if isinstance(run, Decomposition) else run
+    return of_kind("other", found, Components, "a decomposition, or its components")
 
 
 def _about(method: Method, provenance: Mapping[str, Any]) -> dict[str, Any]:
@@ -166,6 +184,7 @@ def _held_out(decomposition: Decomposition, x: PyTree, key: jax.Array, num_examp
     """i -> batch i of num_examples, and how many there are."""
     source = decomposition.problem.sample_fn
     if x is not None:
+        x = taken(decomposition.problem.apply_fn, decomposition.problem.params, x)
         return (lambda i: x), 1
     if source is None:
         raise InputError(

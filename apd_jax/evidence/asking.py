@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, shown
 from apd_jax.evidence.budget import Clock
 from apd_jax.evidence.card import NEEDED
 from apd_jax.evidence.check import Case, Check, Question
@@ -30,6 +30,8 @@ def chosen(
     if asked is None:
         return tuple(questions)
     several = [asked] if isinstance(asked, int | str) else asked
+    if not isinstance(several, Iterable):
+        raise InputError(f"checks must be numbers or names of checks; got {shown(asked)}.")
     numbers = {number for one in several for number in _meant(questions, one)}
     return tuple(question for question in questions if question.number in numbers)
 

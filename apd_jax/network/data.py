@@ -212,6 +212,7 @@ def always_alike(sample_fn: Callable | Batches) -> bool:
     """Whether a sampler gives the same batch whatever it is given, as far as its jaxpr says."""
     if isinstance(sample_fn, Batches):
         return False
+    shapes(sample_fn)  # says what is wrong with it
     jaxpr = jax.make_jaxpr(sample_fn)(jax.random.key(0), jnp.zeros((), jnp.int32)).jaxpr
     return not reaching_outputs(jaxpr).intersection(jaxpr.invars)
 

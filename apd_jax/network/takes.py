@@ -38,6 +38,25 @@ def check_batch(apply_fn: Callable, params: PyTree, x: PyTree) -> None:
         )
 
 
+def taken(apply_fn: Callable, params: PyTree, x: PyTree) -> PyTree:
+    """A batch that the network takes, on the device: see `on_device`, `check_batch`."""
+    x = on_device(x)
+    check_batch(apply_fn, params, x)
+    return x
+
+
+def on_device(x: PyTree) -> PyTree:
+    """A batch with arrays of any library as its leaves.
+
+    Raises:
+      InputError: they are no numbers.
+    """
+    try:
+        return jax.tree.map(jnp.asarray, x)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"x must hold arrays of numbers: {first_line(error)}.") from None
+
+
 def check_result(result: Any, sizes: set[tuple[int, ...]]) -> None:
     """Checks that it is a floating array, or (array, {name: array}), with the batch's leading size.
 

@@ -26,6 +26,7 @@ from apd_jax.decomposition import Decomposition
 from apd_jax.errors import InputError
 from apd_jax.evaluation import components_view
 from apd_jax.evaluation.components_view import Behaviour
+from apd_jax.network.takes import taken
 from apd_jax.paths import user_path
 from apd_jax.report import drawn, panel, tables, words
 from apd_jax.report.source import Sizes, Source
@@ -74,8 +75,8 @@ def report(
       tokens: names for the numbers of integer inputs, and for outputs, of which there is then one
         for every token: a tokenizer or a list, see `apd_jax.report.words.of`.
     Raises:
-      InputError: the decomposition holds several instances; choose one by `instance`. A list of
-        names is too short or too long.
+      InputError: the decomposition holds several instances; choose one by `instance`. The network
+        does not take x. A list of names is too short or too long.
     Cost: the gate, and for every component a forward pass, of the first examples of x: MOST_ROWS
     in all, or LEAST_EXAMPLES.
     """
@@ -86,7 +87,9 @@ def report(
             "e.g. .instance(0).report(path)."
         )
     path = user_path(path)
-    if x is None and d.problem.sample_fn is not None:
+    if x is not None:
+        x = taken(d.problem.apply_fn, d.problem.params, x)
+    elif d.problem.sample_fn is not None:
         x = d.problem.example_batch(jax.random.key(d.method.seed))
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
     name = path.resolve().parent.name if path.stem == "report" else path.stem

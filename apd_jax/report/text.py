@@ -23,7 +23,7 @@ from jaxtyping import Int
 
 from apd_jax import components as components_lib
 from apd_jax.decomposition import Decomposition
-from apd_jax.errors import InputError
+from apd_jax.errors import InputError, of_kind
 from apd_jax.interpretation import effects as effects_lib
 from apd_jax.interpretation import qk
 from apd_jax.interpretation.effects import Effects
@@ -89,10 +89,12 @@ def report(
       InputError: the harvest is of another decomposition, or groups are not one number for each.
     Cost: that of `effects` and `qk.partners`, and the gate on x.
     """
-    assert harvest is not None
+    harvest = of_kind("harvest", harvest, Harvest, "a Harvest, of interpretation.harvest")
     harvest.must_be_of(decomposition)
     if effects is None:
         effects = effects_lib.effects(decomposition, harvest)
+    of_kind("effects", effects, Effects, "Effects, of interpretation.effects")
+    of_kind("decoder", decoder, (DecoderConfig, type(None)), "the config of a language.Decoder")
     path, d = user_path(path), decomposition
     name = path.resolve().parent.name if path.stem == "report" else path.stem
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})

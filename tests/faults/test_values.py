@@ -107,7 +107,7 @@ def test_inputs_that_the_network_does_not_take(found, x, sentence):
 def test_an_edit_is_a_scale_for_a_component(found):
     with pytest.raises(InputError, match=r"edit takes \{component: scale\}; got a list"):
         found.edit([1])
-    with pytest.raises(InputError, match="component 1 cannot be scaled by half"):
+    with pytest.raises(InputError, match="the scale of component 1 must be a number"):
         found.edit({1: "half"})
 
 
@@ -201,3 +201,44 @@ def test_numbers_of_any_library_are_numbers(tmp_path):
     assert again.components.factors["w"].U.shape == (3, 4, 2)
     assert type(run.method.topk) is float and type(run.method.rank) is int
     assert isinstance(run.method, APD)
+
+
+WRONG = ("all", 2.5, {"a": 1}, [[1, 2], [3]], object())
+CALLS = {  # what of a wrong kind is given to
+    "x of mask": lambda d, wrong: d.mask(wrong),
+    "cut": lambda d, wrong: d.mask(X, cut="a" if wrong == 2.5 else wrong),
+    "mask": lambda d, wrong: d.sparse_output(X, wrong),
+    "components": lambda d, wrong: d.ablate(wrong, X),
+    "i": lambda d, wrong: d.component(wrong),
+    "scale": lambda d, wrong: d.edit({0: "2" if wrong == 2.5 else wrong}),
+    "scales": lambda d, wrong: d.edit(wrong),
+    "instance": lambda d, wrong: d.instance(wrong),
+    "steps": lambda d, wrong: d.train(wrong),
+    "data": lambda d, wrong: d.train(1, [1.0, 2.0] if wrong == "all" else wrong),
+    "x of report": lambda d, wrong: d.report("never.html", wrong),
+    "tokens": lambda d, wrong: d.report("never.html", X, wrong),
+    "harvest": lambda d, wrong: d.report("never.html", X, harvest=wrong),
+    "x of evidence": lambda d, wrong: d.evidence(x=wrong),
+    "checks": lambda d, wrong: d.evidence(checks=wrong),
+    "budget": lambda d, wrong: d.evidence(budget=-1 if wrong == 2.5 else wrong),
+    "num_examples": lambda d, wrong: d.evidence(num_examples=wrong),
+    "seeds": lambda d, wrong: d.evidence(seeds=wrong),
+    "other": lambda d, wrong: d.evidence(other=wrong),
+    "earlier": lambda d, wrong: d.evidence(earlier=wrong),
+    "provenance": lambda d, wrong: d.evidence(provenance=wrong),
+    "target": lambda d, wrong: d.evidence(target=wrong),
+    "path": lambda d, wrong: apd_jax.load("nowhere" if wrong == "all" else wrong, linear),
+    "ragged": lambda d, wrong: decompose(ragged=wrong),
+    "method": lambda d, wrong: apd_jax.suggest(linear, PARAMS, rows, wrong),
+    "elsewhere": lambda d, wrong: decompose(elsewhere=len),
+}
+X = np.ones((B, 4), np.float32)
+RIGHT = {"provenance": [{"a": 1}]}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_what_is_of_a_wrong_kind_is_said(found, name):
+    for wrong in WRONG:
+        if wrong not in RIGHT.get(name, []):
+            with pytest.raises(InputError):
+                CALLS[name](found, wrong)
