@@ -95,8 +95,9 @@ def evidence(
       checks: those to run, by number or name; a part of a name will do: ["faithfulness", 3]. None
         runs all.
       budget: of time, in seconds or as "90s", "5min", "1h30min". Small pieces are timed, and a
-        check that would not fit into what is left is not run and says what it would take. Those
-        that the verdict rests on come first. None runs all that is asked.
+        check that would not fit into what is left is not run and says what it would take; those
+        known not to fit are named at once. Those that the verdict rests on come first. None runs
+        all that is asked.
       console: where the display goes that says which check is running, and since when; None: the
         error stream.
     Raises:

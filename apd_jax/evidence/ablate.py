@@ -143,7 +143,7 @@ def attack(
 
 def _attack_cost(case: Case) -> Cost:
     """Two attacks; as programs they are larger than a pass, and so is the bound."""
-    return Cost(gradient=2 * NUM_STARTS * (LADDER[-1] + 1), programs=8)
+    return Cost(gradient=2 * NUM_STARTS * (LADDER[-1] + 1), programs=16)
 
 
 @asks(5, "worst_case_ablation", "Worst-case partial ablation", _attack_cost)
@@ -265,7 +265,7 @@ def trajectories(subject: Subject, key: PRNGKeyArray) -> dict[str, Float[Array, 
     6,
     "monotone_trajectories",
     "Ablation trajectories",
-    lambda case: Cost(forward=3 * CURVE_POINTS, programs=2),
+    lambda case: Cost(forward=3 * CURVE_POINTS, programs=7),
 )
 def monotone(case: Case) -> Check:
     """Check 6: the error stays low from all components on to the active ones only.

@@ -61,6 +61,7 @@ def answers(
     if clock is not None:
         order.sort(key=lambda question: question.number not in NEEDED)
         display.says("timing small pieces")
+        display.tells(_plan(case, order, clock))
     found = {}
     for question in order:
         expected, left = 0.0, 0.0
@@ -73,9 +74,35 @@ def answers(
         else:
             about = f", about {duration(expected)}" if expected >= 1 else ""
             display.says(f"{question.title} ({question.number}){about}")
-            found[question.number] = question(case)
+            found[question.number] = _asked(question, case, clock)
         display.advance()
     return [found[question.number] for question in questions]
+
+
+def _asked(question: Question, case: Case, clock: Clock | None) -> Check:
+    began = time.monotonic()
+    found = question(case)
+    if clock is not None:
+        clock.learn(question.number, question.cost(case), time.monotonic() - began)
+    return found
+
+
+def _plan(case: Case, order: Sequence[Question], clock: Clock) -> str:
+    """What will not fit, as far as it is known before the first check; "" where all does."""
+    left, out = clock.left, []
+    for question in order:
+        expected = clock.expects(question.cost(case))
+        if expected > left:
+            out.append(f"{question.name} ({question.number}), about {duration(expected)}")
+        else:
+            left -= expected
+    spent = clock.budget - clock.left
+    if not out:
+        return ""
+    return (
+        f"of the budget of {duration(clock.budget)}, {duration(spent)} went into compiling and "
+        f"timing the first passes; what will not fit: {'; '.join(out)}"
+    )
 
 
 class Display:
@@ -117,6 +144,11 @@ class Display:
                 markup=False,
                 soft_wrap=True,
             )
+
+    def tells(self, what: str) -> None:
+        """A line that stays."""
+        if what:
+            self._console.print(f"evidence: {what}", highlight=False, markup=False, soft_wrap=True)
 
     def advance(self) -> None:
         self._done += 1

@@ -15,28 +15,41 @@ from apd_jax.evidence.check import Case, Cost
 from apd_jax.evidence.subject import errors, make
 
 GRADIENT = 3.0  # a pass forward and back, in passes forward
+LEAST = 0.2  # seconds of a check from which the others' pace is told
 
 
 class Clock:
     """A budget that began to run at `started` (of `time.monotonic`), and the pieces of this case.
 
-    Every piece is timed once, when a check first needs it.
+    Every piece is timed once, when a check first needs it. Where a check took longer than expected,
+    all others are expected to be off by as much.
     """
 
     def __init__(self, case: Case, budget: float, started: float):
         self._case, self._end, self.budget = case, started + budget, budget
+        self._slower, self._asked = 1.0, set[int]()
 
     @property
     def left(self) -> float:
         return max(self._end - time.monotonic(), 0.0)
 
     def expects(self, cost: Cost) -> int | float:
-        """Seconds that a check would take."""
+        """Seconds that a check would take, at the pace of those before."""
+        return self._slower * self._by_pieces(cost)
+
+    def learn(self, number: int, cost: Cost, took: float) -> None:
+        """What a check took, in seconds."""
+        if (alone := self._by_pieces(cost)) > LEAST:
+            self._slower = max(self._slower, took / alone)
+        self._asked.add(number)
+
+    def _by_pieces(self, cost: Cost) -> int | float:
         passes = cost.forward + GRADIENT * cost.gradient
         found = cost.gate * self._gate if cost.gate else 0.0
-        if passes or cost.programs:
+        programs = cost.programs + sum(n for i, n in cost.shared if i not in self._asked)
+        if passes or programs:
             compiled, forward = self._forward
-            found += passes * forward + cost.programs * compiled
+            found += passes * forward + programs * compiled
         return found + (cost.runs * self._run if cost.runs else 0.0)
 
     @functools.cached_property

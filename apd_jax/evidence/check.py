@@ -75,7 +75,8 @@ class Cost:
 
     forward: sparse passes over all examples. gradient: such passes forward and back. gate: times
     that the gate is asked for its choice. programs: compiled, of the size of a sparse pass. runs:
-    trainings of the size of this one.
+    trainings of the size of this one. shared: (number of a check, programs) that are compiled
+    too, unless that check was asked before.
     """
 
     forward: int | float = 0
@@ -83,6 +84,7 @@ class Cost:
     gate: int | float = 0
     programs: int | float = 0
     runs: int | float = 0
+    shared: tuple[tuple[int, int | float], ...] = ()
 
     def __add__(self, other: Cost) -> Cost:
         pairs = ((f.name, getattr(other, f.name)) for f in dataclasses.fields(self))

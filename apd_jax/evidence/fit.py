@@ -54,7 +54,7 @@ def _unmasked_error(subject: Subject) -> Float[Array, ""]:
 
 
 @asks(
-    1, "parameter_faithfulness", "Parameter faithfulness", lambda case: Cost(forward=3, programs=2)
+    1, "parameter_faithfulness", "Parameter faithfulness", lambda case: Cost(forward=3, programs=4)
 )
 def faithfulness(case: Case) -> Check:
     """Check 1: do the components sum to the network?"""
@@ -72,7 +72,7 @@ def faithfulness(case: Case) -> Check:
     )
 
 
-@asks(3, "sparse_reconstruction", "Sparse reconstruction", lambda case: Cost(forward=8, programs=2))
+@asks(3, "sparse_reconstruction", "Sparse reconstruction", lambda case: Cost(forward=8, programs=5))
 def sparse(case: Case) -> Check:
     """Check 3: the error with the active components only.
 
@@ -114,7 +114,7 @@ def sparse(case: Case) -> Check:
     )
 
 
-@asks(11, "shrinkage", "Shrinkage", lambda case: Cost(forward=2, programs=1))
+@asks(11, "shrinkage", "Shrinkage", lambda case: Cost(forward=2, programs=4))
 def shrinkage(case: Case) -> Check:
     """Check 11: are components and outputs as large as they should be?
 

@@ -113,7 +113,7 @@ def smallest_k(ks: np.ndarray, error: np.ndarray) -> float | None:
     2,
     "minimality",
     "Minimality",
-    lambda case: Cost(forward=NUM_KS, gate=FIRING_BATCHES, programs=3),
+    lambda case: Cost(forward=NUM_KS, gate=FIRING_BATCHES, programs=8),
 )
 def minimality(case: Case) -> Check:
     """Check 2: few components are active, and no more than are needed.
@@ -194,7 +194,7 @@ def lengths(case: Case) -> Lengths:
 
 @asks(
     *(19, "description_length", "Description length"),
-    lambda case: Cost(forward=NUM_KS + 2, programs=3),
+    lambda case: Cost(forward=NUM_KS + 2, programs=4),
 )
 def description_length(case: Case) -> Check:
     """Check 19: is what is active shorter to say than the whole network, and than nothing?

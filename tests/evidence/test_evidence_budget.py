@@ -104,6 +104,33 @@ def test_what_does_not_fit_says_so_and_what_the_verdict_needs_comes_first(tokens
     assert re.search(r"0/3 checks after \d+ s; now Check 16 \(16\), about 3 s", text.getvalue())
 
 
+def test_a_check_that_took_long_makes_the_others_be_expected_to(tokens, monkeypatch):
+    """What is left out by the pieces is named first; then what is by the pace of a check."""
+    asked, now = [], [0.0]
+    monkeypatch.setattr(budget.time, "monotonic", lambda: now[0])
+
+    def question(number, passes, seconds):
+        def ask(case):
+            asked.append(number)
+            now[0] += seconds
+            return Check(passed=True)
+
+        cost = Cost(forward=passes)
+        return Question(number, f"check_{number}", f"Check {number}", ask, lambda case: cost)
+
+    class Quick(budget.Clock):
+        _forward = (0.0, 0.3)  # a third of what check 1 takes
+
+    questions = [question(1, 1, 0.9), question(2, 2, 0), question(3, 1, 0), question(4, 40, 0)]
+    text, clock = io.StringIO(), Quick(tokens, 2.6, now[0])
+    with Display(Console(file=text), 4) as display:
+        found = answers(tokens, questions, display, clock)
+    assert asked == [1, 3]
+    assert [check.number for check in found if check.why] == [2, 4]
+    assert "what will not fit: check_4 (4), about 12 s" in text.getvalue()
+    assert clock.expects(Cost(forward=1)) == pytest.approx(0.9)
+
+
 def test_wide_outputs_are_probed(tokens):
     check = audit.fidelity(tokens)
     assert {"gradient_probe", "integrated_gradient"} <= set(check.values)
