@@ -12,6 +12,9 @@ without it is judged on rows that were held out, where
   after digits     the same at later positions that are no digits: these still read the digits,
                    of which less is left
 
+Beside each, where --control asks for it, the same with components found at as many positions that
+were drawn at random.
+
 Only tokens that are one digit are taken for digits, so the model must read numbers by their digits
 (SmolLM2 and Qwen do). Half of the rows have a digit that is followed by one.
 """
@@ -19,9 +22,10 @@ Only tokens that are one digit are taken for digits, so the model must read numb
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -52,6 +56,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=320, help="to find them on")
     parser.add_argument("--judged", type=int, default=160, help="rows that were held out")
     parser.add_argument("--length", type=int, default=24, help="tokens in a row")
+    parser.add_argument("--control", action="store_true", help="also at random positions")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     try:
@@ -75,13 +80,17 @@ def _table(options: argparse.Namespace) -> Table:
     heads = ("sites", "seconds", "P at digits", "times less", *(f"KL {kind}" for kind in KINDS))
     for head in (*heads, "positions"):
         table.add_column(head, overflow="fold")
-    for sites in options.sites:
+    share, chance = np.isin(found, digits).mean(), np.random.default_rng(options.seed)
+    kinds: dict[str, Callable[[Any], Any]] = {"": lambda x: np.isin(x, digits)}
+    if options.control:
+        kinds[" (at random positions)"] = lambda x: chance.random(np.shape(x)) < share
+    for sites, (kind, where) in itertools.product(options.sites, kinds.items()):
         began = time.monotonic()
         parts = apd_jax.contrast(
             model.apply_fn,
             model.params,
             list(_batches(found)),
-            lambda x: np.isin(x, digits),
+            where,
             select=sites.split(","),
             num_components=options.num,
             ridge=options.ridge,
@@ -89,7 +98,7 @@ def _table(options: argparse.Namespace) -> Table:
         )
         taken = time.monotonic() - began
         row = measure(components_lib.without(parts, model.params))
-        table.add_row(sites, f"{taken:.0f}", *_cells(row))
+        table.add_row(sites + kind, f"{taken:.0f}", *_cells(row))
     return table
 
 

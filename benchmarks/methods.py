@@ -14,9 +14,10 @@ matched with the features one to one, by the share of a feature's weights that a
 --truth begins at the true pieces of a TMS, as many as features: where its loss ends below that of a
 run from the method's own beginning, the search is at fault and not the objective.
 
-Of a ResidMLP, and of components of the whole network, also, on inputs with one feature alone (at 1/4, 1/2, 3/4 and 1), with g the causal
-importance of a component there, averaged over these, and alive where it is above 0.1 for a feature;
-those that are on for all of them are kept in both errors, and counted in nothing else:
+Of a ResidMLP, and of components of the whole network, also, on inputs with one feature alone (at
+1/4, 1/2, 3/4 and 1), with g the causal importance of a component there, averaged over these, and
+alive where it is above 0.1 for a feature; those that are on for all of them are kept in both
+errors, and counted in nothing else:
 
   separation   of an alive component, the share of Σ_f g that its main feature has; the mean of them
   coverage     share of features whose most important component (g > 1/2) is no other feature's
