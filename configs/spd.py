@@ -9,7 +9,8 @@ Argument: the name of a target's file in configs/, then that file's own argument
 Not the paper's numbers: with those (batch 4096, rate 1e-3; 40-10 with p = 2) one of three seeds of
 5-2 is recovered here, and 18 of 40 features of 40-10. A smaller batch, a higher rate, more pieces
 and p = 1 reach fewer local minima in which two pieces share three features; on 40-10 some seeds
-still miss a feature. All runs: docs/results.md.
+still miss a feature; begun at what the recipe finds (--config.apd.initial=found) none did. All
+runs: docs/results.md.
 """
 
 from ml_collections import ConfigDict

@@ -12,8 +12,9 @@ Distances are in units of the outputs' variance. The adversary is fresh and shar
 since the examples of a toy do not come again. On TMS components are not warmed up on faithfulness
 first: then many of them share every feature from the start, and p = 1 does not part them. The
 settings of 5-2 find all features on three of four seeds; those of 40-10, with 200 components a
-matrix, 36 of 40 on one; ResidMLP was run with `nested` alone, far from what is published:
-docs/results.md.
+matrix, 36 of 40 on one, and all where they begin at what the recipe finds
+(--config.apd.initial=found). ResidMLP was run with `nested` alone from random beginnings, far from
+what is published: docs/results.md.
 """
 
 from ml_collections import ConfigDict
