@@ -61,7 +61,7 @@ PARTS: dict[str, tuple[list[tuple[Any, str, Callable]], dict[str, Any]]] = {
         {},
     ),
     "the purest quarter: all examples near a mode": (
-        [(modes, "_purest", lambda ins, count, members: members)],
+        [(modes, "purest", lambda ins, count, members: members)],
         {},
     ),
     "steps in proportion to √loss: 1e-3": (

@@ -26,7 +26,7 @@ from apd_jax.components import Components
 from apd_jax.errors import InputError
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import held, restructure, writes
+from apd_jax.recipe import held, positions, restructure, writes
 from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe.judge import Judge, Worth
 from apd_jax.recipe.kinds import KINDS, SUREST, Examples
@@ -45,6 +45,7 @@ _K_OFF = 2.5  # a topk that differs by this factor from what is found is worth a
 _MOST_ACTIVE = 0.5  # of the parts, that may be on on average
 _BETTER = 0.5  # the loss of accepted parts, of that of as many parts in other directions
 _TIE = 0.01  # totals of loss and simplicity that differ by less are the same
+_LEFT = 0.2  # of the loss, that modes must have to explain beside what is read whatever the mode
 _INDEPENDENT = 0.99  # a gain above which modes are independent in a leaf
 
 
@@ -214,34 +215,45 @@ class _Search:
     def _looks(self, times: int, kinds: Sequence[str]) -> Iterator[_Look]:
         """These kinds among so many examples; no others where the surest finds its own."""
         batches = modes_lib.looked_at(self.problem, self.method.batch_size, self.draw, times)
-        read = modes_lib.examples(self.problem, batches)
+        read, what = None, "examples"
+        if self.method.per_position:
+            read = positions.read(self.problem, self.method.batch_size, self.draw, times)
+            what = "examples" if read is None else "positions"
+        read = read or modes_lib.examples(self.problem, batches)
         examples = Examples(self.problem, batches, self.draw, times, *read)
         for kind in kinds:
-            say(f"recipe: looking for {kind} among {len(examples.effect):,} examples.")
+            say(f"recipe: looking for {kind} among {len(examples.effect):,} {what}.")
             found = KINDS[kind](examples)
-            if not found:
-                log.info("%s: none among %d examples", kind, len(examples.effect))
-                continue
-            look = self._judged(kind, found, examples)
-            yield look
-            if kind in SUREST and not look.refused and look.covers:
+            looks = []
+            for modes in [found] if found is None or isinstance(found, Modes) else found:
+                if not modes:
+                    log.info("%s: none among %d %s", kind, len(examples.effect), what)
+                    continue
+                looks.append(self._judged(kind, modes, examples))
+                yield looks[-1]
+            if kind in SUREST and any(not look.refused and look.covers for look in looks):
                 break
 
     def _judged(self, kind: str, modes: Modes, examples: Examples) -> _Look:
         n, C = len(modes), self.method.num_components
         shared = held.shared(modes)
-        needed = self._needed(shared)
+        needed = max(self._needed(shared), held.num_for_rest(self.problem, modes, self.fresh))
         on = self.given
         if on is None:
             on = needed if needed + n <= C else 0
         one = held.components(self.problem, modes, self.fresh, num_always_on=on)
         worth = self.judge.by_threshold(one, on, modes.active)
-        # What is always on could hold anything, and does not count.
-        explained = min(1.0, self.judge.without(one, on).loss) - worth.loss
+        # What is always on could hold anything, and does not count; but some of it is known to be
+        # what is read whatever the mode.
+        left = min(1.0, self.judge.without(one, on).loss)
+        explained = left - worth.loss
+        if modes.leaks and left > _LEFT:
+            explained /= left
         refused = self._refusal(kind, modes, on, explained, worth)
         if not refused:
             refused = self._control(kind, modes, examples, one, on, worth)
-        if not refused and shared and on and self.given is None:
+        found_on = on and self.given is None and examples.whole is None
+        if not refused and shared and found_on:
             one, worth, modes, on = self._written(modes, examples, one, worth, on)
         if not refused and modes.groups:
             one, worth, modes = self._joined(modes, one, on, worth)
@@ -336,7 +348,8 @@ class _Search:
             other = dataclasses.replace(modes, ins=ins, reads=ins, writes=writes)
         else:
             kept = modes_lib.with_effect(examples.effect)
-            other = modes_lib.described(examples.ins, examples.effect, kept, ins, modes.density)
+            about = (kept, ins, modes.density, examples.whole)
+            other = modes_lib.described(examples.ins, examples.effect, *about)
         control = held.components(
             self.problem, other, self.fresh, num_always_on=on, whole=held.shared(modes)
         )

@@ -31,6 +31,11 @@ def matrices(problem: Problem) -> dict[str, np.ndarray]:
     return {n: np.asarray(_matrix(problem, n, leaf), np.float32) for n, leaf in sites.items()}
 
 
+def shapes(problem: Problem) -> dict[str, tuple[int, ...]]:
+    """(b, d_in, d_out) of every decomposed leaf."""
+    return {name: _matrix(problem, name, leaf).shape for name, leaf in problem.sites.items()}
+
+
 def directions(
     problem: Problem, x: PyTree
 ) -> tuple[dict[str, Float[Array, "B b d_in"]], Float[Array, " B"]]:
@@ -84,7 +89,7 @@ def _of_gradients(problem: Problem, x: PyTree, fn: Callable[..., Any]) -> Any:
 
 def inputs(problem: Problem, x: PyTree) -> dict[str, Float[Array, "B b d_in"]]:
     """What leaves read that read one row of an example; none where that cannot be told."""
-    shapes = {name: _matrix(problem, name, leaf).shape for name, leaf in problem.sites.items()}
+    own = shapes(problem)
     try:
         read = capture.inputs(problem.apply_fn, problem.params, problem.site_names, x)[1]
     except InputError:
@@ -95,9 +100,9 @@ def inputs(problem: Problem, x: PyTree) -> dict[str, Float[Array, "B b d_in"]]:
         if r.side == "in" and jnp.issubdtype(r.rows.dtype, jnp.floating)
     }
     return {
-        name: a.reshape(len(a), *shapes[name][:2]).astype(jnp.float32)
+        name: a.reshape(len(a), *own[name][:2]).astype(jnp.float32)
         for name, a in rows.items()
-        if math.prod(a.shape[1:]) == math.prod(shapes[name][:2])
+        if math.prod(a.shape[1:]) == math.prod(own[name][:2])
     }
 
 

@@ -34,6 +34,7 @@ from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.modes import Modes, dual
 
 SHARED = 0.75  # a gain below which modes share a leaf
+LEAK = 0.1  # of what modes do there, on examples without them: above, they share a leaf too
 _NOTHING = 1e-6  # singular parts of a weight below this part of the largest belong to no component
 
 
@@ -86,8 +87,26 @@ def components(
 
 
 def shared(modes: Modes) -> list[str]:
-    """The leaves whose gain is below SHARED."""
-    return [name for name, gain in modes.gains.items() if gain < SHARED]
+    """The leaves whose gain is below SHARED, or that modes leak in."""
+    gains, leaks = modes.gains, modes.leaks
+    return [n for n, gain in gains.items() if gain < SHARED or leaks.get(n, 0.0) > LEAK]
+
+
+def num_for_rest(problem: Problem, modes: Modes, components: Components) -> int:
+    """How many components hold between them what modes leave of leaves that they split.
+
+    0 where nothing is known to be read beside them (`Modes.leaks`).
+    """
+    if not modes.leaks:
+        return 0
+    needed, weights, whole = [0], matrices(problem), shared(modes)
+    for name in (name for name in modes.reads if name not in whole and name not in modes.writes):
+        for i, W in enumerate(weights[name]):
+            d, seen = modes.reads[name][:, i], modes.seen[name][i]
+            left = seen @ (seen.T @ (W - d.T @ (dual(d, 1e-6)[0] @ W)))
+            singular = np.linalg.svd(left, compute_uv=False)
+            needed.append(-(-int(np.sum(singular > _least(W))) // components.factors[name].rank))
+    return max(needed)
 
 
 def num_to_hold(problem: Problem, name: str, components: Components) -> int:

@@ -1,7 +1,7 @@
 """Kinds of directions that mechanisms may read, as the recipe looks for them.
 
-A kind is a function of examples that gives `Modes`: directions, one per mechanism and leaf, or None
-where there are none. In the order of what they cost:
+A kind is a function of examples that gives `Modes`: directions, one per mechanism and leaf; or
+several such, one after the other; or None. In the order of what they cost:
 
   modes       directions that many examples share: needs examples with one mechanism alone
   modes of one leaf   the same, where examples are compared by what they read in the leaf that tells
@@ -14,7 +14,7 @@ where there are none. In the order of what they cost:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -23,12 +23,17 @@ from apd_jax.network.problem import Problem
 from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe import separation, units
 from apd_jax.recipe.directions import matrices
-from apd_jax.recipe.modes import Modes
+from apd_jax.recipe.modes import Modes, Rows
+
+MOST_LEAVES = 8  # by which positions are compared
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """What a kind of beginning is given: see `modes.examples`."""
+    """What a kind of beginning is given: see `modes.examples`.
+
+    signed, whole: see `positions.read`; None where nothing is read whatever an example needs.
+    """
 
     problem: Problem
     batches: Iterable[Any]
@@ -36,29 +41,32 @@ class Examples:
     times: int
     ins: dict[str, np.ndarray]
     effect: np.ndarray
+    signed: Rows | None = None
+    whole: Rows | None = None
 
 
 def _densest(e: Examples) -> Modes:
     most = e.times * modes_lib.MOST_KEPT
-    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most)
+    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most, whole=e.whole)
 
 
-def _densest_in_one(e: Examples) -> Modes | None:
-    if len(e.ins) == 1:
-        return None
-    most, by = e.times * modes_lib.MOST_KEPT, modes_lib.richest(e.ins, e.effect)
-    return modes_lib.densest(e.ins, e.effect, matrices(e.problem), most=most, by=by)
+def _densest_in_one(e: Examples) -> Iterator[Modes]:
+    """In the richest leaf; of positions, which pass on what others read, in several of them."""
+    most, weights = e.times * modes_lib.MOST_KEPT, matrices(e.problem)
+    leaves = modes_lib.by_richness(e.ins, e.effect) if len(e.ins) > 1 else []
+    for by in leaves[: 1 if e.whole is None else MOST_LEAVES]:
+        yield modes_lib.densest(e.ins, e.effect, weights, most=most, by=by, whole=e.whole)
 
 
 def _separated(e: Examples) -> Modes | None:
-    return separation.find(e.problem, e.batches, e.key, e.ins, e.effect)
+    return separation.find(e.problem, e.batches, e.key, e.ins, e.effect, e.signed, e.whole)
 
 
 def _units(e: Examples) -> Modes | None:
     return units.find(e.problem, e.batches)
 
 
-KINDS: dict[str, Callable[[Examples], Modes | None]] = {
+KINDS: dict[str, Callable[[Examples], Modes | Iterator[Modes] | None]] = {
     "modes": _densest,
     "modes of one leaf": _densest_in_one,
     "separation": _separated,

@@ -30,13 +30,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import jax
 import numpy as np
 from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 from apd_jax.network.problem import Problem
+from apd_jax.recipe.alike import LEAST_COUNT, NEAR, Alike, leading, purest
 from apd_jax.recipe.directions import directions, matrices
 
 NUM_EXAMPLES = 16_384  # that are looked at, `times` over
@@ -44,10 +44,8 @@ MOST_KEPT = 8192  # of them that are compared with each other, `times` over
 # Examples are left out on which the decomposed weights have less than this share of their mean
 # effect on the outputs.
 LEAST_EFFECT = 0.1
-# Cosines of P(x): above NEAR an example counts for a mode's density, above FAR it is used up with
-# the mode.
-NEAR, FAR = 0.95, 0.7
-LEAST_COUNT = 5  # examples that make a mode
+# A cosine of P(x) above which an example is used up with a mode (`alike.NEAR`: counts for it).
+FAR = 0.7
 # Of the density that modes usually have, in which each is counted by the square of its own.
 LEAST_DENSITY = 0.35
 # Singular values of E below this part of the largest are taken as 0: the second part where examples
@@ -59,6 +57,8 @@ _NO_EFFECT = 1e-4  # as LEAST_EFFECT: what these examples read is not looked at
 # best).
 _PRESENT = 0.02
 _UNSEEN = 1e-9  # of the largest variance among directions: what varies less is not read
+
+Rows = dict[str, Float[np.ndarray, "N b d_in"]]  # by leaf
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,8 @@ class Modes:
     condition: the part of the largest singular value of E below which values are taken as 0.
     groups: numbers of modes that are mostly on together, each group perhaps one part of more
       dimensions. active_groups: as `active`, with every group counted once.
+    leaks: of every leaf, what modes do on examples without them, of what all do together, in
+      squares. Only where something is read whatever the mode, which is to be held beside them.
     """
 
     ins: dict[str, Float[np.ndarray, "n b d_in"]]
@@ -87,6 +89,7 @@ class Modes:
     condition: float = _CONDITION
     groups: tuple[tuple[int, ...], ...] = ()
     active_groups: float = 0.0
+    leaks: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.density)
@@ -144,6 +147,7 @@ def densest(
     weights: dict[str, np.ndarray],
     most: int = MOST_KEPT,
     by: str | None = None,
+    whole: Rows | None = None,
 ) -> Modes:
     """The modes of given examples.
 
@@ -158,12 +162,13 @@ def densest(
       weights: {leaf: [b, d_in, d_out]}, the target's.
       most: how many examples are compared with each other.
       by: the leaf in which they are compared; None: in all together.
+      whole: see `described`.
     Cost: most² products of the directions of every leaf; memory linear in the examples.
     """
     kept = with_effect(effect)[:most]
     count = np.minimum(effect[kept] / max(float(np.mean(effect)), 1e-30), 1).astype(np.float32)
     here = {name: e[kept] for name, e in ins.items()}
-    alike = _Alike(here if by is None else {by: here[by]}, weights)
+    alike = Alike(here if by is None else {by: here[by]}, weights)
     density, left = alike.density(count), np.ones(len(kept), bool)
     members, found = [], []
     while left.any():
@@ -173,27 +178,36 @@ def densest(
             break
         found.append(float(density[best]))
         cosine = alike.cosines(np.array([best]), slice(None))[0]
-        members.append(_purest(here, count, np.flatnonzero(cosine > NEAR)))
+        members.append(purest(here, count, np.flatnonzero(cosine > NEAR)))
         used = left & (cosine > FAR)
         used[best] = True
         left &= ~used
         density[left] -= alike.near(np.flatnonzero(used), left, count)
-    leading = {
-        name: np.array([_leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:])
+    found_ins = {
+        name: np.array([leading(e[m], count[m]) for m in members]).reshape(-1, *e.shape[1:])
         for name, e in here.items()
     }
-    return described(ins, effect, kept, leading, np.asarray(found))
+    return described(ins, effect, kept, found_ins, np.asarray(found), whole)
 
 
-def richest(ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndarray, " N"]) -> str:
-    """The leaf in which examples read the most directions, by (Σ λ)²/Σ λ² of their covariance."""
+def by_richness(
+    ins: dict[str, Float[np.ndarray, "N b d_in"]], effect: Float[np.ndarray, " N"]
+) -> list[str]:
+    """The leaves, those first in which examples read the most directions.
+
+    By (Σ λ)²/Σ λ² of their covariance. Of leaves that read the same, the first.
+    """
     kept = with_effect(effect)
 
     def dimensions(e: Float[np.ndarray, "N b d_in"]) -> float:
         squares = [np.linalg.norm(x.T @ x) ** 2 for x in np.moveaxis(e[kept], 1, 0)]
         return len(kept) ** 2 * len(squares) / max(float(np.sum(squares)), 1e-30)
 
-    return max(ins, key=lambda name: dimensions(ins[name]))
+    found: list[str] = []
+    for name in sorted(ins, key=lambda name: -dimensions(ins[name])):
+        if not any(np.array_equal(ins[name], ins[other]) for other in found):
+            found.append(name)
+    return found
 
 
 def with_effect(effect: Float[np.ndarray, " N"]) -> np.ndarray:
@@ -207,10 +221,12 @@ def described(
     kept: np.ndarray,
     leading: dict[str, Float[np.ndarray, "n b d_in"]],
     density: Float[np.ndarray, " n"],
+    whole: Rows | None = None,
 ) -> Modes:
     """Modes of these directions: what is blind to the other modes, and which an example has.
 
-    kept: the examples that are looked at.
+    kept: the examples that are looked at. whole: what they read, where `ins` are what is left of
+    that without what is read whatever the mode.
     """
     here = {name: e[kept] for name, e in ins.items()}
     counted = effect > _NO_EFFECT * max(float(np.mean(effect)), 1e-30)
@@ -220,78 +236,13 @@ def described(
         active = float(np.count_nonzero(codes(ins)[counted]) / len(effect))
         found.append((active, unexplained, condition, codes))
     active, unexplained, condition, codes = found[int(found[1][0] <= found[0][0] / 2)]
-    reads, seen = _reads(here, leading, codes(here) != 0)
-    return Modes(leading, reads, seen, density, unexplained, active, condition=condition)
-
-
-class _Alike:
-    """How alike examples are: the cosines of their P, every leaf in units of ‖W_l‖.
-
-    They are computed block by block where they are asked for, and none is kept.
-    """
-
-    _BLOCK = 512
-
-    def __init__(
-        self, ins: dict[str, Float[np.ndarray, "N b d_in"]], weights: dict[str, np.ndarray]
-    ):
-        self._factors = []
-        for name, e in ins.items():
-            W = weights[name] / max(float(np.linalg.norm(weights[name])), 1e-30)
-            self._factors += [(e[:, i], e[:, i] @ W[i]) for i in range(len(W))]
-        squares = sum(np.sum(e**2, 1) * np.sum(v**2, 1) for e, v in self._factors)
-        self._length = np.sqrt(np.maximum(squares, 1e-30)).astype(np.float32)
-
-    def cosines(self, rows: np.ndarray, columns: Any) -> Float[np.ndarray, "r c"]:
-        inner = sum((e[rows] @ e[columns].T) * (v[rows] @ v[columns].T) for e, v in self._factors)
-        return inner / self._length[rows, None] / self._length[None, columns]
-
-    def density(self, count: Float[np.ndarray, " N"]) -> Float[np.ndarray, " N"]:
-        """Of every example, those near it, counted."""
-        density = np.zeros_like(count)
-        for rows in self._blocks(np.arange(len(count))):
-            first, after = rows[0], rows[-1] + 1
-            near = (self.cosines(rows, slice(first, None)) > NEAR).astype(np.float32)
-            density[rows] += near @ count[first:]
-            density[after:] += count[rows] @ near[:, len(rows) :]
-        return density
-
-    def near(
-        self, rows: np.ndarray, columns: Bool[np.ndarray, " N"], count: Float[np.ndarray, " N"]
-    ) -> Any:
-        """Of the examples `columns`, those among `rows` that are near, counted."""
-        return sum(
-            count[some] @ (self.cosines(some, columns) > NEAR).astype(np.float32)
-            for some in self._blocks(rows)
-        )
-
-    def _blocks(self, rows: np.ndarray) -> list[np.ndarray]:
-        return np.array_split(rows, max(1, -(-len(rows) // self._BLOCK)))
-
-
-def _leading(
-    e: Float[np.ndarray, "k b d"], count: Float[np.ndarray, " k"]
-) -> Float[np.ndarray, "b d"]:
-    """The leading direction of several, whatever their signs."""
-    lines = np.moveaxis(e * np.sqrt(count)[:, None, None], 0, 1)
-    return np.stack([np.linalg.svd(line, full_matrices=False)[2][0] for line in lines])
-
-
-def _purest(
-    ins: dict[str, Float[np.ndarray, "N b d"]], count: Float[np.ndarray, " N"], members: np.ndarray
-) -> np.ndarray:
-    """The half of these examples that is nearest to their leading directions, then half of that.
-
-    Not fewer than LEAST_COUNT.
-    """
-    for _ in range(2):
-        cosine = [
-            np.einsum("kbd,bd->kb", e[members], _leading(e[members], count[members]))
-            for e in ins.values()
-        ]
-        nearest = np.argsort(-np.sum(np.square(np.concatenate(cosine, 1)), 1), kind="stable")
-        members = members[nearest[: max(LEAST_COUNT, len(members) // 2)]]
-    return members
+    on = codes(here) != 0
+    if whole is not None:
+        here = {name: e[kept] for name, e in whole.items()}
+    reads, seen = _reads(here, leading, on)
+    leaks = {} if whole is None else {name: _leak(e, reads[name], ~on) for name, e in here.items()}
+    more = {"condition": condition, "leaks": leaks}
+    return Modes(leading, reads, seen, density, unexplained, active, **more)
 
 
 def codes_of(
@@ -353,6 +304,18 @@ def _reads(
         widest = max(b.shape[1] for b in bases)
         seen[name] = np.stack([np.pad(b, ((0, 0), (0, widest - b.shape[1]))) for b in bases])
     return reads, seen
+
+
+def _leak(
+    e: Float[np.ndarray, "N b d"], d: Float[np.ndarray, "n b d"], absent: Bool[np.ndarray, "N n"]
+) -> float:
+    """What parts do on examples without their mode, of what all do, in squares of what is read."""
+    wrong, whole = 0.0, 0.0
+    for x, D in zip(np.moveaxis(e, 1, 0), np.moveaxis(d, 1, 0), strict=True):
+        codes, held = x @ D.T, dual(D, 1e-6)[0]
+        wrong += float(np.sum(((codes * absent) @ held) ** 2))
+        whole += float(np.sum((codes @ held) ** 2))
+    return wrong / max(whole, 1e-30)
 
 
 def dual(

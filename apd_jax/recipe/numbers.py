@@ -33,7 +33,8 @@ def default_recipe() -> config_dict.ConfigDict:
     r.least_explained = 0.8
     r.find_always_on = True  # where num_always_on is 0: as many as hold what modes share
     r.restarts = 4  # random beginnings; that with the lowest loss after `settle` is polished
-    # An attribution matters above this share of √(distance of the model without components / k).
+    # An attribution matters above this share of √(distance of the model without components / k),
+    # or per position / (k · positions), since attributions are means over all positions' outputs.
     r.threshold = 0.25
     r.minimality_coeff = 1.67
     r.hidden_reconstruction_coeff = 1.67  # where the method's is above 0
@@ -154,7 +155,7 @@ def stage_method(method: APD, recipe: Recipe, stage: str, scales: Scales) -> APD
         hidden = recipe.hidden_reconstruction_coeff / scales.hidden
     if s.simplicity_coeff_final > 0:
         last = s.simplicity_coeff_final / scales.simplicity
-    unit = (scales.minimality / method.topk) ** 0.5
+    unit = (scales.minimality / method.topk / scales.positions) ** 0.5
     several = recipe.restarts if stage in STAGES[:2] else 1
     return method.replace(
         loss_units="absolute",

@@ -43,12 +43,14 @@ class Scales:
     hidden: the same of the hidden activations; 0 where there are none.
     simplicity: the loss of the whole target as one component, kept on every input:
       Σ_l uses_l Σ_j σ_j(θ*_l)^p / N.
+    positions: of an example that have a mask of their own; 1 where masks are per example.
     """
 
     faithfulness: float
     minimality: float
     hidden: float
     simplicity: float
+    positions: float = 1.0
 
 
 def absolute(problem: Problem, method: Method) -> Method:
@@ -167,6 +169,18 @@ def measure(problem: Problem, method: Any, with_simplicity: bool = True) -> Scal
         minimality=minimality,
         hidden=hidden,
         simplicity=simplicity,
+        positions=_positions(problem) if method.per_position else 1.0,
+    )
+
+
+def _positions(problem: Problem) -> float:
+    """Of an example, those that count; the mean over a batch."""
+    x = problem.example_batch()
+    valid = problem.valid(x)
+    if valid is not None:
+        return float(jnp.mean(jnp.sum(valid, axis=1)))
+    return float(
+        jax.eval_shape(lambda p, x: outputs(problem.body(p, x)), problem.params, x).shape[1]
     )
 
 

@@ -39,7 +39,7 @@ from jaxtyping import Bool, Float, PRNGKeyArray, PyTree
 
 from apd_jax.network.problem import Problem
 from apd_jax.recipe.directions import inputs
-from apd_jax.recipe.modes import Modes, described, with_effect
+from apd_jax.recipe.modes import Modes, Rows, described, with_effect
 
 MOST_EXAMPLES = 32_768  # that codes are found on
 _UNREAD = 1e-4  # of the largest variance among directions: what varies less is not read
@@ -61,21 +61,25 @@ def find(
     key: PRNGKeyArray,
     ins: dict[str, Float[np.ndarray, "N b d_in"]],
     effect: Float[np.ndarray, " N"],
+    signed: Rows | None = None,
+    whole: Rows | None = None,
 ) -> Modes | None:
     """The modes of examples, by the codes that they are mixtures of; None where there are none.
 
     Args:
       batches, ins, effect: of `modes.examples`, and what it gave. key: of the first guess.
+      signed: what leaves read, as long as it is there; None: their inputs. whole: see `described`.
     Cost: a forward pass of every example; for every matrix of d read dimensions, a few dozen
       products of N · d².
     """
     N = min(len(effect), MOST_EXAMPLES)
     weight = np.sqrt(effect[:N] / max(float(np.mean(effect)), 1e-30)).astype(np.float32)
     read = {name: Read(e[:N] * weight[:, None, None], False) for name, e in ins.items()}
-    of_batch = jax.jit(lambda params, x: inputs(problem.with_params(params), x))
-    drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
-    whole = jax.tree.map(lambda *a: np.concatenate(a), *drawn)
-    read |= {name: Read(x[:N], True) for name, x in whole.items()}
+    if signed is None:
+        of_batch = jax.jit(lambda params, x: inputs(problem.with_params(params), x))
+        drawn = [jax.device_get(of_batch(problem.params, x)) for x in batches]
+        signed = {name: np.concatenate([d[name] for d in drawn]) for name in drawn[0]}
+    read |= {name: Read(x[:N], True) for name, x in signed.items()}
     seed = int(jax.random.bits(key, dtype=jnp.uint32))
     found = [r.codes(i, seed) for r in read.values() for i in range(r.x.shape[1])]
     codes = found[int(np.argmax([np.sum(_GAUSSIAN - _length(s)) for s in found]))]
@@ -88,7 +92,7 @@ def find(
     weights = np.sum(np.abs(codes), 0)
     order = np.argsort(-weights, kind="stable")
     directions = {name: a[order] for name, a in directions.items()}
-    modes = described(ins, effect, with_effect(effect), directions, weights[order])
+    modes = described(ins, effect, with_effect(effect), directions, weights[order], whole)
     groups, share = together(codes[:, order] != 0)
     return dataclasses.replace(modes, groups=groups, active_groups=share * modes.active)
 

@@ -283,7 +283,7 @@ def test_one_leaf_can_tell_apart_what_all_together_do_not():
     wide, narrow = np.eye(4, dtype=np.float32)[None], np.ones((1, 3, 1), np.float32)
     weights, effect = {"second": narrow, "first": wide}, np.ones(120, np.float32)
     assert len(modes.densest(ins, effect, weights)) == 1
-    assert modes.richest(ins, effect) == "first"
+    assert modes.by_richness(ins | {"same": first}, effect) == ["first", "second"]
     found = modes.densest(ins, effect, weights, by="first")
     assert found.density.tolist() == [30] * 4 and set(found.ins) == {"first", "second"}
     np.testing.assert_allclose(np.abs(found.ins["first"][:, 0] @ wide[0]).max(1), 1, atol=1e-5)
