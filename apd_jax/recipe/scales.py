@@ -179,9 +179,8 @@ def _positions(problem: Problem) -> float:
     valid = problem.valid(x)
     if valid is not None:
         return float(jnp.mean(jnp.sum(valid, axis=1)))
-    return float(
-        jax.eval_shape(lambda p, x: outputs(problem.body(p, x)), problem.params, x).shape[1]
-    )
+    shape = jax.eval_shape(lambda p, x: outputs(problem.body(p, x)), problem.params, x).shape
+    return float(shape[1]) if len(shape) > 1 else 1.0
 
 
 @jax.jit
