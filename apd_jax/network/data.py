@@ -89,6 +89,12 @@ def holds_examples(given: Any) -> bool:
     return bool(leaves) and all(isinstance(a, np.ndarray | jax.Array) for a in leaves)
 
 
+def _beside_each_other(arrays: tuple[Any, ...]) -> bool:
+    """Whether these are arrays of the same examples, and no batches alike."""
+    shapes = {tuple(getattr(a, "shape", ())) for a in arrays}
+    return len(shapes) > 1 and () not in shapes and len({shape[:1] for shape in shapes}) == 1
+
+
 def source(sample_fn: Any, ragged: str = "drop", batch_size: int | None = None) -> Any:
     """A sampler (or None) as it is, an iterable as `Batches`.
 
@@ -107,6 +113,12 @@ def source(sample_fn: Any, ragged: str = "drop", batch_size: int | None = None) 
         raise InputError(
             "sample_fn must be a function (rng, step) -> batch, or an iterable of batches; got a "
             f"{type(sample_fn).__name__}."
+        )
+    if isinstance(sample_fn, tuple) and _beside_each_other(sample_fn):
+        raise InputError(
+            "sample_fn is a tuple of arrays of different shapes with a row per example, which "
+            "would be read as batches; of (inputs, labels) give the inputs alone, several inputs "
+            "as a dict."
         )
     if ragged == "join" and batch_size is None:
         raise InputError("ragged = 'join' cuts batches of batch_size; give settings that say it.")

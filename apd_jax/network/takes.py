@@ -17,11 +17,13 @@ def check_batch(apply_fn: Callable, params: PyTree, x: PyTree) -> None:
     """Checks that the network takes a batch of inputs x.
 
     Raises:
-      InputError: apply_fn fails on it, or does not keep its examples as first axis.
+      InputError: it has no examples, or apply_fn fails on it or does not keep them as first axis.
     Cost: one trace of the network; inside of a jitted function once for every shape.
     """
     leaves = jax.tree.leaves(x)
     shapes = listed(f"{a.dtype}[{', '.join(map(str, a.shape))}]" for a in leaves) or repr(x)
+    if any(a.shape[:1] == (0,) for a in leaves):
+        raise InputError(f"x holds no examples: it is {shapes}; give at least one.")
     try:
         result = jax.eval_shape(apply_fn, params, x)
     except InputError:

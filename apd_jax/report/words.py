@@ -88,7 +88,8 @@ def fitting(
 
 def _output_shape(problem: Problem, x: PyTree) -> tuple[int, ...]:
     check_batch(problem.apply_fn, problem.params, x)
-    return outputs(jax.eval_shape(problem.apply_fn, problem.params, x)).shape
+    shape = outputs(jax.eval_shape(problem.apply_fn, problem.params, x)).shape
+    return shape if len(shape) > 1 else (*shape, 1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -242,3 +242,11 @@ def test_what_is_of_a_wrong_kind_is_said(found, name):
         if wrong not in RIGHT.get(name, []):
             with pytest.raises(InputError):
                 CALLS[name](found, wrong)
+
+
+def test_no_examples_and_pairs_with_labels(found):
+    for asked in (found.mask, found.attributions, lambda x: found.report("never.html", x)):
+        with pytest.raises(InputError, match=r"x holds no examples: it is float32\[0, 4\]"):
+            asked(X[:0])
+    with pytest.raises(InputError, match=r"of \(inputs, labels\) give the inputs alone"):
+        decompose(data=(X, X[:, :2]))
