@@ -26,7 +26,7 @@ from apd_jax.components import Components
 from apd_jax.errors import InputError
 from apd_jax.methods.apd import APD
 from apd_jax.network.problem import Problem
-from apd_jax.recipe import held, positions, restructure, writes
+from apd_jax.recipe import constant, held, positions, restructure, writes
 from apd_jax.recipe import modes as modes_lib
 from apd_jax.recipe.judge import Judge, Worth
 from apd_jax.recipe.kinds import KINDS, SUREST, Examples
@@ -219,6 +219,7 @@ class _Search:
         if self.method.per_position:
             read = positions.read(self.problem, self.method.batch_size, self.draw, times)
             what = "examples" if read is None else "positions"
+        read = read or constant.read(self.problem, batches)
         read = read or modes_lib.examples(self.problem, batches)
         examples = Examples(self.problem, batches, self.draw, times, *read)
         for kind in kinds:

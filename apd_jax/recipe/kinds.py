@@ -25,14 +25,15 @@ from apd_jax.recipe import separation, units
 from apd_jax.recipe.directions import matrices
 from apd_jax.recipe.modes import Modes, Rows
 
-MOST_LEAVES = 8  # by which positions are compared
+MOST_LEAVES = 8  # by which examples are compared, one after the other
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
     """What a kind of beginning is given: see `modes.examples`.
 
-    signed, whole: see `positions.read`; None where nothing is read whatever an example needs.
+    signed, whole: see `positions.read` and `constant.read`; None where nothing is known to be read
+      whatever an example needs.
     """
 
     problem: Problem
@@ -51,7 +52,7 @@ def _densest(e: Examples) -> Modes:
 
 
 def _densest_in_one(e: Examples) -> Iterator[Modes]:
-    """In the richest leaf; of positions, which pass on what others read, in several of them."""
+    """In the richest leaf; where something is read whatever the mode, in several of them."""
     most, weights = e.times * modes_lib.MOST_KEPT, matrices(e.problem)
     leaves = modes_lib.by_richness(e.ins, e.effect) if len(e.ins) > 1 else []
     for by in leaves[: 1 if e.whole is None else MOST_LEAVES]:
