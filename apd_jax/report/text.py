@@ -89,10 +89,10 @@ def report(
       InputError: the harvest is of another decomposition, or groups are not one number for each.
     Cost: that of `effects` and `qk.partners`, and the gate on x.
     """
-    harvest = of_kind("harvest", harvest, Harvest, "a Harvest, of interpretation.harvest")
-    harvest.must_be_of(decomposition)
+    seen: Harvest = of_kind("harvest", harvest, Harvest, "a Harvest, of interpretation.harvest")
+    seen.must_be_of(decomposition)
     if effects is None:
-        effects = effects_lib.effects(decomposition, harvest)
+        effects = effects_lib.effects(decomposition, seen)
     of_kind("effects", effects, Effects, "Effects, of interpretation.effects")
     of_kind("decoder", decoder, (DecoderConfig, type(None)), "the config of a language.Decoder")
     path, d = user_path(path), decomposition
@@ -100,11 +100,11 @@ def report(
     metrics = {"seed": d.method.seed} | ({"step": d.history[-1]["step"]} if d.history else {})
     settings = {"apd": d.method.to_dict()}
     x = None if x is None else _as_tokens(np.asarray(x))
-    named = words.fitting(tokens, d, x, harvest.top_tokens)
+    named = words.fitting(tokens, d, x, seen.top_tokens)
     source = Source(name, d, x, settings=settings, metrics=metrics, words=named)
-    attention = partners(d, decoder, harvest) if decoder else None
-    groups = None if groups is None else _checked(np.asarray(groups), harvest.num_components)
-    shown = TextSource(source, harvest, effects, attention=attention, groups=groups)
+    attention = partners(d, decoder, seen) if decoder else None
+    groups = None if groups is None else _checked(np.asarray(groups), seen.num_components)
+    shown = TextSource(source, seen, effects, attention=attention, groups=groups)
     return write(path, shown)
 
 
