@@ -260,6 +260,7 @@ def load_golden(name: str) -> Golden:
                 "activation": "gelu" if "gelu" in name else "relu",
                 "embedding": "random",
                 "use_bias": "bias" in name,
+                "signed": True,
             }
         )
     target = targets.build(config, arrays["x"].shape[0])
