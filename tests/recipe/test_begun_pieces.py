@@ -34,6 +34,14 @@ def problem():
     return Problem(apply_fn, params, sample)
 
 
+METHOD = SPD(num_components=12, batch_size=256, initial="found", num_steps=1)
+
+
+@pytest.fixture(scope="module")
+def begun(problem):
+    return pieces.found(problem, METHOD)
+
+
 def parts(f):
     """The pieces of a site that are not 0."""
     P = np.asarray(f.weights)
@@ -45,9 +53,7 @@ def in_order(P, axis):
     return P[np.argsort(np.abs(P).sum(axis=3 - axis).argmax(axis=1))]
 
 
-def test_sites_with_own_numbers_take_a_piece_for_every_feature(problem):
-    method = SPD(num_components=12, batch_size=256, initial="found", num_steps=2)
-    begun = pieces.found(problem, method)
+def test_sites_with_own_numbers_take_a_piece_for_every_feature(problem, begun):
     assert begun.num_components == 24
     read, write = (in_order(parts(begun.factors[n]), i) for n, i in (("read", 1), ("write", 2)))
     for f in range(F):
@@ -75,24 +81,20 @@ def test_one_number_holds_a_feature_at_both_sites(problem):
         )
 
 
-def test_training_begins_there(problem, tmp_path):
-    method = SPD(num_components=12, batch_size=256, initial="found", num_steps=1)
-    method = method.replace(learning_rate=1e-9, steps_per_call=1)
+def test_training_begins_there(problem, begun, tmp_path):
+    method = METHOD.replace(learning_rate=1e-9, steps_per_call=1)
     trained = run.run(problem, method, workdir=tmp_path)[0]
-    begun = pieces.found(problem, method)
     for name, f in begun.factors.items():
         np.testing.assert_allclose(trained.components.factors[name].V, f.V, atol=1e-6)
 
 
 def test_too_few_pieces_are_said(problem, caplog):
-    method = SPD(num_components=6, batch_size=256, initial="found", num_steps=2)
-    begun = pieces.found(problem, method)
+    begun = pieces.found(problem, METHOD.replace(num_components=6))
     assert "room for 6 of 8 parts" in caplog.text
     assert len(parts(begun.factors["read"])) == 6
 
 
 def test_where_nothing_is_found_it_is_said(problem, monkeypatch):
     monkeypatch.setattr(beginning, "KINDS", {})
-    method = SPD(num_components=12, batch_size=256, initial="found", num_steps=2)
     with pytest.raises(InputError, match=r"initial = 'found'.*begin at 'svd' or 'random'"):
-        pieces.found(problem, method)
+        pieces.found(problem, METHOD)
