@@ -77,6 +77,7 @@ log = logging.getLogger(__name__)
 
 FOUND = "recipe.json"  # in a workdir: what the modes say of the network
 WORSE = 1.1  # times what loss and simplicity were together: a stage is undone above
+_ROUNDING = 1e-12  # a loss below is rounding, of either sign
 SELECTION_WINDOW = 0.2  # the last part of `settle` over which restarts' losses are averaged
 
 __all__ = [
@@ -269,7 +270,7 @@ def in_proportion(
     if settings.mask == "learned":
         settings = settings.replace(threshold_learning_rate=rate)
     loss = _loss(problem, settings, begin) if loss is None else loss
-    share = min(1.0, loss**0.5)
+    share = min(1.0, max(loss, _ROUNDING) ** 0.5)
     return settings.replace(learning_rate=rate * share)
 
 

@@ -285,6 +285,10 @@ def test_steps_are_in_proportion_to_how_far_the_weights_are_off():
     assert stages._loss(problem, settings, half) == pytest.approx(
         10 / 4 + r.minimality_coeff / 4, rel=0.02
     )
+    # A KL that is nothing may be rounded below 0.
+    exact, far = (stages.in_proportion(problem, settings, half, loss) for loss in (-1e-11, 4.0))
+    assert 0 < exact.learning_rate <= 1e-5 * far.learning_rate
+    assert far.learning_rate == settings.learning_rate
     trained, _, _ = stages.fit(problem, method, r)
     begun, after = (jax.tree.leaves(t.components) for t in (begun, trained))
     for a, b in zip(begun, after, strict=True):
