@@ -23,7 +23,7 @@ from apd_jax.network.outputs import outputs
 from apd_jax.network.problem import Problem
 from apd_jax.recipe.alike import LEAST_COUNT
 from apd_jax.recipe.directions import inputs
-from apd_jax.recipe.modes import Rows
+from apd_jax.recipe.modes import Rows, unit_rows
 
 _SAME = 1e-3  # of the deviation: what differs by less is the same
 _DOMINANT = 3  # times as many as there are of any other
@@ -62,7 +62,7 @@ def read(
         return None
     left = {name: x - constant[name] for name, x in rows.items()}
     effect = np.mean((change - change[nothing].mean(0)) ** 2, axis=1)
-    return unit(left), effect, left, unit(rows)
+    return unit_rows(left), effect, left, unit_rows(rows)
 
 
 def idle(rows: Rows) -> Bool[np.ndarray, " N"] | None:
@@ -79,14 +79,6 @@ def idle(rows: Rows) -> Bool[np.ndarray, " N"] | None:
     if count[most] < max(LEAST_COUNT, _DOMINANT * others.max(initial=0)):
         return None
     return which.reshape(-1) == most
-
-
-def unit(rows: Rows) -> Rows:
-    """Rows of length 1, or 0."""
-    return {
-        name: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
-        for name, x in rows.items()
-    }
 
 
 def _read(

@@ -329,6 +329,14 @@ def dual(
     return (u[:, large] / s[large]) @ vt[large], float(large.mean() * min(E.shape) / len(E))
 
 
+def unit_rows(rows: Rows) -> Rows:
+    """Rows of length 1, or 0."""
+    return {
+        name: x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
+        for name, x in rows.items()
+    }
+
+
 def mixed(
     directions: dict[str, Float[np.ndarray, "n b d"]], seed: int
 ) -> dict[str, Float[np.ndarray, "n b d"]]:

@@ -35,7 +35,7 @@ from apd_jax.network.outputs import outputs
 from apd_jax.network.problem import Problem
 from apd_jax.recipe import modes
 from apd_jax.recipe.directions import shapes
-from apd_jax.recipe.modes import Rows
+from apd_jax.recipe.modes import Rows, unit_rows
 
 log = logging.getLogger("apd_jax.recipe")
 
@@ -75,11 +75,8 @@ def read(
         name: np.stack([_left(x[:, :, i], valid) for i in range(x.shape[2])], 1)
         for name, x in rows.items()
     }
-    units = (
-        {name: _unit(x) for name, x in left.items()},
-        {n: _unit(x[valid]) for n, x in rows.items()},
-    )
-    return units[0], effect[valid], left, units[1]
+    whole = {name: x[valid] for name, x in rows.items()}
+    return unit_rows(left), effect[valid], left, unit_rows(whole)
 
 
 def _read(problem: Problem, without: PyTree, x: PyTree) -> tuple[dict[str, Array], Array, Array]:
@@ -124,7 +121,3 @@ def _left(
     chance = _CHANCE * valid.any(0).sum() * max(float(spread[-1]), 0) / max(valid.sum(), 1)
     told = basis[:, size > max(_TOLD * float(spread.sum()), chance)]
     return (x - apart @ told @ told.T)[valid].astype(np.float32)
-
-
-def _unit(x: Float[np.ndarray, "N b d"]) -> Float[np.ndarray, "N b d"]:
-    return x / np.maximum(np.linalg.norm(x, axis=-1, keepdims=True), 1e-30)
