@@ -244,18 +244,14 @@ class _Search:
             on = needed if needed + n <= C else 0
         one = held.components(self.problem, modes, self.fresh, num_always_on=on)
         worth = self.judge.by_threshold(one, on, modes.active)
-        # What is always on could hold anything, and does not count; but some of it is known to be
-        # what is read whatever the mode.
-        left = min(1.0, self.judge.without(one, on).loss)
-        explained = left - worth.loss
-        if modes.leaks and left > _LEFT:
-            explained /= left
+        explained = self._explained(modes, one, on, worth)
         refused = self._refusal(kind, modes, on, explained, worth)
         if not refused:
             refused = self._control(kind, modes, examples, one, on, worth)
         found_on = on and self.given is None and examples.whole is None
         if not refused and shared and found_on:
-            one, worth, modes, on = self._written(modes, examples, one, worth, on)
+            one, worth, modes, on = self._written(kind, modes, examples, one, worth, on)
+            explained = self._explained(modes, one, on, worth)
         if not refused and modes.groups:
             one, worth, modes = self._joined(modes, one, on, worth)
         gains = ", ".join(f"{name} {gain:.2f}" for name, gain in modes.gains.items())
@@ -269,6 +265,16 @@ class _Search:
         if shared and not on:
             unheld = (n, " and ".join(shared), needed, needed + n)
         return _Look(kind, modes, one, on, worth, refused, unheld)
+
+    def _explained(self, modes: Modes, one: Components, on: int, worth: Worth) -> float:
+        """The share of what the weights do that parts do.
+
+        What is always on could hold anything, and does not count; but some of it is known to be
+        what is read whatever the mode.
+        """
+        left = min(1.0, self.judge.without(one, on).loss)
+        explained = left - worth.loss
+        return explained / left if modes.leaks and left > _LEFT else explained
 
     def _needed(self, shared: Sequence[str]) -> int:
         """Components that are always on, to hold these leaves whole."""
@@ -292,9 +298,9 @@ class _Search:
         return ""
 
     def _written(
-        self, modes: Modes, examples: Examples, one: Components, worth: Worth, on: int
+        self, kind: str, modes: Modes, examples: Examples, one: Components, worth: Worth, on: int
     ) -> tuple[Components, Worth, Modes, int]:
-        """With shared leaves split by what modes write, where nothing is lost by that."""
+        """With shared leaves split by what modes write, where that is accepted and loses little."""
         e = examples
         split = writes.split(e.problem, e.batches, e.ins, e.effect, modes, held.shared(modes))
         if not split.writes:
@@ -304,6 +310,8 @@ class _Search:
         found = self.judge.by_threshold(parts, needed, modes.active)
         better = found.loss < max(worth.loss, self.most_lost)
         better &= found.total < worth.total
+        explained = self._explained(split, parts, needed, found)
+        better &= not self._refusal(kind, split, needed, explained, found)
         log.info(
             "%s split by what is written: loss %.2g and simplicity %.2g, whole %.2g and %.2g%s",
             *(" and ".join(split.writes), found.loss, found.simplicity),

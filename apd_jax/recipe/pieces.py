@@ -44,10 +44,11 @@ def found(problem: Problem, method: Gated) -> Components:
     Cost: see `beginning.accepted`, with as many components as the method has; where sites have
       numbers of their own, with twice as many as the largest has.
     """
-    like = _drawn(problem, dataclasses.replace(method, num_instances=1))
-    C = like.num_components
+    like = jax.eval_shape(lambda key: method.make_components(key, problem), jax.random.key(0))
+    C, select = like.num_components, problem.chosen
     if method.own_numbers:
         C = 2 * max(f.num_pieces for f in like.factors.values())
+        select = {name: {"rank": f.rank} for name, f in like.factors.items()}
     settings = APD(
         num_components=C,
         rank=method.rank,
@@ -58,7 +59,7 @@ def found(problem: Problem, method: Gated) -> Components:
         seed=method.seed,
         num_instances=method.num_instances,
     )
-    alike = dataclasses.replace(problem, select=problem.site_names, elsewhere=None)
+    alike = dataclasses.replace(problem, select=select, elsewhere=None)
     recipe, reference = default_recipe(), scales.measure(alike, settings)
     try:
         begun = accepted(alike, settings, recipe, reference, most_lost=_MOST_LOST)

@@ -69,6 +69,27 @@ def test_sites_with_own_numbers_take_a_piece_for_every_feature(problem, begun):
         assert f.num_pieces == 12 and np.abs(np.asarray(f.U)).max(axis=(1, 2)).all()
 
 
+def test_a_split_that_is_refused_leaves_the_leaf_whole(problem, monkeypatch):
+    refusal = beginning._Search._refusal
+
+    def refuse(self, kind, modes, *about):
+        return "no" if modes.writes else refusal(self, kind, modes, *about)
+
+    monkeypatch.setattr(beginning._Search, "_refusal", refuse)
+    begun = pieces.found(problem, METHOD)
+    assert len(parts(begun.factors["read"])) == F
+    assert len(parts(begun.factors["write"])) == np.linalg.matrix_rank(WRITE)
+
+
+def test_sites_may_have_ranks_of_their_own(problem):
+    select = {"read": {"components": 10}, "write": {"rank": 2}}
+    own = Problem(apply_fn, problem.params, sample, select=select)
+    begun = pieces.found(own, METHOD)
+    shapes = {name: (f.num_pieces, f.rank) for name, f in begun.factors.items()}
+    assert shapes == {"read": (10, 1), "write": (12, 2)}
+    np.testing.assert_allclose(lib.total(begun, own.params)["write"], WRITE, atol=1e-5)
+
+
 def test_one_number_holds_a_feature_at_both_sites(problem):
     method = Whole(num_components=12, rank=1, batch_size=256, initial="found", num_steps=2)
     begun = pieces.found(problem, method)
